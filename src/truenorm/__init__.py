@@ -1,0 +1,94 @@
+"""truenorm: the batch-normalization toolkit for Keras 3.
+
+Names are loaded when they are first used (PEP 562): so ``truenorm --help`` and other commands that
+need no model answer without waiting for Keras.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from truenorm._errors import (
+        DataError,
+        MissingDependencyError,
+        ModelError,
+        OptionError,
+        OutputError,
+        StudyError,
+        TruenormError,
+        VerificationError,
+    )
+    from truenorm._folding import fold
+    from truenorm._layer import BatchNormalization
+    from truenorm._moments import Moments
+    from truenorm._observation import inspect
+    from truenorm._placement import place
+    from truenorm._population import collect, recalibrate
+    from truenorm._records import Inspection, Population, Recalibration, Rewrite, Site, Study
+    from truenorm._replacement import replace
+    from truenorm.study import study
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "_errors": (
+        "DataError",
+        "MissingDependencyError",
+        "ModelError",
+        "OptionError",
+        "OutputError",
+        "StudyError",
+        "TruenormError",
+        "VerificationError",
+    ),
+    "_folding": ("fold",),
+    "_layer": ("BatchNormalization",),
+    "_moments": ("Moments",),
+    "_observation": ("inspect",),
+    "_placement": ("place",),
+    "_population": ("collect", "recalibrate"),
+    "_records": ("Inspection", "Population", "Recalibration", "Rewrite", "Site", "Study"),
+    "_replacement": ("replace",),
+    "study": ("study",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BatchNormalization",
+    "DataError",
+    "Inspection",
+    "MissingDependencyError",
+    "ModelError",
+    "Moments",
+    "OptionError",
+    "OutputError",
+    "Population",
+    "Recalibration",
+    "Rewrite",
+    "Site",
+    "Study",
+    "StudyError",
+    "TruenormError",
+    "VerificationError",
+    "collect",
+    "fold",
+    "inspect",
+    "place",
+    "recalibrate",
+    "replace",
+    "study",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'truenorm' has no attribute '{name}'")
+    value = getattr(import_module(f"truenorm.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,78 @@
+"""The errors that truenorm raises.
+
+::
+
+    TruenormError
+    ├── ModelError (ValueError)         the model cannot be handled: no BN, subclassed, not built
+    ├── VerificationError               a rewrite changed outputs that it had to keep
+    ├── DataError (ValueError)          the data given is empty, of the wrong shape, not numbers
+    ├── OptionError (ValueError)        an argument has a value that is not one of those possible
+    ├── MissingDependencyError (ImportError)  an optional package is not installed
+    ├── OutputError (OSError)           a file or folder cannot be written as asked
+    └── StudyError (RuntimeError)       an experiment could not be run to its end
+
+Each message says the problem, the place, what was expected, what came, and the remedy.
+"""
+
+from __future__ import annotations
+
+
+class TruenormError(Exception):
+    """Base of every error that truenorm raises on purpose.
+
+    The message is composed from named parts, so that no part is forgotten and all errors read
+    alike.
+
+    Args:
+        problem: What is wrong, as one sentence without its full stop.
+        where: The path of the layer, site, file or argument concerned.
+        expected: What would have been right.
+        received: What came instead.
+        remedy: What the user can do about it.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        where: str | None = None,
+        expected: str | None = None,
+        received: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        parts = [f"{problem}." if where is None else f"{problem} (at '{where}')."]
+        if expected is not None:
+            parts.append(f"Expected: {expected}.")
+        if received is not None:
+            parts.append(f"Received: {received}.")
+        if remedy is not None:
+            parts.append(f"Remedy: {remedy}.")
+        super().__init__(" ".join(parts))
+
+
+class ModelError(TruenormError, ValueError):
+    """The model cannot be handled: it has no BatchNormalization, is subclassed, is not built."""
+
+
+class VerificationError(TruenormError):
+    """A rewrite that must keep the model's function did not keep it; no model is returned."""
+
+
+class DataError(TruenormError, ValueError):
+    """The data is empty, of the wrong shape, or not what the model takes."""
+
+
+class OptionError(TruenormError, ValueError):
+    """An argument has a value that is not one of those possible."""
+
+
+class MissingDependencyError(TruenormError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+class OutputError(TruenormError, OSError):
+    """A file or folder cannot be written as asked."""
+
+
+class StudyError(TruenormError, RuntimeError):
+    """An experiment could not be run to its end."""

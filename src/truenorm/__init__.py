@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from truenorm._population import collect, recalibrate
     from truenorm._records import Inspection, Population, Recalibration, Rewrite, Site, Study
     from truenorm._replacement import replace
-    from truenorm.study import study
+    from truenorm._study import study
 
 __version__ = "0.1.0"
 
@@ -51,7 +51,7 @@ _HOMES = {
     "_population": ("collect", "recalibrate"),
     "_records": ("Inspection", "Population", "Recalibration", "Rewrite", "Site", "Study"),
     "_replacement": ("replace",),
-    "study": ("study",),
+    "_study": ("study",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -1,0 +1,25 @@
+"""Training-mode batch normalization: one contract, and the kernel of the backend in use.
+
+A kernel is a function ``normalize`` with exactly the signature of :func:`normalize` in
+``_composite.py``:
+
+* ``x``: values, floating point, any rank from 2, any size (0 included).
+* ``gamma``, ``beta``: scale and offset per channel, shape ``(channels,)``, or None.
+* ``axis``: which axis holds the channels; all the others are reduced.
+* ``epsilon``: added to the variance, in units of ``x`` squared.
+* ``mask``: booleans in the shape of ``x`` without its channel axis (axes of size 1 stretch), or
+  None. False: the value does not count in the statistics. It is normalised all the same.
+* ``fallback``: mean and variance that normalise if the mask leaves no value.
+
+It returns :class:`Normalized`. It computes in float32 at least; its output differentiates through
+the statistics, right to the second order at least, with respect to ``x``, ``gamma`` and ``beta``.
+
+Only the files named after a framework import one, and only that of the backend in use is loaded.
+"""
+
+from __future__ import annotations
+
+from truenorm.kernels._composite import normalize
+from truenorm.kernels._contract import Normalized, statistics_dtype
+
+__all__ = ["Normalized", "normalize", "statistics_dtype"]

@@ -162,8 +162,11 @@ class Site(Record):
 
     def tables(self) -> Sequence[Table]:
         """One row."""
-        return (Table(self.path, ("fact", "value"), tuple((k, str(v)) for k, v in
-                                                         self.to_dict().items())),)
+        return (
+            Table(
+                self.path, ("fact", "value"), tuple((k, str(v)) for k, v in self.to_dict().items())
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -359,8 +362,14 @@ class Population(Record):
             Table(
                 f"Population over {self.samples} samples in {self.batches} batches "
                 f"(upstream: {self.upstream}, passes: {self.passes})",
-                ("layer", "channels", "values per channel", "largest |mean|", "least std",
-                 "largest std"),
+                (
+                    "layer",
+                    "channels",
+                    "values per channel",
+                    "largest |mean|",
+                    "least std",
+                    "largest std",
+                ),
                 rows,
             ),
         )

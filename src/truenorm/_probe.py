@@ -1,0 +1,74 @@
+"""Inputs made from a model's own specification, and the comparison of two models on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from truenorm._errors import DataError, VerificationError
+
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 5e-2, "bfloat16": 1e-1}
+"""Largest relative difference of an output that rounding may explain, by compute dtype."""
+
+
+def make_inputs(model: Any, samples: int = 4) -> Any:
+    """Inputs of the model's own structure, made from its input specification.
+
+    Floats are standard normal with a fixed seed, integers are 0 or 1. A dimension that the model
+    leaves open gets 32.
+    """
+    generator = np.random.default_rng(0)
+
+    def make(spec: Any) -> Any:
+        batch = spec.shape[0] or samples
+        shape = (batch, *(32 if d is None else d for d in spec.shape[1:]))
+        if keras.backend.is_float_dtype(spec.dtype):
+            return generator.normal(size=shape).astype("float32")
+        return generator.integers(0, 2, size=shape).astype(spec.dtype)
+
+    return keras.tree.map_structure(make, model.input)
+
+
+def outputs(model: Any, inputs: Any) -> list[np.ndarray[Any, Any]]:
+    """The model's outputs in inference mode, as float64 arrays."""
+    try:
+        made = keras.tree.flatten(model(inputs, training=False))
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            "The model does not take this input",
+            expected=str(keras.tree.map_structure(lambda t: tuple(t.shape), model.input)),
+            received=str(keras.tree.map_structure(np.shape, inputs)),
+            remedy="give data of the model's input shape",
+        ) from error
+    return [as_float64(y) for y in made]
+
+
+def as_float64(tensor: Any) -> np.ndarray[Any, Any]:
+    """Any backend's tensor as a NumPy float64 array."""
+    if keras.backend.standardize_dtype(tensor.dtype) == "bfloat16":
+        tensor = keras.ops.cast(tensor, "float32")
+    return np.asarray(keras.ops.convert_to_numpy(tensor), np.float64)
+
+
+def verify(old: Any, new: Any, inputs: Any, what: str) -> tuple[float, float]:
+    """Largest absolute and relative difference of the outputs; refused above the tolerance.
+
+    The relative one is over the largest magnitude of the same output. The tolerance is that of
+    the narrowest dtype in which a layer of the model computes.
+    """
+    pairs = list(zip(outputs(old, inputs), outputs(new, inputs), strict=True))
+    absolute = [float(np.max(np.abs(a - b), initial=0.0)) for a, b in pairs]
+    scales = [float(np.max(np.abs(a), initial=0.0)) or 1.0 for a, _ in pairs]
+    relative = max((a / s for a, s in zip(absolute, scales, strict=True)), default=0.0)
+    narrowest = max((TOLERANCE.get(layer.compute_dtype, 0.0) for layer in old.layers), default=1e-4)
+    if not relative <= narrowest:  # NaN must not pass
+        raise VerificationError(
+            f"{what} would change what the model computes, so no model is returned",
+            where=old.name,
+            expected=f"outputs equal within {narrowest:g} relative",
+            received=f"{relative:.3g} relative, {max(absolute):.3g} absolute",
+            remedy="give a probe of your own data, and check the statistics for huge values",
+        )
+    return max(absolute, default=0.0), relative

@@ -1,0 +1,129 @@
+"""The BatchNormalization calls of a model: what is around them, and which were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import keras
+
+from truenorm._errors import ModelError, OptionError
+from truenorm._graph import Call, calls, is_batch_normalization, layer_paths
+from truenorm._records import Left, Site
+
+Where = str | Callable[[Site], bool] | None
+"""Which sites: a path pattern such as ``block1/*``, a predicate on the Site, or None for all."""
+
+ACTIVATIONS = (
+    keras.layers.Activation,
+    keras.layers.ReLU,
+    keras.layers.LeakyReLU,
+    keras.layers.PReLU,
+    keras.layers.ELU,
+)
+LINEAR = (
+    keras.layers.Dense,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv1D,
+    keras.layers.SeparableConv2D,
+)
+
+
+def is_activation(call: Call | None) -> bool:
+    """Whether this is a layer that is an activation and nothing else."""
+    return call is not None and isinstance(call.operation, ACTIVATIONS)
+
+
+def is_linear(call: Call | None) -> bool:
+    """Whether this is a convolution or dense layer (its own activation aside)."""
+    return call is not None and isinstance(call.operation, LINEAR)
+
+
+def fused_activation(call: Call | None) -> str | None:
+    """Name of the activation inside a convolution or dense layer; None if there is none."""
+    if call is None or not is_linear(call):
+        return None
+    activation = call.operation.activation
+    return None if activation in (None, keras.activations.linear) else activation.__name__
+
+
+def site_calls(model: Any) -> tuple[list[Call], list[Call]]:
+    """All calls of the model, and those of them that are a BatchNormalization; at least one is."""
+    every = calls(model)
+    sites = [call for call in every if is_batch_normalization(call.operation)]
+    if not sites and not hidden(model, sites):
+        raise ModelError(
+            "This model has no BatchNormalization",
+            where=model.name,
+            expected="at least one BatchNormalization layer",
+            received=f"{len(model.layers)} layers, none of that kind",
+        )
+    return every, sites
+
+
+def hidden(model: Any, sites: list[Call]) -> list[Left]:
+    """BatchNormalization layers that are inside another layer, out of the graph's sight."""
+    seen = {id(call.operation) for call in sites}
+    return [
+        Left(path, "inside a layer whose call is not a graph (a wrapper or a subclass)")
+        for layer, path in layer_paths(model).items()
+        if is_batch_normalization(layer) and id(layer) not in seen
+    ]
+
+
+def selector(where: Where) -> Callable[[Call], bool]:
+    """``where`` as a test of a call."""
+    if where is None:
+        return lambda call: True
+    if isinstance(where, str):
+        return lambda call: fnmatchcase(call.path, where)
+    if callable(where):
+        return lambda call: bool(where(describe(call)))
+    raise OptionError(
+        "The selection of sites is not understood",
+        where="where",
+        expected="a path pattern, a predicate on a Site, or None",
+        received=repr(where),
+    )
+
+
+def position(call: Call) -> str | None:
+    """Where a BatchNormalization is; None if at none of the named positions."""
+    producer, consumer = call.only_producer, call.only_consumer
+    if is_activation(producer) or fused_activation(producer):
+        return "after_activation"
+    if is_activation(consumer):
+        return "before_activation" if is_linear(producer) else "before_layer"
+    return None
+
+
+def describe(call: Call) -> Site:
+    """The record of one site."""
+    layer = call.operation
+    axis = channel_axis(layer)
+    return Site(
+        path=call.path,
+        layer=f"{type(layer).__module__.split('.')[0]}.{type(layer).__name__}",
+        producer=" + ".join("input" if p is None else p.label() for p in call.producers),
+        consumers=tuple(c.label() for c in call.consumers),
+        position=position(call),
+        axis=axis,
+        channels=int(layer.moving_mean.shape[0]),
+        momentum=layer.momentum,
+        epsilon=layer.epsilon,
+        trainable=bool(layer.trainable),
+    )
+
+
+def channel_axis(layer: Any) -> int:
+    """The axis of the channels, counted from the left."""
+    rank = layer.input_spec.ndim
+    return layer.axis % rank

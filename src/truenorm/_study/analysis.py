@@ -1,0 +1,239 @@
+"""What the trials of a study show: summaries, paired comparisons, and a verdict in words.
+
+The seed is the unit of observation. A seed counts only if its trial finished at every position, so
+that all positions are judged by the same seeds, and the difference of two positions within a seed
+is free of what the seed alone decides. A metric's value is that of the last epoch: the best epoch
+would be chosen with the data that judges it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from truenorm._errors import StudyError
+from truenorm._records import Comparison, Interval, Study, Trial
+from truenorm._study.verdict import Facts, sentences
+
+LEVEL = 0.05
+"""A difference is called shown if its adjusted p-value is below this."""
+
+_LOWER_IS_BETTER = (
+    *("loss", "error", "mae", "mse", "mape", "msle", "entropy", "divergence", "hinge", "poisson"),
+    *("logcosh", "log_cosh", "perplexity", "false"),
+)
+
+Values = Mapping[str, Mapping[str, np.ndarray]]
+"""Per metric, per position: the last epoch's value of each seed (same order of seeds)."""
+
+
+def analyse(
+    trials: Iterable[Trial],
+    *,
+    positions: Sequence[str],
+    name: str,
+    settings: Mapping[str, Any],
+    notes: Sequence[str] = (),
+) -> Study:
+    """Judge the trials.
+
+    Args:
+        trials: In any order. The same position and seed twice counts once.
+        positions: The positions to compare, in the order of the tables.
+        name: Title of the study.
+        settings: Goes into the record as it is.
+        notes: Sentences to add to the verdict.
+
+    Raises:
+        StudyError: A position has no finished trial, or no seed finished at all positions.
+    """
+    every = _unique(trials, positions)
+    seeds = _common_seeds(every, positions)
+    metric, metrics = _metrics(t for t in every if t.error is None)
+    of = {(t.position, t.seed): t.history for t in every}
+    values: Values = {
+        m: {p: np.array([_last(of[p, seed], m) for seed in seeds]) for p in positions}
+        for m in metrics
+    }
+    summaries = {
+        p: {m: student(values[m][p][np.isfinite(values[m][p])])[0] for m in metrics}
+        for p in positions
+    }
+    comparisons = tuple(c for m in metrics for c in compare(m, values[m]))
+    lower = lower_is_better(metric)
+    best = _best(values[metric], summaries, metric, lower)
+    deciding = tuple(c for c in comparisons if c.metric == metric)
+    own = [c for c in deciding if best in (c.first, c.second)]
+    diverged = {
+        p: tuple(
+            seed
+            for i, seed in enumerate(seeds)
+            if not all(math.isfinite(values[m][p][i]) for m in metrics)
+        )
+        for p in positions
+    }
+    sound = bool(np.isfinite(values[metric][best]).all())
+    winner = best if sound and own and all(is_shown(c) for c in own) else None
+    facts = Facts(
+        metric=metric,
+        lower_is_better=lower,
+        best=best,
+        winner=winner,
+        means={p: summaries[p][metric].mean for p in positions},
+        comparisons=deciding,
+        shown=tuple(is_shown(c) for c in deciding),
+        seeds=seeds,
+        failed=tuple(t for t in every if t.error is not None),
+        diverged=diverged,
+    )
+    return Study(
+        name=name,
+        settings=dict(settings),
+        trials=every,
+        summaries=summaries,
+        comparisons=comparisons,
+        metric=metric,
+        best=best,
+        winner=winner,
+        verdict=(*sentences(facts), *notes),
+    )
+
+
+def is_shown(comparison: Comparison) -> bool:
+    """Whether this difference is shown at the level, after the correction."""
+    return comparison.p_adjusted is not None and comparison.p_adjusted < LEVEL
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric measures something bad, by the words that Keras uses for such metrics."""
+    return any(word in metric for word in _LOWER_IS_BETTER)
+
+
+def student(values: np.ndarray) -> tuple[Interval, float | None]:
+    r"""Mean of n values, its 95% interval, and the two-sided p-value of a mean of zero.
+
+    .. math::
+
+        \bar d \pm t_{0.975,\,n-1}\, \frac{s}{\sqrt n}, \qquad
+        p = 2\,P\!\left(T_{n-1} > \frac{|\bar d|\sqrt n}{s}\right), \qquad
+        s^2 = \frac{1}{n-1} \sum_i (d_i - \bar d)^2
+
+    Student (W. S. Gosset), "The probable error of a mean", Biometrika 6 (1908). Of the differences
+    of pairs this is the paired t-test.
+
+    Where the formula has no answer: without values the mean is NaN; with one there is no interval
+    and no p-value. Values all equal have an interval of no width: if they are zero, p is 1; if
+    not, there is none, since a spread of exactly zero says that the metric is too coarse or the
+    seeds too few, not that chance is impossible.
+    """
+    from scipy import stats
+
+    n = len(values)
+    if n < 2:
+        return Interval(float(values[0]) if n else math.nan, None, None, n), None
+    mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
+    if spread <= 1e-9 * abs(mean):  # equal but for rounding in the subtraction
+        return Interval(mean, mean, mean, n), 1.0 if mean == 0 else None
+    error = spread / math.sqrt(n)
+    half = float(stats.t.ppf(0.975, n - 1)) * error
+    p_value = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
+    return Interval(mean, mean - half, mean + half, n), p_value
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    r"""P-values adjusted for being several, so that any false one among them has the level's odds.
+
+    .. math:: \tilde p_{(i)} = \max_{j \le i}\, \min\big(1, (m - j + 1)\, p_{(j)}\big)
+
+    with :math:`p_{(1)} \le \dots \le p_{(m)}`. S. Holm, "A simple sequentially rejective multiple
+    test procedure", Scandinavian Journal of Statistics 6 (1979). A missing p-value stays missing
+    and counts in m as the largest.
+    """
+    adjusted: list[float | None] = [None] * len(p_values)
+    known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    largest = 0.0
+    for rank, (p, i) in enumerate(known):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p))
+        adjusted[i] = largest
+    return adjusted
+
+
+def compare(metric: str, values: Mapping[str, np.ndarray]) -> tuple[Comparison, ...]:
+    """Every pair of positions over the seeds where both have a finite value, corrected together."""
+    pairs = list(combinations(values, 2))
+    results: list[tuple[Interval, float | None]] = []
+    for first, second in pairs:
+        finite = np.isfinite(values[first]) & np.isfinite(values[second])
+        results.append(student(values[first][finite] - values[second][finite]))
+    adjusted = holm([p for _, p in results])
+    return tuple(
+        Comparison(metric, first, second, difference, p, p_adjusted)
+        for (first, second), (difference, p), p_adjusted in zip(
+            pairs, results, adjusted, strict=True
+        )
+    )
+
+
+def _unique(trials: Iterable[Trial], positions: Sequence[str]) -> tuple[Trial, ...]:
+    """One trial per position and seed, a finished one before a failed one, in a fixed order."""
+    found: dict[tuple[int, int], Trial] = {}
+    for trial in trials:
+        if trial.position not in positions:
+            continue
+        key = (positions.index(trial.position), trial.seed)
+        if key not in found or (found[key].error is not None and trial.error is None):
+            found[key] = trial
+    return tuple(found[key] for key in sorted(found))
+
+
+def _common_seeds(trials: Sequence[Trial], positions: Sequence[str]) -> tuple[int, ...]:
+    done = {p: {t.seed for t in trials if t.position == p and t.error is None} for p in positions}
+    common = set[int].intersection(*done.values())
+    if common:
+        return tuple(sorted(common))
+    failed = [t for t in trials if t.error is not None]
+    empty = [p for p in positions if not done[p]]
+    first = next((t for t in failed if t.position in empty), failed[0] if failed else None)
+    if empty:
+        problem = f"No trial of {' and of '.join(empty)} finished"
+    else:
+        problem = "No seed finished at every position, so there is nothing to compare"
+    raise StudyError(
+        problem,
+        where=None if first is None else f"{first.position}, seed {first.seed}",
+        expected="at least one seed that finishes at every position",
+        received="no trial" if first is None else f"{len(failed)} failed; the first: {first.error}",
+        remedy="mend the cause and run the study again: finished trials are kept",
+    )
+
+
+def _metrics(trials: Iterable[Trial]) -> tuple[str, tuple[str, ...]]:
+    """The metric that decides, and those to report: that one and ``val_loss``."""
+    names = [n for n in next(iter(trials)).history if n.startswith("val_")]
+    others = [n for n in names if not n.endswith("loss")]
+    metric = "val_accuracy" if "val_accuracy" in others else next(iter(others), "val_loss")
+    return metric, tuple(dict.fromkeys((metric, "val_loss")))
+
+
+def _last(history: Mapping[str, Sequence[float]], metric: str) -> float:
+    return history[metric][-1] if history.get(metric) else math.nan
+
+
+def _best(
+    values: Mapping[str, np.ndarray],
+    summaries: Mapping[str, Mapping[str, Interval]],
+    metric: str,
+    lower: bool,
+) -> str:
+    """The position with the fewest seeds that are not finite, and of these the best mean."""
+
+    def rank(position: str) -> tuple[int, float]:
+        mean = summaries[position][metric].mean
+        lost = int((~np.isfinite(values[position])).sum())
+        return lost, math.inf if math.isnan(mean) else mean if lower else -mean
+
+    return min(values, key=rank)

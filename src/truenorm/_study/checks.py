@@ -1,0 +1,211 @@
+"""What a study refuses before it starts: bad options, bad data, a model that it cannot use."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from truenorm._errors import DataError, MissingDependencyError, ModelError, OptionError
+from truenorm._study.folder import NAMES, Arrays
+
+BACKENDS = ("jax", "tensorflow", "torch")
+
+
+def check_backend(backend: str) -> None:
+    """See that the trials can run on this backend, and scipy can judge them."""
+    if backend not in BACKENDS:
+        raise OptionError(
+            "This backend is not one that trains",
+            where="backend",
+            expected=f"one of {', '.join(BACKENDS)}",
+            received=repr(backend),
+            remedy="choose one of these",
+        )
+    for module, extra in (("scipy", "study"), (backend, backend)):
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependencyError(
+                f"The study needs {module}, which is not installed",
+                where="backend" if module == backend else None,
+                remedy=f"pip install 'truenorm[{extra}]'",
+            )
+
+
+def check_positions(positions: Sequence[str]) -> tuple[str, ...]:
+    """The positions: two or more, each once. Whether they exist is for ``place`` to say."""
+    names = () if isinstance(positions, str) else tuple(positions)
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise OptionError(
+            "A study compares two or more positions",
+            where="positions",
+            expected="a sequence of different positions",
+            received=repr(positions),
+            remedy="for example ('before_activation', 'after_activation')",
+        )
+    return names
+
+
+def check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    """The seeds as a tuple."""
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        numbers = tuple(range(seeds))
+    else:
+        numbers = tuple(seeds) if isinstance(seeds, Sequence) else ()
+    good = all(type(n) is int and 0 <= n < 2**32 for n in numbers)
+    if not numbers or not good or len(set(numbers)) < len(numbers):
+        raise OptionError(
+            "The seeds are not usable",
+            where="seeds",
+            expected="a number of seeds of 1 or more, or different integers from 0 to 2**32 - 1",
+            received=repr(seeds),
+            remedy="give for example 5",
+        )
+    return numbers
+
+
+def check_count(name: str, value: Any) -> None:
+    """See that this is an integer of 1 or more."""
+    if type(value) is not int or value < 1:
+        raise OptionError(
+            "This is not a number of things",
+            where=name,
+            expected="an integer of 1 or more",
+            received=repr(value),
+            remedy=f"give such a number as '{name}'",
+        )
+
+
+def check_timeout(value: float | None) -> None:
+    """See that this is None or a time."""
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise OptionError(
+            "This is not a time",
+            where="timeout",
+            expected="seconds, more than 0, or None for no limit",
+            received=repr(value),
+            remedy="give the longest time that one trial may take",
+        )
+
+
+def check_model(model: Any, x: np.ndarray) -> None:
+    """See that ``build`` gave a compiled model that takes these inputs; ``place`` checks the rest.
+
+    Args:
+        model: What ``build`` returned.
+        x: Inputs, samples first.
+    """
+    import keras
+
+    if not isinstance(model, keras.Model) or not model.compiled:
+        is_model = isinstance(model, keras.Model)
+        raise ModelError(
+            "The function did not build a compiled model",
+            where="build",
+            expected="a compiled functional or Sequential keras.Model",
+            received="a model that is not compiled" if is_model else type(model).__name__,
+            remedy="call model.compile(...) in it and return the model",
+        )
+    shapes = [tuple(tensor.shape) for tensor in getattr(model, "inputs", None) or ()]
+    if not shapes:
+        return  # not built, or subclassed: place says so, and what to do
+    fits = len(shapes) == 1 and len(shapes[0]) == x.ndim
+    if not fits or any(a not in (None, b) for a, b in zip(shapes[0][1:], x.shape[1:], strict=True)):
+        raise DataError(
+            "The inputs do not fit the model",
+            where="data: x_train",
+            expected=f"one array for the model's inputs of shape {shapes}",
+            received=f"shape {x.shape}",
+            remedy="build the model for one input of the data's shape",
+        )
+
+
+def check_placement(model: Any, positions: Sequence[str]) -> tuple[str, ...]:
+    """See that the positions can be had; sentences come back about sites that stay elsewhere.
+
+    What cannot be placed is better known now than after hours of training.
+    """
+    from truenorm._graph import calls, is_batch_normalization
+    from truenorm._placement import Position, place
+    from truenorm._sites import position as position_of
+
+    notes: list[str] = []
+    for wanted in positions:
+        placed = place(model, cast(Position, wanted)).model
+        sites = [call for call in calls(placed) if is_batch_normalization(call.operation)]
+        # before_layer: also directly before an activation, but not behind a linear layer
+        right = (wanted, "before_layer") if wanted == "before_activation" else (wanted,)
+        stray = [call.path for call in sites if position_of(call) not in right]
+        if stray and len(stray) == len(sites) and wanted != "none":
+            raise ModelError(
+                f"No BatchNormalization of this model can be put at {wanted}",
+                where=stray[0],
+                expected="a BatchNormalization that directly follows or precedes an activation",
+                received=f"{len(stray)} sites, none of that kind",
+                remedy=f"see what truenorm.place(model, '{wanted}') says about each site",
+            )
+        if stray:
+            listed = ", ".join(stray[:5]) + (" …" if len(stray) > 5 else "")
+            notes.append(
+                f"At {wanted}, {len(stray)} BatchNormalization sites could not be placed and stay "
+                f"where they were: {listed}."
+            )
+    return tuple(notes)
+
+
+def check_data(data: Any) -> tuple[Arrays, Arrays]:
+    """The data as two pairs of arrays, or a DataError that says what is wrong with it."""
+    try:
+        (x_train, y_train), (x_val, y_val) = data
+    except (TypeError, ValueError):
+        raise DataError(
+            "The data is not two pairs of arrays",
+            where="data",
+            expected="((x_train, y_train), (x_val, y_val))",
+            received=type(data).__name__,
+            remedy="give the training pair and the validation pair",
+        ) from None
+    for name, array in zip(NAMES, (x_train, y_train, x_val, y_val), strict=True):
+        _check_array(name, array)
+    for part, x, y in (("training", x_train, y_train), ("validation", x_val, y_val)):
+        if len(x) != len(y):
+            raise DataError(
+                f"The {part} inputs and targets have different lengths",
+                where="data",
+                expected="one target per sample",
+                received=f"{len(x)} inputs, {len(y)} targets",
+                remedy="cut them to the same samples",
+            )
+    for name, first, second in (("inputs", x_train, x_val), ("targets", y_train, y_val)):
+        if first.shape[1:] != second.shape[1:]:
+            raise DataError(
+                f"The training and validation {name} have different shapes",
+                where="data",
+                expected=f"(samples, {', '.join(map(str, first.shape[1:]))})",
+                received=f"{second.shape}",
+                remedy="prepare both in the same way",
+            )
+    return (x_train, y_train), (x_val, y_val)
+
+
+def _check_array(name: str, array: Any) -> None:
+    if not isinstance(array, np.ndarray):
+        problem, received = "This is not a NumPy array", type(array).__name__
+    elif array.dtype.kind not in "biuf":
+        problem, received = "This array does not hold real numbers", f"dtype {array.dtype}"
+    elif array.ndim == 0 or array.size == 0:
+        problem, received = "This array is empty", f"shape {array.shape}"
+    elif array.dtype.kind == "f" and not np.isfinite(array).all():
+        bad = int(array.size - np.isfinite(array).sum())
+        problem, received = "This array has NaN or infinity in it", f"{bad} such values"
+    else:
+        return
+    raise DataError(
+        problem,
+        where=f"data: {name}",
+        expected="a NumPy array of finite numbers, samples first",
+        received=received,
+        remedy="convert or clean it before the study",
+    )

@@ -1,0 +1,225 @@
+"""Plan a study, run its trials in local processes, gather what they found."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from truenorm._errors import OutputError
+from truenorm._records import Study
+from truenorm._study import checks
+from truenorm._study.folder import (
+    DATA,
+    Arrays,
+    Spec,
+    digest,
+    open_folder,
+    read_result,
+    replacing,
+    write_data,
+)
+from truenorm._study.pool import OnEvent, run_all
+
+POSITIONS = ("none", "before_activation", "after_activation")
+
+
+def study(
+    build: Callable[[], Any],
+    data: tuple[Arrays, Arrays],
+    *,
+    positions: Sequence[str] = POSITIONS,
+    seeds: int | Sequence[int] = 5,
+    epochs: int,
+    batch_size: int = 64,
+    directory: str | Path | None = None,
+    name: str = "study",
+    backend: str | None = None,
+    workers: int | None = None,
+    timeout: float | None = None,
+    on_event: OnEvent | None = None,
+) -> Study:
+    """Train one model with BatchNormalization at each position, and say which is better.
+
+    A paired experiment. For each seed the model is built once; every position is made from that
+    same model, so all start from the same kernels, and all see the same batches in the same order.
+    Then only the position differs within a seed, and the differences between positions, one per
+    seed, are what is analysed.
+
+    Each trial is a process of its own. When several run at once, each gets its share of the cores
+    (by environment variables, where you have not set them: ``OMP_NUM_THREADS``,
+    ``OPENBLAS_NUM_THREADS``, ``MKL_NUM_THREADS``, ``TF_NUM_INTRAOP_THREADS``,
+    ``TF_NUM_INTEROP_THREADS``, ``NPROC`` for XLA), and takes memory of a GPU as it needs it.
+
+    Args:
+        build: Called without arguments, returns a compiled functional or Sequential model with
+            BatchNormalization at its activations. Only layers and functions of Keras and truenorm:
+            the trials' processes do not know others.
+        data: ``((x_train, y_train), (x_val, y_val))``, NumPy arrays of finite numbers, samples
+            first. The part of the training set that does not fill a last batch is left out in each
+            epoch, other samples each time.
+        positions: Two or more of ``none``, ``before_activation``, ``after_activation``,
+            ``before_layer``; see :func:`truenorm.place`.
+        seeds: How many (0, 1, …), or which.
+        epochs: How often the training data is gone through.
+        batch_size: Samples per step.
+        directory: The study's folder; its results are kept, and a study that was stopped goes on
+            when it is called again with the same arguments. None: a temporary folder, removed at
+            the end (the trained models with it).
+        name: Title of the study, for tables.
+        backend: ``jax``, ``tensorflow`` or ``torch`` for the trials; None: the one in use here.
+        workers: How many trials run at once; None: one per core.
+        timeout: Longest time of one trial, in seconds; one that takes longer has failed.
+        on_event: Called in this thread with a :class:`Progress` for every start, epoch and end.
+
+    Returns:
+        The trials, summaries, paired comparisons and the verdict. A failed trial is among the
+        trials with its ``error``; its seed is then left out for all positions.
+
+    Raises:
+        DataError: The arrays do not fit together or the model.
+        ModelError: ``build`` did not give a compiled functional or Sequential model.
+        OptionError: An argument has an impossible value.
+        StudyError: The folder belongs to another study, or a position has no finished trial.
+        OutputError: The folder cannot be written.
+        MissingDependencyError: scipy or the backend is not installed.
+    """
+    import keras
+
+    from truenorm._study.analysis import analyse
+
+    chosen = backend or keras.config.backend()
+    checks.check_backend(chosen)
+    names, numbers = checks.check_positions(positions), checks.check_seeds(seeds)
+    for option, value in (("epochs", epochs), ("batch_size", batch_size), ("workers", workers)):
+        if option != "workers" or value is not None:
+            checks.check_count(option, value)
+    checks.check_timeout(timeout)
+    arrays = checks.check_data(data)
+    model = _built(build, numbers[0], arrays)
+    notes = checks.check_placement(model, names)
+    settings: dict[str, Any] = {
+        "positions": list(names),
+        "seeds": list(numbers),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "backend": chosen,
+        "versions": _versions(chosen),
+        "floatx": keras.config.floatx(),
+        "dtype_policy": keras.config.dtype_policy().name,
+        "data": digest([array for pair in arrays for array in pair]),
+        "model": digest(_nameless(keras.saving.serialize_keras_object(model))),
+    }
+    with tempfile.TemporaryDirectory(prefix="truenorm-") as temporary:
+        folder = Path(temporary if directory is None else directory).resolve()
+        specs = [
+            Spec(
+                study=digest(settings),
+                position=position,
+                seed=seed,
+                epochs=epochs,
+                batch_size=batch_size,
+                keep_model=directory is not None,
+                floatx=settings["floatx"],
+                dtype_policy=settings["dtype_policy"],
+            )
+            for seed in numbers
+            for position in names
+        ]
+        try:
+            open_folder(folder, settings)
+            kept = {spec: read_result(folder, spec) for spec in specs}
+            todo = [spec for spec, trial in kept.items() if trial is None]
+            _write_inputs(folder, todo, build, arrays)
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(
+                "The study's folder cannot be written",
+                where=str(folder),
+                received=str(error),
+                remedy="give a folder that you may write to, on a disk with room",
+            ) from error
+        trials = [trial for trial in kept.values() if trial is not None]
+        trials += run_all(
+            folder,
+            todo,
+            backend=chosen,
+            workers=workers,
+            timeout=timeout,
+            on_event=on_event,
+            finished=trials,
+        )
+    return analyse(trials, positions=names, name=name, settings=settings, notes=notes)
+
+
+def _built(build: Callable[[], Any], seed: int, arrays: tuple[Arrays, Arrays]) -> Any:
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    model = build()
+    checks.check_model(model, arrays[0][0])
+    return model
+
+
+def _write_inputs(
+    folder: Path, todo: Sequence[Spec], build: Callable[[], Any], arrays: tuple[Arrays, Arrays]
+) -> None:
+    """Write what the trials start from, where it is not there already."""
+    if todo and not (folder / DATA).exists():
+        write_data(folder, *arrays)
+    for seed, base in {spec.seed: folder / spec.base for spec in todo}.items():
+        if not base.exists():
+            model = _built(build, seed, arrays)
+            with replacing(base) as temporary:
+                model.save(temporary)
+
+
+def _versions(backend: str) -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("truenorm", "keras", "numpy", backend):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # such as tensorflow-cpu
+            found[package] = "unknown"
+    return found
+
+
+def _nameless(config: Any) -> Any:
+    """A model's config with every object's name replaced by its number.
+
+    Keras counts on in the names that it gives (``dense``, ``dense_1``), so the second model that
+    ``build`` makes in a process has other names than the first, and is still the same.
+    """
+    numbers = {name: f"#{i}" for i, name in enumerate(dict.fromkeys(_names(config)))}
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: renamed(v) for k, v in cast(dict[str, Any], value).items()}
+        if isinstance(value, list | tuple):
+            return [renamed(item) for item in cast(Sequence[Any], value)]
+        return numbers.get(value, value) if isinstance(value, str) else value
+
+    return renamed(config)
+
+
+def _names(value: Any) -> Iterator[str]:
+    """The names of the objects in a config; a dtype policy's name is its value and stays."""
+    if isinstance(value, dict):
+        content = cast(dict[str, Any], value)
+        inner = content.get("config")
+        if isinstance(inner, dict) and not str(content.get("class_name")).endswith("Policy"):
+            own = cast(dict[str, Any], inner).get("name")
+            if isinstance(own, str):
+                yield own
+    for item in _items(value):
+        yield from _names(item)
+
+
+def _items(value: Any) -> Sequence[Any]:
+    if isinstance(value, dict):
+        return tuple(cast(dict[str, Any], value).values())
+    return tuple(cast(Sequence[Any], value)) if isinstance(value, list | tuple) else ()

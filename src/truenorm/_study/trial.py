@@ -1,0 +1,139 @@
+"""One training run in a process of its own: ``python -m truenorm._study.trial SPEC.json``.
+
+What is the same for all positions of a seed: the weights that training starts from (all positions
+are made from one saved model) and every batch of every epoch. What differs is the position.
+
+On stdout goes one line per epoch, :data:`MARK` and JSON. The parent that is gone closes the pipe,
+so an orphan ends at its next epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import keras
+import numpy as np
+
+from truenorm._graph import calls, is_batch_normalization
+from truenorm._layer import BatchNormalization
+from truenorm._placement import Position, place
+from truenorm._records import Trial
+from truenorm._study.folder import Arrays, Spec, read_data, replacing, write_result
+from truenorm._study.pool import MARK
+
+_OURS = {"truenorm>BatchNormalization": BatchNormalization}
+_STARTED = time.perf_counter()
+
+
+class Batches(keras.utils.PyDataset):
+    """The batches of an epoch, decided by seed and epoch alone.
+
+    The order is NumPy's, so it is the same on every backend. In training the rest that does not
+    fill a batch is left out (other samples each epoch): a small last batch has poor statistics,
+    and a batch of one has none.
+
+    Args:
+        x: Inputs, samples first.
+        y: Targets.
+        batch_size: Samples per batch.
+        seed: Decides the order, together with :attr:`epoch`; None keeps the order and the rest.
+    """
+
+    def __init__(self, x: np.ndarray, y: np.ndarray, batch_size: int, seed: int | None) -> None:
+        super().__init__()
+        self._x, self._y, self._seed = x, y, seed
+        self._size = min(batch_size, len(x))
+        self._order = np.arange(len(x))
+        self.start(0)
+
+    def start(self, epoch: int) -> None:
+        """Set the order of this epoch.
+
+        Called with fit's own epoch number: ``on_epoch_end`` is also called before the first epoch.
+        """
+        if self._seed is not None:
+            self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._x))
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in an epoch."""
+        whole, rest = divmod(len(self._x), self._size)
+        return whole + (rest > 0 and self._seed is None)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        chosen = self._order[index * self._size : (index + 1) * self._size]
+        return self._x[chosen], self._y[chosen]
+
+
+class _Epochs(keras.callbacks.Callback):
+    """Tells the data which epoch it is, and the parent how it went."""
+
+    def __init__(self, batches: Batches) -> None:
+        super().__init__()
+        self._batches = batches
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        self._batches.start(epoch)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        metrics = {name: float(value) for name, value in (logs or {}).items()}
+        print(MARK + json.dumps({"epoch": epoch + 1, "metrics": metrics}), flush=True)
+
+
+def prepare(folder: Path, spec: Spec) -> Any:
+    """The compiled model of this trial, before its first step."""
+    keras.config.set_floatx(spec.floatx)
+    keras.config.set_dtype_policy(spec.dtype_policy)
+    # Layers draw the seeds that they were not given from Python's generator. Keras's
+    # set_random_seed would do the same, and import TensorFlow on every backend.
+    random.seed(spec.seed)
+    base = keras.saving.load_model(folder / spec.base, custom_objects=_OURS, safe_mode=True)
+    return place(base, cast(Position, spec.position)).model
+
+
+def train(model: Any, data: tuple[Arrays, Arrays], spec: Spec) -> dict[str, tuple[float, ...]]:
+    """Fit the model; Keras's history comes back."""
+    train_data, validation = data
+    batches = Batches(*train_data, spec.batch_size, spec.seed)
+    history = model.fit(
+        batches,
+        validation_data=Batches(*validation, spec.batch_size, None),
+        epochs=spec.epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=[_Epochs(batches)],
+    ).history
+    return {name: tuple(float(v) for v in values) for name, values in history.items()}
+
+
+def main(path: Path) -> None:
+    """Run the trial of this spec and write its result."""
+    spec, folder = Spec.read(path), path.parent.parent
+    model = prepare(folder, spec)
+    history = train(model, read_data(folder), spec)
+    kept = spec.file(".keras") if spec.keep_model else ""
+    if kept:
+        with replacing(folder / kept) as temporary:
+            model.save(temporary)
+    trial = Trial(
+        position=spec.position,
+        seed=spec.seed,
+        history=history,
+        sites=sum(is_batch_normalization(call.operation) for call in calls(model)),
+        parameters=int(model.count_params()),
+        seconds=time.perf_counter() - _STARTED,
+        model=kept,
+    )
+    write_result(folder, spec, trial)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

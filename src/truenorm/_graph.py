@@ -203,64 +203,76 @@ def rebuild(model: Any, edit: Edit | None = None) -> Any:
     given is not touched.
     """
     require_graph(model)
-    pieces: list[Piece] = []
-    new = _rebuild(model, edit or {}, {}, pieces)
-    for piece in pieces:
-        if piece.source is not None and hasattr(piece.source, "trainable"):
-            piece.layer.trainable = piece.source.trainable
-    for piece in pieces:
-        _fill(piece)
+    builder = _Builder(edit or {})
+    new = builder.counterpart(model)
+    builder.finish()
     if model.compiled:
         new.compile_from_config(model.get_compile_config())
     return new
 
 
-def _rebuild(model: Any, edit: Edit, made: dict[Any, Any], pieces: list[Piece]) -> Any:
-    """The new counterpart of a model; ``made`` maps old layers to new ones, for shared layers."""
+class _Builder:
+    """One rebuilding: which new layer stands for which old one, and what is to be filled in."""
 
-    def counterpart(operation: Any) -> Any:
-        if operation in edit:
-            return operation  # called through its chain, below
-        if operation not in made:
-            if graph_of(operation) is not None:
-                made[operation] = _rebuild(operation, edit, made, pieces)
-            elif isinstance(operation, keras.Layer):
-                piece = copy_of(operation)
-                pieces.append(piece)
-                made[operation] = piece.layer
-            else:
-                made[operation] = type(operation).from_config(operation.get_config())
-        return made[operation]
+    def __init__(self, edit: Edit) -> None:
+        self.edit = edit
+        self.made: dict[Any, Any] = {}
+        self.pieces = [piece for chain in edit.values() for piece in chain]
 
-    def call(operation: Any, *args: Any, **kwargs: Any) -> Any:
-        if operation not in edit:
-            return operation(*args, **kwargs)
-        value = args[0] if args else next(iter(kwargs.values()))
-        for piece in edit[operation]:
-            same = piece.source is operation
-            value = (
-                piece.layer(*args, **kwargs) if same and value is args[0] else piece.layer(value)
+    def counterpart(self, operation: Any) -> Any:
+        """What stands for an old layer, model or operation; one and the same for all its calls."""
+        if operation in self.edit:
+            return operation  # a marker: it is called through its chain
+        if operation not in self.made:
+            self.made[operation] = self._build(operation)
+        return self.made[operation]
+
+    def _build(self, operation: Any) -> Any:
+        if graph_of(operation) is not None:
+            build = (
+                self._sequential if isinstance(operation, keras.Sequential) else self._functional
             )
-        return value
+            piece = Piece(build(operation), (), operation)
+        elif isinstance(operation, keras.Layer):
+            piece = copy_of(operation)
+        else:
+            return type(operation).from_config(operation.get_config())
+        self.pieces.append(piece)
+        return piece.layer
 
-    for layer in model.layers:
-        pieces.extend(edit.get(layer, ()))
-    container = Piece(None, (), model)
-    pieces.append(container)
-    if isinstance(model, keras.Sequential):
-        chain = [_new_input(model.inputs[0])]
-        for layer in model.layers:
-            replaced = edit.get(layer)
-            chain += [counterpart(layer)] if replaced is None else [p.layer for p in replaced]
-        container.layer = keras.Sequential(chain, name=model.name)
-    else:
-        container.layer = keras.models.clone_model(
+    def _functional(self, model: Any) -> Any:
+        return keras.models.clone_model(
             model,
             input_tensors=keras.tree.map_structure(_new_input, model.input),
-            clone_function=counterpart,
-            call_function=call,
+            clone_function=self.counterpart,
+            call_function=self._call,
         )
-    return container.layer
+
+    def _sequential(self, model: Any) -> Any:
+        chain = [_new_input(model.inputs[0])]
+        for layer in model.layers:
+            pieces = self.edit.get(layer)
+            chain += [self.counterpart(layer)] if pieces is None else [p.layer for p in pieces]
+        return keras.Sequential(chain, name=model.name)
+
+    def _call(self, operation: Any, *args: Any, **kwargs: Any) -> Any:
+        if operation not in self.edit:
+            return operation(*args, **kwargs)
+        value = given = args[0] if args else next(iter(kwargs.values()))
+        for piece in self.edit[operation]:
+            if piece.source is operation and value is given:
+                value = piece.layer(*args, **kwargs)
+            else:
+                value = piece.layer(value)
+        return value
+
+    def finish(self) -> None:
+        """Set ``trainable`` and the values; outer models first, since theirs spreads inward."""
+        for piece in reversed(self.pieces):
+            if piece.source is not None:
+                piece.layer.trainable = piece.source.trainable
+        for piece in self.pieces:
+            _fill(piece)
 
 
 def _new_input(tensor: Any) -> Any:

@@ -87,17 +87,20 @@ def place(model: Any, position: Position, *, where: Where = None) -> Rewrite:
             what, its_edit = result
             changed.append(Change(call.path, what))
             edit.update({layer: list(chain) for layer, chain in its_edit.items()})
-    notes = (
-        ()
-        if position == "none" or not changed
-        else (
-            "Moving statistics, gamma and beta belong to the old position: train the new model, or "
-            "call truenorm.recalibrate(model, data) for the statistics.",
-        )
-    )
+    moved = bool(changed) and position != "none"
     return Rewrite(
-        rebuild(model, edit), f"place {position}", tuple(changed), tuple(left), notes=notes
+        rebuild(model, edit),
+        f"place {position}",
+        tuple(changed),
+        tuple(left),
+        notes=(_AFTER_A_MOVE,) if moved else (),
     )
+
+
+_AFTER_A_MOVE = (
+    "Moving statistics, gamma and beta belong to the old position: train the new model, or call "
+    "truenorm.recalibrate(model, data) for the statistics."
+)
 
 
 Result = str | tuple[str, Edit]

@@ -240,9 +240,11 @@ class Inspection(Record):
                 for i, s in enumerate(self.sites)
             ),
             (
-                "batch: normalised with the batch's own mean and variance; moving: with the "
-                "moving statistics; updates: the moving statistics changed; learns: gamma and "
-                "beta changed.",
+                (
+                    "batch: normalised with the batch's own mean and variance; moving: with the "
+                    "moving statistics; updates: the moving statistics changed; learns: gamma and "
+                    "beta changed."
+                ),
             ),
         )
         return (place, mode)

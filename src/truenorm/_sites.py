@@ -82,7 +82,7 @@ def hidden(model: Any, sites: list[Call]) -> list[Left]:
 def selector(where: Where) -> Callable[[Call], bool]:
     """``where`` as a test of a call."""
     if where is None:
-        return lambda call: True
+        return lambda _: True
     if isinstance(where, str):
         return lambda call: fnmatchcase(call.path, where)
     if callable(where):

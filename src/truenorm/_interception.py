@@ -1,0 +1,63 @@
+"""A look into every BatchNormalization call of a model, from outside, for any model and any layer.
+
+While open, the ``call`` of each layer given is replaced on the instance, so that it works at any
+nesting, in subclassed models, for stock layers and ours. Inside a compiled function it acts when
+the function is traced: open it inside the function that is compiled, or before its first run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from typing import Any
+
+Handler = Callable[..., Any]
+"""``handler(layer, original, inputs, training, mask)`` gives the output of the call."""
+
+
+@contextmanager
+def intercepted(layers: Iterable[Any], handler: Handler) -> Generator[None]:
+    """While open, calls of these layers go to the handler; afterwards all is as it was."""
+    with _patched((layer, "call", _through(layer, layer.call, handler)) for layer in layers):
+        yield
+
+
+def _through(layer: Any, original: Any, handler: Handler) -> Any:
+    def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        return handler(layer, original, inputs, training, mask)
+
+    return call
+
+
+@contextmanager
+def noted(layer: Any, names: Iterable[str], note: Callable[[], None]) -> Generator[None]:
+    """While open, ``note`` is called whenever one of these methods of the layer is."""
+
+    def noting(method: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            note()
+            return method(*args, **kwargs)
+
+        return wrapper
+
+    existing = [name for name in names if hasattr(layer, name)]
+    with _patched((layer, name, noting(getattr(layer, name))) for name in existing):
+        yield
+
+
+@contextmanager
+def _patched(patches: Iterable[tuple[Any, str, Any]]) -> Generator[None]:
+    """Set attributes on instances, past Keras's tracking; undo it whatever happens."""
+    undo: list[Callable[[], Any]] = []
+    try:
+        for target, name, value in patches:
+            attributes = target.__dict__
+            if name in attributes:
+                undo.append(lambda a=attributes, n=name, old=attributes[name]: a.update({n: old}))
+            else:
+                undo.append(lambda a=attributes, n=name: a.pop(n, None))
+            attributes[name] = value
+        yield
+    finally:
+        for step in reversed(undo):
+            step()

@@ -1,0 +1,289 @@
+"""The population statistics of every BatchNormalization over a whole data set.
+
+One pass: each layer's call is intercepted, its input's moments are taken in the compiled function,
+and merged on the host in float64 (:mod:`truenorm._moments`). What the layer gives on depends on
+``upstream``: which statistics the layers *before* a site normalise with decides what the site sees.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import keras
+import numpy as np
+
+from truenorm import kernels
+from truenorm._data import input_batches
+from truenorm._errors import DataError, ModelError, OptionError
+from truenorm._graph import Call, calls, is_batch_normalization, layer_paths
+from truenorm._interception import intercepted
+from truenorm._moments import Moments
+from truenorm._probe import as_float64
+from truenorm._records import Gap, Population, Recalibration
+
+ops: Any = keras.ops
+
+Upstream = Literal["batch", "population", "moving"]
+
+
+def collect(
+    model: Any, data: Any, *, upstream: Upstream = "batch", batch_size: int = 32
+) -> Population:
+    r"""Mean and variance of every BatchNormalization's input over a whole data set.
+
+    For a layer that sees values :math:`x` in batches :math:`b` of :math:`n_b` values each, exactly
+
+    .. math:: \mu = \frac{\sum_b n_b \mu_b}{\sum_b n_b}, \qquad
+              \sigma^2 = \frac{\sum_b n_b \left(\sigma_b^2 + (\mu_b - \mu)^2\right)}{\sum_b n_b}
+
+    (law of total variance): weighted by count, with the variance of the batch means, so a ragged
+    last batch does no harm. The model is run in inference mode and nothing in it changes.
+
+    Args:
+        model: Any Keras model; ``upstream="population"`` wants a functional or Sequential one.
+        data: What ``fit`` takes: arrays, ``(x, y)``, a PyDataset, or an iterable of batches, read
+            once per pass (so no generator for ``"population"``).
+        upstream: Which statistics the BatchNormalization layers *before* a site use meanwhile.
+            ``"batch"``: the batch's own, as in training; one pass. ``"population"``: the
+            population's, as after recalibration; one pass per level of depth. ``"moving"``: the
+            moving statistics as they are, which is what inference sees now; one pass.
+        batch_size: For arrays only. With ``"batch"`` it should be that of training.
+
+    Returns:
+        The population, per layer path; shared layers have the moments of all their calls.
+
+    Raises:
+        ModelError: The model has no BatchNormalization; or it is subclassed and ``upstream`` is
+            ``"population"``.
+        DataError: The data is empty or does not fit the model.
+        OptionError: ``upstream`` is something else.
+
+    Example:
+        >>> import keras, numpy as np, truenorm as tn
+        >>> layer = keras.layers.BatchNormalization(name="bn")
+        >>> model = keras.Sequential([keras.Input((1,)), layer])
+        >>> population = tn.collect(model, np.array([[1.0], [2.0], [6.0]]), batch_size=2)
+        >>> population.sites["bn"].mean.round(4), population.sites["bn"].variance.round(4)
+        (array([3.]), array([4.6667]))
+
+    Reference:
+        Wu and Johnson (2021), "Rethinking 'Batch' in BatchNorm", section 3, arXiv:2105.07576.
+    """
+    layers = _layers(model)
+    if upstream not in ("batch", "population", "moving"):
+        raise OptionError(
+            "There is no such choice of upstream statistics",
+            where="upstream",
+            expected="'batch', 'population' or 'moving'",
+            received=repr(upstream),
+        )
+    if upstream != "population":
+        return _one_pass(model, layers, data, batch_size, upstream, {})
+    known: dict[Any, Moments] = {}
+    levels = _levels(model)
+    last = _one_pass(model, layers, data, batch_size, "batch", {})
+    for level in levels:
+        if known:  # the first level has nothing upstream: the pass already made serves it
+            last = _one_pass(model, layers, data, batch_size, "batch", known)
+        known.update({layer: last.sites[layers[layer]] for layer in level})
+    sites = {path: known[layer] for layer, path in layers.items() if layer in known}
+    return Population(sites, last.samples, last.batches, upstream, len(levels))
+
+
+def recalibrate(
+    model: Any, data: Any, *, upstream: Upstream = "batch", batch_size: int = 32
+) -> Recalibration:
+    """Set every layer's moving statistics to the population's; changes the model in place.
+
+    ``moving_mean`` and ``moving_variance`` (and, with ``renorm``, the statistics that these are
+    derived from) become those of :func:`collect`; nothing else changes. Nothing is written unless
+    all of the population is there and finite.
+
+    Args:
+        model: As in :func:`collect`.
+        data: As in :func:`collect`: the training set, or a large enough sample of it.
+        upstream: As in :func:`collect`.
+        batch_size: As in :func:`collect`.
+
+    Returns:
+        The population, the gap that there was before, and ``undo()``.
+
+    Raises:
+        DataError: Also if the data makes a statistic that is not a finite number.
+
+    Example:
+        >>> import keras, numpy as np, truenorm as tn
+        >>> layer = keras.layers.BatchNormalization(name="bn")
+        >>> model = keras.Sequential([keras.Input((1,)), layer])
+        >>> done = tn.recalibrate(model, np.array([[1.0], [5.0]]))
+        >>> [float(v) for v in keras.ops.convert_to_numpy(layer.moving_mean)]
+        [3.0]
+        >>> done.undo()
+        >>> [float(v) for v in keras.ops.convert_to_numpy(layer.moving_mean)]
+        [0.0]
+    """
+    layers = _layers(model)
+    population = collect(model, data, upstream=upstream, batch_size=batch_size)
+    for path, moments in population.sites.items():
+        if not (np.isfinite(moments.mean).all() and np.isfinite(moments.m2).all()):
+            raise DataError(
+                "The data makes statistics that are not finite numbers; nothing was written",
+                where=path,
+                remedy="look for NaN or infinity in the data, or in this layer's inputs",
+            )
+    before = gaps(model, population)
+    written = {path: layer for layer, path in layers.items() if path in population.sites}
+    saved = [(v, np.array(v)) for layer in written.values() for v in _statistics(layer)]
+    for path, layer in written.items():
+        _assign(layer, population.sites[path])
+
+    def undo() -> None:
+        for variable, value in saved:
+            variable.assign(value)
+
+    return Recalibration(population, before, undo)
+
+
+def gaps(model: Any, population: Population) -> tuple[Gap, ...]:
+    """How far each layer's moving statistics are from a population."""
+    found: list[Gap] = []
+    for layer, path in _layers(model).items():
+        if path not in population.sites:
+            continue
+        moments = population.sites[path]
+        variance = moments.variance + layer.epsilon
+        shift = np.abs(as_float64(layer.moving_mean) - moments.mean) / np.sqrt(variance)
+        ratio = (as_float64(layer.moving_variance) + layer.epsilon) / variance
+        with np.errstate(invalid="ignore", divide="ignore"):  # stored variances may be anything
+            scale = np.abs(np.log2(ratio)) / 2
+        found.append(Gap(path, float(shift.max(initial=0)), float(scale.max(initial=0))))
+    return tuple(found)
+
+
+def _layers(model: Any) -> dict[Any, str]:
+    layers = {k: path for k, path in layer_paths(model).items() if is_batch_normalization(k)}
+    if not layers:
+        raise ModelError("This model has no BatchNormalization", where=model.name)
+    return layers
+
+
+def _levels(model: Any) -> list[list[Any]]:
+    """BatchNormalization layers by depth: each level depends on the ones before it only."""
+    depth: dict[Call | None, int] = {None: 0}
+    level_of: dict[Any, int] = {}
+    for call in calls(model):
+        depth[call] = max((depth[p] for p in call.producers), default=0)
+        if is_batch_normalization(call.operation):
+            depth[call] += 1
+            level = max(level_of.get(call.operation, 0), depth[call])
+            level_of[call.operation] = depth[call] = level
+    levels: dict[int, list[Any]] = defaultdict(list)
+    for layer, level in level_of.items():
+        levels[level].append(layer)
+    return [levels[key] for key in sorted(levels)]
+
+
+def _one_pass(
+    model: Any,
+    layers: Mapping[Any, str],
+    data: Any,
+    batch_size: int,
+    upstream: Upstream,
+    known: Mapping[Any, Moments],
+) -> Population:
+    collector = _Collector(model, layers, upstream, known)
+    sites: dict[str, Moments] = {}
+    samples = batches = 0
+    for inputs in input_batches(model, data, batch_size):
+        size = len(keras.tree.flatten(inputs)[0])
+        if not size:
+            continue
+        for path, parts in collector.predict_on_batch(inputs).items():
+            for count, mean, variance in parts:
+                n = np.full(mean.shape, float(count))
+                part = Moments(n, mean.astype(np.float64), n * variance.astype(np.float64))
+                sites[path] = sites[path].merge(part) if path in sites else part
+        samples, batches = samples + size, batches + 1
+    if not samples:
+        raise DataError(
+            "There is no data to take statistics of",
+            where="data",
+            expected="at least one sample",
+            received="none",
+            remedy="give data that can be read again: a generator is empty after its first pass",
+        )
+    ordered = {path: sites[path] for path in layers.values() if path in sites}
+    return Population(ordered, samples, batches, upstream, 1)
+
+
+class _Collector(keras.Model):
+    """Runs a model in inference mode and gives the moments of every BatchNormalization's input."""
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Mapping[Any, str],
+        upstream: Upstream,
+        known: Mapping[Any, Moments],
+    ) -> None:
+        super().__init__(name="collector")
+        self.model = model
+        self._look = lambda: (layers, upstream, known)  # a plain dict here would be tracked
+
+    def call(self, inputs: Any) -> dict[str, list[tuple[Any, Any, Any]]]:
+        layers, upstream, known = self._look()
+        collected: dict[str, list[tuple[Any, Any, Any]]] = defaultdict(list)
+
+        def handle(layer: Any, original: Any, x: Any, _: Any, mask: Any) -> Any:
+            gamma, beta = (
+                None if w is None else ops.convert_to_tensor(w) for w in (layer.gamma, layer.beta)
+            )
+            batch = kernels.normalize(
+                x,
+                gamma,
+                beta,
+                axis=layer.axis,
+                epsilon=layer.epsilon,
+                mask=mask,
+                fallback=(layer.moving_mean, layer.moving_variance),
+            )
+            collected[layers[layer]].append((batch.count, batch.mean, batch.variance))
+            if layer in known:
+                moments = known[layer]
+                dtype = kernels.statistics_dtype(x)
+                y = ops.batch_normalization(
+                    ops.cast(x, dtype),
+                    ops.convert_to_tensor(moments.mean, dtype),
+                    ops.convert_to_tensor(moments.variance, dtype),
+                    layer.axis,
+                    beta,
+                    gamma,
+                    layer.epsilon,
+                )
+                return ops.cast(y, layer.compute_dtype)
+            if upstream == "moving":
+                return original(x, training=False, mask=mask)
+            return ops.cast(batch.output, layer.compute_dtype)
+
+        with intercepted(layers, handle):
+            self.model(inputs, training=False)
+        return dict(collected)
+
+
+def _statistics(layer: Any) -> list[Any]:
+    """All variables that hold statistics."""
+    names = ["moving_mean", "moving_variance"]
+    if layer.renorm:
+        names += ["moving_stddev", "renorm_mean", "renorm_stddev"]
+    return [getattr(layer, name) for name in names]
+
+
+def _assign(layer: Any, moments: Moments) -> None:
+    layer.moving_mean.assign(moments.mean)
+    layer.moving_variance.assign(moments.variance)
+    if layer.renorm:  # the stock layer derives moving_variance from these (see its source)
+        layer.moving_stddev.assign(np.sqrt(moments.variance + layer.epsilon))
+        layer.renorm_mean.assign(moments.mean)
+        layer.renorm_stddev.assign(np.sqrt(moments.variance + layer.epsilon))

@@ -174,6 +174,8 @@ def _write_inputs(
     for seed, base in {spec.seed: folder / spec.base for spec in todo}.items():
         if not base.exists():
             model = _built(build, seed, arrays)
+            if not model.optimizer.built:  # else the file has less variables than a loader expects
+                model.optimizer.build(model.trainable_variables)
             with replacing(base) as temporary:
                 model.save(temporary)
 

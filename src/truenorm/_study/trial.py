@@ -10,7 +10,6 @@ so an orphan ends at its next epoch.
 from __future__ import annotations
 
 import json
-import random
 import sys
 import time
 from pathlib import Path
@@ -92,9 +91,7 @@ def prepare(folder: Path, spec: Spec) -> Any:
     """The compiled model of this trial, before its first step."""
     keras.config.set_floatx(spec.floatx)
     keras.config.set_dtype_policy(spec.dtype_policy)
-    # Layers draw the seeds that they were not given from Python's generator. Keras's
-    # set_random_seed would do the same, and import TensorFlow on every backend.
-    random.seed(spec.seed)
+    keras.utils.set_random_seed(spec.seed)
     base = keras.saving.load_model(folder / spec.base, custom_objects=_OURS, safe_mode=True)
     return place(base, cast(Position, spec.position)).model
 
@@ -102,6 +99,9 @@ def prepare(folder: Path, spec: Spec) -> Any:
 def train(model: Any, data: tuple[Arrays, Arrays], spec: Spec) -> dict[str, tuple[float, ...]]:
     """Fit the model; Keras's history comes back."""
     train_data, validation = data
+    # Again, since making the model may have drawn numbers, and torch's dropout draws from the
+    # global generator whatever seed its layer has.
+    keras.utils.set_random_seed(spec.seed)
     batches = Batches(*train_data, spec.batch_size, spec.seed)
     history = model.fit(
         batches,

@@ -155,8 +155,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         A 16-bit moving average gets stuck as soon as a step is below half its last digit.
         """
         if not kwargs.get("trainable", True):
-            dtype = kwargs.get("dtype") or self.variable_dtype
-            kwargs["dtype"] = keras.backend.result_type(dtype, "float32")
+            kwargs["dtype"] = kernels.statistics_dtype(kwargs.get("dtype") or self.variable_dtype)
         return super().add_weight(*args, **kwargs)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
@@ -173,7 +172,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if self.renorm or self.synchronized:
             return super().call(inputs, training=True, mask=mask)
         if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(inputs.dtype)):
-            inputs = ops.cast(inputs, kernels.statistics_dtype(inputs))
+            inputs = ops.cast(inputs, kernels.statistics_dtype(inputs.dtype))
         result = kernels.normalize(
             inputs,
             None if self.gamma is None else ops.convert_to_tensor(self.gamma),

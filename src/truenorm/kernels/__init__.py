@@ -19,7 +19,17 @@ Only the files named after a framework import one, and only that of the backend 
 
 from __future__ import annotations
 
-from truenorm.kernels._composite import normalize
+import keras
+
 from truenorm.kernels._contract import Normalized, statistics_dtype
+
+if keras.config.backend() == "jax":
+    from truenorm.kernels._jax import normalize
+elif keras.config.backend() == "tensorflow":
+    from truenorm.kernels._tensorflow import normalize
+elif keras.config.backend() == "torch":
+    from truenorm.kernels._torch import normalize
+else:
+    from truenorm.kernels._composite import normalize
 
 __all__ = ["Normalized", "normalize", "statistics_dtype"]

@@ -34,7 +34,7 @@ def normalize(
     fallback: tuple[Any, Any] | None = None,
 ) -> Normalized:
     """See :func:`truenorm.kernels.normalize`."""
-    dtype = statistics_dtype(x)
+    dtype = statistics_dtype(x.dtype)
     values = ops.cast(x, dtype)
     channel = axis % len(x.shape)
     reduced = [a for a in range(len(x.shape)) if a != channel]
@@ -53,7 +53,7 @@ def normalize(
         row_shape[channel] = 1
         valid = ops.broadcast_to(ops.expand_dims(ops.cast(mask, "bool"), channel), row_shape)
         count = ops.sum(ops.cast(valid, dtype))
-    share = 1.0 / ops.maximum(count, 1.0)
+    share = 1.0 / ops.where(count > 0, count, 1.0)
 
     def average(terms: Any) -> Any:
         if valid is not None:
@@ -63,7 +63,8 @@ def normalize(
     shift = ops.stop_gradient(average(values))
     deviations = values - shift
     delta = average(deviations)
-    variance = ops.maximum(average(ops.square(deviations)) - ops.square(delta), 0.0)
+    variance = average(ops.square(deviations)) - ops.square(delta)
+    variance = ops.where(variance < 0, 0.0, variance)  # Not maximum: it is float32 on PyTorch.
     if valid is not None and fallback is not None:
         # No valid value: normalise with the statistics given, shifted as the deviations are.
         given_mean, given_variance = (

@@ -25,6 +25,9 @@ class Normalized:
     count: Any
 
 
-def statistics_dtype(x: Any) -> str:
-    """The dtype of the maths for an input: its own, float32 at least."""
-    return backend.result_type(x.dtype, "float32")
+def statistics_dtype(dtype: Any) -> str:
+    """The dtype of the maths for values of a dtype: float64 for itself, else float32.
+
+    (Keras's ``result_type`` makes float32 of float64 on JAX and PyTorch.)
+    """
+    return "float64" if backend.standardize_dtype(dtype) == "float64" else "float32"

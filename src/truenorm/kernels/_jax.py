@@ -1,0 +1,101 @@
+r"""JAX: the closed-form backward, over two-dimensional rows; XLA does the rest.
+
+With :math:`\hat x` normalised and :math:`g = \partial\ell / \partial y`, the three ways in which
+the loss reaches x (see ``_reference.py``) add up to
+
+.. math:: \frac{\partial\ell}{\partial x_i} = \gamma r \Bigl( g_i - \tfrac1n \sum_j g_j
+          - \hat x_i \tfrac1n \sum_j g_j \hat x_j \Bigr) .
+
+Its two sums are the gradients of beta and gamma. Only x, the mean (as shift and correction, see
+``_composite.py``) and rstd are kept. JAX differentiates both rules as ordinary code, so reverse
+mode, and forward over reverse (``jax.hessian``), are right to any order. Forward mode alone
+(``jax.jvp``, ``jax.jacfwd`` of the layer in training mode) is not defined by a closed-form
+backward: with a mask, also one that is true everywhere, the composite kernel gives it.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, cast
+
+import jax
+from jax import numpy as jnp
+
+from truenorm.kernels import _composite
+from truenorm.kernels._contract import Normalized, statistics_dtype
+
+
+def normalize(
+    x: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    *,
+    axis: int,
+    epsilon: float,
+    mask: Any = None,
+    fallback: tuple[Any, Any] | None = None,
+) -> Normalized:
+    """See :mod:`truenorm.kernels`. Masks take the composite."""
+    if mask is not None:
+        return _composite.normalize(
+            x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, fallback=fallback
+        )
+    channel = axis % x.ndim
+    channels = x.shape[channel]
+    before, after = math.prod(x.shape[:channel]), math.prod(x.shape[channel + 1 :])
+    dtype = statistics_dtype(x.dtype)
+    scale = jnp.ones(channels, dtype) if gamma is None else gamma.astype(dtype)
+    offset = jnp.zeros(channels, dtype) if beta is None else beta.astype(dtype)
+    rows = x.reshape((before, channels, after) if after != 1 else (before, channels))
+    output, mean, variance = cast(Any, _normalize(epsilon, rows, scale, offset))
+    return Normalized(
+        output.reshape(x.shape),
+        jax.lax.stop_gradient(mean),
+        jax.lax.stop_gradient(variance),
+        jnp.asarray(before * after, dtype),
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalize(epsilon: float, rows: Any, gamma: Any, beta: Any) -> Any:
+    return _forward(epsilon, rows, gamma, beta)[0]
+
+
+def _forward(epsilon: float, rows: Any, gamma: Any, beta: Any) -> Any:
+    values = rows.astype(gamma.dtype)
+    share = 1.0 / max(rows.size // max(rows.shape[1], 1), 1)
+    shift = jax.lax.stop_gradient(_total(values) * share)
+    deviations = values - _spread(shift, rows)
+    delta = _total(deviations) * share
+    variance = jnp.maximum(_total(jnp.square(deviations)) * share - jnp.square(delta), 0.0)
+    rstd = jax.lax.rsqrt(variance + epsilon)
+    output = (deviations - _spread(delta, rows)) * _spread(rstd * gamma, rows)
+    output = (output + _spread(beta, rows)).astype(rows.dtype)
+    return (output, shift + delta, variance), (rows, gamma, shift, delta, rstd)
+
+
+def _backward(epsilon: float, kept: Any, cotangents: Any) -> Any:
+    del epsilon  # It is in rstd.
+    rows, gamma, shift, delta, rstd = kept
+    gradient = cotangents[0].astype(gamma.dtype)
+    share = 1.0 / max(rows.size // max(rows.shape[1], 1), 1)
+    deviations = (rows.astype(gamma.dtype) - _spread(shift, rows)) - _spread(delta, rows)
+    normalized = deviations * _spread(rstd, rows)
+    d_beta = _total(gradient)
+    d_gamma = _total(gradient * normalized)
+    d_rows = (
+        gradient - _spread(d_beta * share, rows) - normalized * _spread(d_gamma * share, rows)
+    ) * _spread(gamma * rstd, rows)
+    return d_rows.astype(rows.dtype), d_gamma, d_beta
+
+
+_normalize.defvjp(_forward, _backward)
+
+
+def _total(rows: Any) -> Any:
+    return rows.sum(0) if rows.ndim == 2 else rows.sum((0, 2))
+
+
+def _spread(per_channel: Any, rows: Any) -> Any:
+    return per_channel if rows.ndim == 2 else per_channel[:, None]

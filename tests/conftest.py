@@ -12,5 +12,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
-    keras.utils.clear_session()
     keras.utils.set_random_seed(1234)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import keras
+import numpy as np
 
 from truenorm._errors import ModelError
 
@@ -198,6 +199,8 @@ def copy_of(layer: Any, values: Sequence[Any] | None = None, **changes: Any) -> 
 def rebuild(model: Any, edit: Edit | None = None) -> Any:
     """A new model with the edit made, and everything else as it was.
 
+    (One thing is Keras's to decide: in which order the calls of a shared layer are listed.)
+
     Carried over: names, weights and all other variables, ``trainable`` of every layer, the
     arguments of every call, and the compile configuration (the optimizer starts anew). The model
     given is not touched.
@@ -298,4 +301,5 @@ def _fill(piece: Piece) -> None:
             remedy="remove quantisation or LoRA from the layer first, or complete its get_config()",
         )
     for variable, value in zip(variables, piece.values, strict=True):
-        variable.assign(value)
+        # A copy of the numbers: JAX would share the buffer, and lose it when one model trains.
+        variable.assign(np.array(keras.ops.convert_to_numpy(value)))

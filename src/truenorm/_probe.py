@@ -13,6 +13,11 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 5e-2, "bfloat16": 1e-1
 """Largest relative difference of an output that rounding may explain, by compute dtype."""
 
 
+def input_specification(model: Any) -> Any:
+    """The symbolic inputs of the model, in the structure that its call takes."""
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+
+
 def make_inputs(model: Any, samples: int = 4) -> Any:
     """Inputs of the model's own structure, made from its input specification.
 
@@ -28,7 +33,7 @@ def make_inputs(model: Any, samples: int = 4) -> Any:
             return generator.normal(size=shape).astype("float32")
         return generator.integers(0, 2, size=shape).astype(spec.dtype)
 
-    return keras.tree.map_structure(make, model.input)
+    return keras.tree.map_structure(make, input_specification(model))
 
 
 def outputs(model: Any, inputs: Any) -> list[np.ndarray[Any, Any]]:
@@ -38,7 +43,7 @@ def outputs(model: Any, inputs: Any) -> list[np.ndarray[Any, Any]]:
     except (ValueError, TypeError) as error:
         raise DataError(
             "The model does not take this input",
-            expected=str(keras.tree.map_structure(lambda t: tuple(t.shape), model.input)),
+            expected=str(keras.tree.map_structure(lambda t: tuple(t.shape), input_specification(model))),
             received=str(keras.tree.map_structure(np.shape, inputs)),
             remedy="give data of the model's input shape",
         ) from error
@@ -59,8 +64,8 @@ def verify(old: Any, new: Any, inputs: Any, what: str) -> tuple[float, float]:
     the narrowest dtype in which a layer of the model computes.
     """
     pairs = list(zip(outputs(old, inputs), outputs(new, inputs), strict=True))
-    absolute = [float(np.max(np.abs(a - b), initial=0.0)) for a, b in pairs]
-    scales = [float(np.max(np.abs(a), initial=0.0)) or 1.0 for a, _ in pairs]
+    absolute = [float(np.max(_difference(a, b), initial=0.0)) for a, b in pairs]
+    scales = [float(np.max(np.abs(a[np.isfinite(a)]), initial=0.0)) or 1.0 for a, _ in pairs]
     relative = max((a / s for a, s in zip(absolute, scales, strict=True)), default=0.0)
     narrowest = max((TOLERANCE.get(layer.compute_dtype, 0.0) for layer in old.layers), default=1e-4)
     if not relative <= narrowest:  # NaN must not pass
@@ -72,3 +77,10 @@ def verify(old: Any, new: Any, inputs: Any, what: str) -> tuple[float, float]:
             remedy="give a probe of your own data, and check the statistics for huge values",
         )
     return max(absolute, default=0.0), relative
+
+
+def _difference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Absolute difference; 0 where both are the same, NaN and infinity included."""
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    with np.errstate(invalid="ignore"):
+        return np.where(same, 0.0, np.abs(a - b))

@@ -33,6 +33,23 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
 
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        title = Text(printable(self.title), style="bold")
+        if self.columns:
+            drawn = RichTable(title=title, title_justify="left")
+            for column in self.columns:
+                drawn.add_column(Text(column), overflow="fold")
+            for row in self.rows:
+                drawn.add_row(*(Text(printable(cell)) for cell in row))
+            yield drawn
+        else:
+            yield title
+        for note in self.notes:
+            yield Text(printable(note))
+
 
 class Record:
     """Base of all records: one set of tables, three renderings, and JSON."""
@@ -50,21 +67,7 @@ class Record:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
-        for table in self.tables():
-            drawn = RichTable(title=Text(printable(table.title)), title_justify="left")
-            for column in table.columns:
-                drawn.add_column(Text(column), overflow="fold")
-            for row in table.rows:
-                drawn.add_row(*(Text(printable(cell)) for cell in row))
-            if table.columns:
-                yield drawn
-            else:
-                yield Text(printable(table.title), style="bold")
-            for note in table.notes:
-                yield Text(printable(note))
+        yield from self.tables()
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -218,36 +221,45 @@ class Inspection(Record):
         """Where every site is, and what every site did."""
         place = Table(
             f"BatchNormalization in '{self.model}': where it is",
-            ("site", "producer", "position", "consumer", "channels", "momentum", "trainable"),
+            ("site", "position", "input from", "output to", "channels", "trainable"),
             tuple(
                 (
                     s.path,
-                    s.producer,
                     s.position or "–",
-                    ", ".join(s.consumers) or "output",
+                    _class(s.producer),
+                    ", ".join(map(_class, s.consumers)) or "output",
                     str(s.channels),
-                    number(s.momentum, 4),
                     "yes" if s.trainable else "no",
                 )
                 for s in self.sites
             ),
         )
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for index, site in enumerate(self.sites):
+            row = tuple(modes[index].describe() for modes in self.modes.values())
+            alike.setdefault(row, []).append(site.path)
         mode = Table(
-            f"BatchNormalization in '{self.model}': what it did (statistics that normalised)",
-            ("site", *self.modes),
-            tuple(
-                (s.path, *(self.modes[entry][i].describe() for entry in self.modes))
-                for i, s in enumerate(self.sites)
-            ),
+            f"BatchNormalization in '{self.model}': the statistics it normalised with, and more",
+            ("sites", *self.modes),
+            tuple((_together(paths), *row) for row, paths in alike.items()),
             (
-                (
-                    "batch: normalised with the batch's own mean and variance; moving: with the "
-                    "moving statistics; updates: the moving statistics changed; learns: gamma and "
-                    "beta changed."
-                ),
+                "batch: normalised with the batch's own mean and variance; moving: with the "
+                "moving statistics; updates: the moving statistics changed; learns: gamma and "
+                "beta changed.",
             ),
         )
         return (place, mode)
+
+
+def _class(label: str) -> str:
+    return label.split(" ", 1)[0]
+
+
+def _together(paths: Sequence[str], most: int = 3) -> str:
+    """Sites that did the same, on one line."""
+    if len(paths) <= most:
+        return ", ".join(paths)
+    return f"{len(paths)} sites: {', '.join(paths[: most - 1])}, … {paths[-1]}"
 
 
 # --- rewrites ----------------------------------------------------------------------------------

@@ -1,0 +1,47 @@
+# The two commands: `make demo` and `make test`. All others are for developers.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+BACKENDS := jax tensorflow torch
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/truenorm demo --force
+
+test: $(addprefix test-,$(BACKENDS))
+
+# One process per backend: Keras fixes its backend at import.
+.PHONY: $(addprefix test-,$(BACKENDS))
+$(addprefix test-,$(BACKENDS)): test-%: $(VENV)/test.stamp
+	KERAS_BACKEND=$* $(BIN)/python -m pytest
+
+lint: $(VENV)/lint.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(VENV)/test.stamp
+	for backend in $(BACKENDS); do KERAS_BACKEND=$$backend $(BIN)/python benchmarks/layer.py; done
+
+clean:
+	rm -rf $(VENV) truenorm-demo build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) -e ".[jax,demo]"
+	touch $@
+
+$(VENV)/test.stamp: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) -e ".[test]"
+	touch $@
+
+# The type checker reads the packages that the code uses, so it needs them too.
+$(VENV)/lint.stamp: $(VENV)/test.stamp
+	$(INSTALL) -e ".[test,lint]"
+	touch $@

@@ -1,0 +1,42 @@
+"""Writing a file so that there is always the old one or the new one, whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Generator
+from pathlib import Path
+
+from truenorm._errors import OutputError
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
+    """A temporary path that becomes ``path`` when the block ends without an exception.
+
+    It is in the same folder and has the same ending; a link is followed. Whatever happens, a kill
+    at any moment included, ``path`` is what it was or what was written, whole.
+
+    Raises:
+        OutputError: The file cannot be written; what was there is unchanged.
+    """
+    try:
+        target = Path(path).resolve()
+        temporary = target.with_name(f".{target.stem}.{secrets.token_hex(6)}.tmp{target.suffix}")
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            with contextlib.suppress(OSError):  # it became the target, or could never be made
+                temporary.unlink()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that go round in a circle
+        raise OutputError(
+            "The file cannot be written",
+            where=str(path),
+            expected="a file name in a folder that exists and can be written to",
+            received=getattr(error, "strerror", None) or str(error),
+            remedy="choose another path; what was there is unchanged",
+        ) from error

@@ -1,0 +1,294 @@
+"""The demo: one journey over all of truenorm on real data, told in plain sentences.
+
+It asks the three questions in turn: where BatchNormalization goes (a study), which mode it is in
+(inspect), whether its statistics are true (recalibrate); then it folds the winner for deployment
+and writes the report. Every number it prints is measured in the run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from truenorm._errors import OutputError
+from truenorm._files import replacing
+from truenorm._folding import fold
+from truenorm._layer import BatchNormalization
+from truenorm._observation import inspect
+from truenorm._population import collect, gaps, recalibrate
+from truenorm._records import Record, Study, Table, number, percent
+from truenorm._replacement import replace
+from truenorm._study import Progress as Event
+from truenorm._study import study as run_study
+from truenorm.demo.tasks import TASKS, Arrays, Task
+from truenorm.report import Section, comparison, learning_curves, report, save
+from truenorm.report import gaps as gaps_chart
+
+POSITIONS = ("none", "before_activation", "after_activation")
+
+
+def run(*, data: str, seeds: int, out: Path, force: bool = False, resume: bool = False) -> None:
+    """Run the demo and leave its study, model and report in a folder.
+
+    Args:
+        data: Name of a task in :data:`truenorm.demo.tasks.TASKS`.
+        seeds: How many times each position is trained.
+        out: The folder.
+        force: Replace what an earlier demo left there (and nothing else).
+        resume: Go on with a run that was stopped; finished trials are not repeated.
+
+    Raises:
+        OutputError: The folder exists, and neither ``force`` nor ``resume`` is given.
+        MissingDependencyError: A package of ``truenorm[demo]`` is not installed.
+    """
+    console = Console(highlight=False)
+    task = TASKS[data]
+    arrays = task.load()
+    _prepare(out, force=force, resume=resume)
+    tell = _Story(console)
+
+    tell.heading("1  Where does BatchNormalization go?")
+    tell.say(
+        f"The data: {task.describe}.",
+        f"The network: {task.network}, in three versions: without BatchNormalization, with it "
+        f"before each activation (as its paper has it), with it after each activation. Each is "
+        f"trained {seeds} times. For one seed all three start from the same kernels and see the "
+        f"same batches in the same order, so that only the position differs. The versions are "
+        f"judged on the validation data, with each BatchNormalization's statistics computed over "
+        f"the whole training set: a moving average that lags behind would say more of its "
+        f"momentum than of the position.",
+    )
+    found = _study(task, arrays, data, seeds, out, console)
+    tell.show(found)
+
+    (x_train, _), (x_val, y_val) = arrays
+    position = _best_with_batch_normalization(found)
+    trial = next(t for t in found.trials if t.position == position and t.error is None)
+    model = keras.saving.load_model(
+        out / "study" / trial.model, custom_objects={"BatchNormalization": BatchNormalization}
+    )
+    tell.heading("2  Which mode is it in?")
+    tell.say(
+        f"From here on with one trained model: '{position}', the best position that has a "
+        f"BatchNormalization, seed {trial.seed}. A copy of it is sent through every entry point "
+        f"of Keras, and what each layer really did is recorded. Nobody passes `training`: fit "
+        f"chooses it by itself.",
+    )
+    inspection = inspect(model, x_val[: task.batch_size], y_val[: task.batch_size])
+    tell.show(inspection)
+
+    tell.heading("3  Are its statistics true?")
+    tell.say(
+        "In inference the layer uses the average that it moved along in training. Compared with "
+        "the exact mean and variance of what each layer sees in inference over the whole training "
+        "set, the average is off by the gaps below. recalibrate() puts the exact statistics in.",
+    )
+    skew = _recalibrate(model, x_train, x_val, y_val)
+    tell.show(skew.table)
+    tell.say(skew.sentence)
+
+    tell.heading("4  Deploy it")
+    tell.say(
+        "In inference each BatchNormalization is one multiplication and one addition per channel: "
+        "fold() computes them into the neighbouring convolution or dense layer where that is "
+        "exact, and proves it by comparing the outputs.",
+    )
+    folded = fold(model, probe=x_val)
+    tell.show(folded)
+    speed = _speed_up(model, folded.model, x_val)
+    tell.say(speed)
+    plain = replace(folded.model, to="keras").model if folded.left else folded.model
+    with replacing(out / "model.keras") as temporary:
+        plain.save(temporary)
+
+    sections = (
+        Section(
+            "Where does BatchNormalization go?",
+            tell.told[0],
+            (*_charts(found), found),
+        ),
+        Section("Which mode is it in?", tell.told[1], (inspection,)),
+        Section(
+            "Are its statistics true?",
+            (*tell.told[2],),
+            (gaps_chart(skew.before, skew.after), skew.table),
+        ),
+        Section("Deploy it", tell.told[3], (folded,)),
+    )
+    page = report(f"BatchNormalization on {data.replace('_', ' ')}", found.verdict, sections)
+    save(out / "report.html", page)
+    tell.heading("Done")
+    tell.say(
+        f"{out / 'model.keras'} is the folded model; it loads in plain Keras, without truenorm.",
+        f"{out / 'report.html'} shows all of this with learning curves; open it in a browser.",
+    )
+
+
+@dataclass
+class _Story:
+    """Prints, and keeps the sentences for the report."""
+
+    console: Console
+
+    def __post_init__(self) -> None:
+        self.told: list[tuple[str, ...]] = []
+
+    def heading(self, text: str) -> None:
+        self.console.print()
+        self.console.rule(f"[bold]{text}", align="left")
+        self.told.append(())
+
+    def say(self, *sentences: str) -> None:
+        for sentence in sentences:
+            self.console.print(sentence, markup=False, soft_wrap=not self.console.is_terminal)
+        self.told[-1] += sentences
+
+    def show(self, record: Record | Table) -> None:
+        self.console.print()
+        self.console.print(record)
+
+
+@dataclass(frozen=True)
+class _Skew:
+    """What recalibration changed."""
+
+    before: tuple[Any, ...]
+    after: tuple[Any, ...]
+    table: Table
+    sentence: str
+
+
+def _study(task: Task, arrays: Any, name: str, seeds: int, out: Path, console: Console) -> Study:
+    with _progress(console, seeds * len(POSITIONS) * task.epochs) as on_event:
+        return run_study(
+            task.build,
+            arrays,
+            positions=POSITIONS,
+            seeds=seeds,
+            epochs=task.epochs,
+            batch_size=task.batch_size,
+            directory=out / "study",
+            name=name,
+            on_event=on_event,
+        )
+
+
+@contextmanager
+def _progress(console: Console, epochs: int) -> Generator[Callable[[Event], None]]:
+    """A bar that advances with every epoch of every trial."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs,"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        main = bar.add_task("training", total=epochs)
+        reached: dict[tuple[str, int], int] = {}
+
+        def on_event(event: Event) -> None:
+            trial = (event.position, event.seed)
+            ended = event.kind in ("finished", "failed")
+            reached[trial] = event.epochs if ended else event.epoch
+            bar.update(
+                main,
+                completed=sum(reached.values()),
+                description=f"training {event.position}, seed {event.seed}",
+            )
+
+        yield on_event
+
+
+def _charts(study: Study) -> tuple[Any, ...]:
+    metrics = dict.fromkeys((study.metric, "val_loss"))
+    return (comparison(study, study.metric), *(learning_curves(study, m) for m in metrics))
+
+
+def _best_with_batch_normalization(study: Study) -> str:
+    if study.best != "none":
+        return study.best
+    sign = -1 if study.metric.endswith("loss") else 1
+    others = [position for position in study.summaries if position != "none"]
+    return max(others, key=lambda p: sign * study.summaries[p][study.metric].mean)
+
+
+def _recalibrate(model: Any, x_train: Any, x_val: Any, y_val: Any) -> _Skew:
+    """Recalibrate the model in place, and measure its skew and its score before and after."""
+
+    def measure() -> tuple[Any, dict[str, float]]:
+        seen = gaps(model, collect(model, x_train, upstream="moving"))
+        return seen, model.evaluate(x_val, y_val, verbose=0, return_dict=True)
+
+    before, old = measure()
+    recalibrate(model, x_train, upstream="population")
+    after, new = measure()
+    rows = tuple(
+        (b.path, number(b.mean), number(a.mean), number(b.scale), number(a.scale))
+        for b, a in zip(before, after, strict=True)
+    )
+    table = Table(
+        "Moving statistics against the whole training set, before and after recalibration",
+        ("layer", "mean off by (std)", "after", "scale off by (doublings)", "after"),
+        rows,
+    )
+    return _Skew(
+        before,
+        after,
+        table,
+        f"On the validation data: accuracy {percent(old['accuracy'])} before, "
+        f"{percent(new['accuracy'])} after; loss {number(old['loss'], 4)} before, "
+        f"{number(new['loss'], 4)} after.",
+    )
+
+
+def _speed_up(old: Any, new: Any, x: Any, pairs: int = 30) -> str:
+    """Time both models in turn, so that a drift of the machine hits both."""
+
+    def seconds(model: Any) -> float:
+        start = time.perf_counter()
+        model.predict_on_batch(x)
+        return time.perf_counter() - start
+
+    for model in (old, new):
+        seconds(model)  # compiles
+    ratios = sorted(seconds(old) / seconds(new) for _ in range(pairs))
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return (
+        f"Folded, a batch of {len(x)} runs {middle:.2f} times as fast (median of {pairs} paired "
+        f"runs; half of them between {low:.2f} and {high:.2f})."
+    )
+
+
+def _prepare(out: Path, *, force: bool, resume: bool) -> None:
+    """Make the folder ready; what it holds is replaced only if asked, and only the demo's own."""
+    if out.exists() and not out.is_dir():
+        raise OutputError("The output is a file", where=str(out), expected="a folder")
+    if out.is_dir() and any(out.iterdir()) and not (force or resume):
+        raise OutputError(
+            "The output folder is not empty",
+            where=str(out),
+            remedy="--force replaces an earlier demo there, --resume goes on with a stopped one, "
+            "--out names another folder",
+        )
+    if force and not resume:
+        if (out / "study" / "study.json").is_file():
+            shutil.rmtree(out / "study")
+        for name in ("model.keras", "report.html"):
+            (out / name).unlink(missing_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            "The output folder cannot be made", where=str(out), received=str(error.strerror)
+        ) from error

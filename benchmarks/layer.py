@@ -101,15 +101,15 @@ def jax_steps(x: np.ndarray, dy: np.ndarray, dtype: str) -> dict[str, Step]:
 
 
 def tensorflow_steps(x: np.ndarray, dy: np.ndarray, dtype: str) -> dict[str, Step]:
-    """Steps on TensorFlow, in a graph without XLA."""
+    """Steps on TensorFlow, in a graph: plain, and compiled by XLA (what ``fit`` does by default)."""
     import tensorflow as tf
 
     kx, kdy = (tf.cast(tf.constant(a), dtype) for a in (x, dy))
 
-    def of(layer: Any) -> Step:
+    def of(layer: Any, *, xla: bool = False) -> Step:
         layer.build(x.shape)
 
-        @tf.function
+        @tf.function(jit_compile=xla or None)
         def run(x: Any, dy: Any) -> tuple[Any, ...]:
             with tf.GradientTape() as tape:
                 tape.watch(x)
@@ -141,6 +141,8 @@ def tensorflow_steps(x: np.ndarray, dy: np.ndarray, dtype: str) -> dict[str, Ste
         "keras": of(stock(dtype)),
         "truenorm": of(ours(dtype)),
         "native": lambda: blocked(fused(kx, kdy)),
+        "keras XLA": of(stock(dtype), xla=True),
+        "truenorm XLA": of(ours(dtype), xla=True),
     }
 
 
@@ -202,13 +204,14 @@ def measure(shape: tuple[int, ...], dtype: str, pairs: int) -> None:
             step()
             times[name].append(time.perf_counter() - start)
     print(f"{shape} {dtype}: memcpy {1e3 * memcpy:.2f} ms")
-    print(f"  {'':10} {'median ms':>10} {'keras / it [quartiles]':>26} {'err y':>9} {'err dx':>9}")
+    print(f"  {'':12} {'median ms':>10} {'keras / it [quartiles]':>26} {'err y':>9} {'err dx':>9}")
     for name, step in steps.items():
         y, dx, *_ = step()
-        ratios = [a / b for a, b in zip(times["keras"], times[name], strict=True)]
+        baseline = times["keras XLA" if name.endswith("XLA") else "keras"]
+        ratios = [a / b for a, b in zip(baseline, times[name], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(
-            f"  {name:10} {1e3 * statistics.median(times[name]):10.2f}"
+            f"  {name:12} {1e3 * statistics.median(times[name]):10.2f}"
             f" {f'{middle:.2f} [{low:.2f}, {high:.2f}]':>26}"
             f" {error(y, truth_y):9.1e} {error(dx, truth_dx):9.1e}"
         )

@@ -203,9 +203,6 @@ def train(layer: Any, drawn: Drawn, dtype: str) -> Step:
     mask = tensor(drawn.mask, "bool")
     if not layer.built:
         layer.build(drawn.x.shape)
-    for weight, value in ((layer.gamma, drawn.gamma), (layer.beta, drawn.beta)):
-        if weight is not None:
-            weight.assign(tensor(value, "float64" if dtype == "float64" else "float32"))
     weights = [w for w in (layer.gamma, layer.beta) if w is not None]
     moving = [v.value for v in layer.non_trainable_variables]
 
@@ -221,9 +218,8 @@ def train(layer: Any, drawn: Drawn, dtype: str) -> Step:
         return output
 
     upstream = keras.ops.cast(tensor(drawn.gradient, dtype), layer.compute_dtype)
-    values = [keras.ops.convert_to_tensor(w) for w in weights]
-    if keras.config.backend() == "torch":
-        values = [v.detach() for v in values]
+    wide = "float64" if dtype == "float64" else "float32"
+    values = [tensor(v, wide) for v in (drawn.gamma, drawn.beta) if v is not None]
     output, found = gradients(call, [x, *values], upstream)
     updated = call.updated  # type: ignore[attr-defined]
     if keras.config.backend() == "jax":  # The traced call holds tracers: run it once more.

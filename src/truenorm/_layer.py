@@ -173,14 +173,15 @@ class BatchNormalization(keras.layers.BatchNormalization):
             return super().call(inputs, training=True, mask=mask)
         if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(inputs.dtype)):
             inputs = ops.cast(inputs, kernels.statistics_dtype(inputs.dtype))
+        moving_mean, moving_variance = cast(Any, (self.moving_mean, self.moving_variance))
         result = kernels.normalize(
             inputs,
-            None if self.gamma is None else ops.convert_to_tensor(self.gamma),
-            None if self.beta is None else ops.convert_to_tensor(self.beta),
+            None if self.gamma is None else self.gamma.value,
+            None if self.beta is None else self.beta.value,
             axis=self.axis,
             epsilon=self.epsilon,
             mask=mask,
-            fallback=(self.moving_mean, self.moving_variance),
+            fallback=(moving_mean.value, moving_variance.value),
         )
         self._update_moving(result)
         return ops.cast(result.output, self.compute_dtype)
@@ -193,7 +194,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             (self.moving_variance, batch.variance, ops.logical_and(known, batch.count > 1)),
         )
         for variable, value, counts in cast(Any, steps):
-            old = ops.convert_to_tensor(variable)
+            old = variable.value
             new = old * self.momentum + ops.cast(value, old.dtype) * (1.0 - self.momentum)
             variable.assign(ops.where(counts, new, old))
 

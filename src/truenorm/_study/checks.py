@@ -13,6 +13,7 @@ from truenorm._errors import DataError, MissingDependencyError, ModelError, Opti
 from truenorm._study.folder import NAMES, Arrays
 
 BACKENDS = ("jax", "tensorflow", "torch")
+_STALE = 0.01  # the most that initial values may weigh in the final moving statistics
 
 
 def check_backend(backend: str) -> None:
@@ -153,6 +154,28 @@ def check_placement(model: Any, positions: Sequence[str]) -> tuple[str, ...]:
                 f"where they were: {listed}."
             )
     return tuple(notes)
+
+
+def check_momentum(model: Any, steps: int) -> tuple[str, ...]:
+    r"""A sentence, if the moving statistics cannot be true after so few steps.
+
+    A moving average that starts at :math:`v_0` still holds it with the weight
+    :math:`m^{\text{steps}}` at the end, :math:`m` being the momentum.
+    """
+    from truenorm._graph import calls, is_batch_normalization
+
+    layers = [c.operation for c in calls(model) if is_batch_normalization(c.operation)]
+    momentum = max((float(layer.momentum) for layer in layers), default=0.0)
+    weight = momentum**steps
+    if weight <= _STALE:
+        return ()
+    enough = math.floor(100 * _STALE ** (1 / steps)) / 100
+    return (
+        f"Caution: after {steps} steps with momentum {momentum:g}, {100 * weight:.0f}% of the "
+        "moving statistics are still their initial values, and validation is measured with them. "
+        "This, not the position, may decide against BatchNormalization: build the model with "
+        f"momentum {enough:g} or less, or train longer.",
+    )
 
 
 def check_data(data: Any) -> tuple[Arrays, Arrays]:

@@ -45,6 +45,7 @@ class Spec:
         epochs: How often the training data is gone through.
         batch_size: Samples per step.
         keep_model: Whether the trained model is saved.
+        built_on: Keras's backend in the process that started the study.
         floatx: Keras's default float type in the process that started the study.
         dtype_policy: Keras's default dtype policy there.
     """
@@ -55,6 +56,7 @@ class Spec:
     epochs: int
     batch_size: int
     keep_model: bool
+    built_on: str
     floatx: str
     dtype_policy: str
 

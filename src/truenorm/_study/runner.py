@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from truenorm._errors import OutputError
-from truenorm._records import Study
+from truenorm._records import Study, Trial
 from truenorm._study import checks
 from truenorm._study.folder import (
     DATA,
@@ -86,6 +86,29 @@ def study(
         StudyError: The folder belongs to another study, or a position has no finished trial.
         OutputError: The folder cannot be written.
         MissingDependencyError: scipy or the backend is not installed.
+
+    Example::
+
+        def build():
+            model = keras.Sequential([
+                keras.Input((8, 8, 1)), keras.layers.Conv2D(16, 3, use_bias=False),
+                keras.layers.BatchNormalization(), keras.layers.ReLU(),
+                keras.layers.Flatten(), keras.layers.Dense(10, activation="softmax"),
+            ])
+            model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+            return model
+
+        result = truenorm.study(build, (train, validation), epochs=10, directory="digits")
+        print(result)          # tables and verdict
+        result.winner          # a position, or None where none is shown to be best
+
+    Note:
+        Choose the number of seeds beforehand. Adding seeds until a difference shows would make one
+        show sooner or later where there is none; a folder therefore takes no more of them.
+
+    Reference:
+        Student's paired t-test over seeds, Holm's correction over the pairs of positions: see
+        ``truenorm._study.analysis`` for the formulas.
     """
     import keras
 
@@ -100,13 +123,15 @@ def study(
     checks.check_timeout(timeout)
     arrays = checks.check_data(data)
     model = _built(build, numbers[0], arrays)
-    notes = checks.check_placement(model, names)
+    steps = epochs * max(1, len(arrays[0][0]) // batch_size)
+    notes = (*checks.check_momentum(model, steps), *checks.check_placement(model, names))
     settings: dict[str, Any] = {
         "positions": list(names),
         "seeds": list(numbers),
         "epochs": epochs,
         "batch_size": batch_size,
         "backend": chosen,
+        "built_on": keras.config.backend(),
         "versions": _versions(chosen),
         "floatx": keras.config.floatx(),
         "dtype_policy": keras.config.dtype_policy().name,
@@ -115,35 +140,8 @@ def study(
     }
     with tempfile.TemporaryDirectory(prefix="truenorm-") as temporary:
         folder = Path(temporary if directory is None else directory).resolve()
-        specs = [
-            Spec(
-                study=digest(settings),
-                position=position,
-                seed=seed,
-                epochs=epochs,
-                batch_size=batch_size,
-                keep_model=directory is not None,
-                floatx=settings["floatx"],
-                dtype_policy=settings["dtype_policy"],
-            )
-            for seed in numbers
-            for position in names
-        ]
-        try:
-            open_folder(folder, settings)
-            kept = {spec: read_result(folder, spec) for spec in specs}
-            todo = [spec for spec, trial in kept.items() if trial is None]
-            _write_inputs(folder, todo, build, arrays)
-        except OSError as error:
-            if isinstance(error, OutputError):
-                raise
-            raise OutputError(
-                "The study's folder cannot be written",
-                where=str(folder),
-                received=str(error),
-                remedy="give a folder that you may write to, on a disk with room",
-            ) from error
-        trials = [trial for trial in kept.values() if trial is not None]
+        specs = _specs(settings, keep_models=directory is not None)
+        trials, todo = _prepare(folder, settings, specs, build, arrays)
         trials += run_all(
             folder,
             todo,
@@ -154,6 +152,48 @@ def study(
             finished=trials,
         )
     return analyse(trials, positions=names, name=name, settings=settings, notes=notes)
+
+
+def _specs(settings: Mapping[str, Any], *, keep_models: bool) -> list[Spec]:
+    """Every trial, seed by seed: what stops a study early leaves whole pairs."""
+    return [
+        Spec(
+            study=digest(settings),
+            position=position,
+            seed=seed,
+            epochs=settings["epochs"],
+            batch_size=settings["batch_size"],
+            keep_model=keep_models,
+            built_on=settings["built_on"],
+            floatx=settings["floatx"],
+            dtype_policy=settings["dtype_policy"],
+        )
+        for seed in settings["seeds"]
+        for position in settings["positions"]
+    ]
+
+
+def _prepare(
+    folder: Path,
+    settings: Mapping[str, Any],
+    specs: Sequence[Spec],
+    build: Callable[[], Any],
+    arrays: tuple[Arrays, Arrays],
+) -> tuple[list[Trial], list[Spec]]:
+    """Make the folder ready; back come the trials that are there and those to run."""
+    try:
+        open_folder(folder, settings)
+        kept = {spec: read_result(folder, spec) for spec in specs}
+        todo = [spec for spec, trial in kept.items() if trial is None]
+        _write_inputs(folder, todo, build, arrays)
+    except OSError as error:
+        raise OutputError(
+            "The study's folder cannot be written",
+            where=str(folder),
+            received=str(error),
+            remedy="give a folder that you may write to, on a disk with room",
+        ) from error
+    return [trial for trial in kept.values() if trial is not None], todo
 
 
 def _built(build: Callable[[], Any], seed: int, arrays: tuple[Arrays, Arrays]) -> Any:

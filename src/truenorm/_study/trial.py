@@ -93,7 +93,12 @@ def prepare(folder: Path, spec: Spec) -> Any:
     keras.config.set_dtype_policy(spec.dtype_policy)
     keras.utils.set_random_seed(spec.seed)
     base = keras.saving.load_model(folder / spec.base, custom_objects=_OURS, safe_mode=True)
-    return place(base, cast(Position, spec.position)).model
+    model = place(base, cast(Position, spec.position)).model
+    if spec.built_on != keras.config.backend():
+        # Keras saves what "auto" meant where the model was compiled; elsewhere it means another
+        # thing: JAX's True would have torch compile for longer than it trains.
+        model.compile_from_config({**model.get_compile_config(), "jit_compile": "auto"})
+    return model
 
 
 def train(model: Any, data: tuple[Arrays, Arrays], spec: Spec) -> dict[str, tuple[float, ...]]:

@@ -229,16 +229,16 @@ def measure(shape: tuple[int, ...], dtype: str, pairs: int) -> None:
             step()
             times[name].append(time.perf_counter() - start)
     print(f"{shape} {dtype}: memcpy {1e3 * memcpy:.2f} ms")
-    print(
-        f"  {'':13} {'median ms':>10} {'least ms':>9} {'keras / it [quartiles]':>26} {'err y':>9} {'err dx':>9}"
-    )
+    heading = ("median ms", "least ms", "keras / it [quartiles]", "err y", "err dx")
+    print(f"  {'':12}", *(f"{h:>{w}}" for h, w in zip(heading, (10, 9, 26, 9, 9), strict=True)))
     for name, step in steps.items():
         y, dx, *_ = step()
         baseline = times["keras XLA" if name.endswith("XLA") else "keras"]
         ratios = [a / b for a, b in zip(baseline, times[name], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(
-            f"  {name:13} {1e3 * statistics.median(times[name]):10.2f} {1e3 * min(times[name]):9.2f}"
+            f"  {name:13} {1e3 * statistics.median(times[name]):10.2f}"
+            f" {1e3 * min(times[name]):9.2f}"
             f" {f'{middle:.2f} [{low:.2f}, {high:.2f}]':>26}"
             f" {error(y, truth_y):9.1e} {error(dx, truth_dx):9.1e}"
         )

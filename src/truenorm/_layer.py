@@ -188,14 +188,15 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def _update_moving(self, batch: kernels.Normalized) -> None:
         """One step of the moving averages, where the batch has something to say."""
-        known = ops.logical_and(ops.isfinite(batch.mean), ops.isfinite(batch.variance))
+        known = ops.isfinite(batch.mean) & ops.isfinite(batch.variance)
         steps = (
-            (self.moving_mean, batch.mean, ops.logical_and(known, batch.count > 0)),
-            (self.moving_variance, batch.variance, ops.logical_and(known, batch.count > 1)),
+            (self.moving_mean, batch.mean, known & (batch.count > 0)),
+            (self.moving_variance, batch.variance, known & (batch.count > 1)),
         )
         for variable, value, counts in cast(Any, steps):
             old = variable.value
-            new = old * self.momentum + ops.cast(value, old.dtype) * (1.0 - self.momentum)
+            value = ops.cast(value, variable.dtype)
+            new = old * self.momentum + value * (1.0 - self.momentum)
             variable.assign(ops.where(counts, new, old))
 
     def _check_mask(self, inputs: Any, mask: Any) -> None:

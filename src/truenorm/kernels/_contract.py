@@ -16,7 +16,8 @@ class Normalized:
         output: As the input, in the input's dtype.
         mean: Mean per channel, shape ``(channels,)``, :func:`statistics_dtype`; no gradient.
         variance: Population (biased) variance per channel, as ``mean``.
-        count: Number of values per channel that the statistics are of; a scalar.
+        count: Number of values per channel that the statistics are of: a scalar tensor, or a number
+            where it is known.
     """
 
     output: Any

@@ -25,6 +25,7 @@ from truenorm.kernels import _composite
 from truenorm.kernels._contract import Normalized
 
 MOST_GROUPS = 64
+MOST_GROUPED_CHANNELS = 2**15  # Beyond it, PyTorch wakes its threads for the small sums, too.
 LARGEST_RATIO = 8.0
 
 
@@ -106,7 +107,7 @@ class _Normalize(torch.autograd.Function):
 def _moments(rows: Any) -> tuple[Any, Any]:
     """Mean and population variance per channel, from those of groups of rows."""
     channels = rows.shape[1]
-    groups = _groups(len(rows)) if rows.dim() == 2 else 1
+    groups = _groups(len(rows), channels) if rows.dim() == 2 else 1
     grouped = rows.reshape(-1, groups * channels, *rows.shape[2:])
     means, variances = torch.batch_norm_update_stats(grouped, None, None, 0.0)
     if groups == 1:
@@ -121,8 +122,9 @@ def _moments(rows: Any) -> tuple[Any, Any]:
 
 
 @lru_cache(maxsize=1024)
-def _groups(rows: int) -> int:
-    return max(k for k in range(1, MOST_GROUPS + 1) if rows % k == 0)
+def _groups(rows: int, channels: int) -> int:
+    most = max(1, min(MOST_GROUPS, MOST_GROUPED_CHANNELS // channels))
+    return max(k for k in range(1, most + 1) if rows % k == 0)
 
 
 def _near_zero(mean: Any, variance: Any, epsilon: float) -> bool:

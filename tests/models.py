@@ -107,7 +107,7 @@ def snapshot(model: Any) -> tuple[Any, ...]:
         id(getattr(model, name, None))
         for name in ("train_function", "test_function", "predict_function", "optimizer")
     )
-    config = model.to_json() if not model.__class__.__name__ == "Own" else ""
+    config = model.to_json() if model.__class__.__name__ != "Own" else ""
     return flags, values, nodes, own, functions, config
 
 

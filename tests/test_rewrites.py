@@ -264,9 +264,7 @@ def test_a_negative_stored_variance_is_left() -> None:
     model = shake(dense())
     model.get_layer("bn").moving_variance.assign(-np.ones(6))
     folded = tn.fold(model)
-    assert folded.left[0].reason == (
-        "its moving statistics, gamma or beta are not finite numbers"
-    )
+    assert folded.left[0].reason == ("its moving statistics, gamma or beta are not finite numbers")
 
 
 def test_a_shared_site_is_left() -> None:
@@ -285,7 +283,7 @@ def test_a_rewrite_that_would_change_the_function_gives_no_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A fault in the arithmetic must not pass the verification."""
-    monkeypatch.setattr("truenorm._folding._affine", lambda layer: (np.ones(6), np.ones(6)))
+    monkeypatch.setattr("truenorm._folding._affine", lambda _: (np.ones(6), np.ones(6)))
     with pytest.raises(tn.VerificationError, match=r"^Folding would change what the model"):
         tn.fold(shake(dense()))
 
@@ -330,7 +328,9 @@ def test_an_unknown_choice_is_refused() -> None:
 
 def test_a_site_inside_a_wrapper_is_reported() -> None:
     inputs = keras.Input((4, 5, 3))
-    x = keras.layers.TimeDistributed(keras.layers.BatchNormalization(name="bn"), name="each")(inputs)
+    x = keras.layers.TimeDistributed(keras.layers.BatchNormalization(name="bn"), name="each")(
+        inputs
+    )
     x = keras.layers.BatchNormalization(name="outer")(x)
     rewrite = tn.replace(keras.Model(inputs, x), to="truenorm")
     assert [c.path for c in rewrite.changed] == ["outer"]

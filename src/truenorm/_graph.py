@@ -301,5 +301,13 @@ def _fill(piece: Piece) -> None:
             remedy="remove quantisation or LoRA from the layer first, or complete its get_config()",
         )
     for variable, value in zip(variables, piece.values, strict=True):
-        # A copy of the numbers: JAX would share the buffer, and lose it when one model trains.
-        variable.assign(np.array(keras.ops.convert_to_numpy(value)))
+        variable.assign(numbers(value))
+
+
+def numbers(variable: Any) -> np.ndarray[Any, Any]:
+    """The numbers of a variable or tensor, in memory of their own.
+
+    A shared buffer would change with the variable on torch, and be lost on JAX, which gives a
+    variable's buffer away in a training step.
+    """
+    return np.array(keras.ops.convert_to_numpy(variable))

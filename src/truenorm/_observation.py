@@ -7,6 +7,7 @@ moving statistics changed and whether gamma or beta changed (their values before
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import numpy as np
 
 from truenorm._data import check
 from truenorm._errors import DataError
-from truenorm._graph import Call, rebuild
+from truenorm._graph import Call, numbers, rebuild
 from truenorm._interception import intercepted, noted
 from truenorm._probe import make_inputs
 from truenorm._records import Inspection, Mode
@@ -59,10 +60,17 @@ def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
     _, sites = site_calls(model)
     inputs = make_inputs(model) if x is None else x
     check(model, inputs)
+    with _same_randomness():
+        modes = _run_all(model, inputs, y)
+    return Inspection(model.name, tuple(describe(call) for call in sites), modes)
+
+
+def _run_all(model: Any, inputs: Any, y: Any) -> dict[str, tuple[Mode, ...]]:
+    """The modes of every site in each entry point, on a disposable copy."""
     copy = rebuild(model)
     _, copied = site_calls(copy)
     targets = _compile(model, copy, inputs, y)
-    saved = [(v, np.array(v)) for v in copy.variables]
+    saved = [(v, numbers(v)) for v in copy.variables]
     runs: dict[str, Callable[[], Any]] = {
         "model(x)": lambda: copy(inputs),
         "model(x, training=True)": lambda: copy(inputs, training=True),
@@ -70,7 +78,7 @@ def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
         # Before fit: Keras builds the metrics at the first of the two with a call in inference
         # mode, which must not be counted as fit's own.
         "evaluate": lambda: copy.evaluate(inputs, targets, verbose=0),
-        "fit": lambda: copy.fit(inputs, targets, verbose=0),
+        "fit": lambda: copy.fit(inputs, targets, shuffle=False, verbose=0),
     }
     modes: dict[str, tuple[Mode, ...]] = {}
     for entry, run in runs.items():
@@ -80,11 +88,18 @@ def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
         for variable, value in saved:
             variable.assign(value)
     order = ("fit", "evaluate", "predict", "model(x)", "model(x, training=True)")
-    return Inspection(
-        model.name,
-        tuple(describe(call) for call in sites),
-        {entry: modes[entry] for entry in order},
-    )
+    return {entry: modes[entry] for entry in order}
+
+
+@contextmanager
+def _same_randomness() -> Generator[None]:
+    """Give Python's and NumPy's global generators back as they were: new layers draw from them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _compile(model: Any, copy: Any, inputs: Any, y: Any) -> Any:
@@ -154,4 +169,4 @@ def _watched(sites: Sequence[Call]) -> Generator[list[_Watch]]:
 
 def _values(layer: Any) -> list[Any]:
     """Gamma and beta first, then the statistics: Keras's order of a layer's weights."""
-    return [np.array(keras.ops.convert_to_numpy(weight)) for weight in layer.weights]
+    return [numbers(weight) for weight in layer.weights]

@@ -17,7 +17,7 @@ import numpy as np
 from truenorm import kernels
 from truenorm._data import input_batches
 from truenorm._errors import DataError, ModelError, OptionError
-from truenorm._graph import Call, calls, is_batch_normalization, layer_paths
+from truenorm._graph import Call, calls, is_batch_normalization, layer_paths, numbers
 from truenorm._interception import intercepted
 from truenorm._moments import Moments
 from truenorm._probe import as_float64
@@ -79,17 +79,23 @@ def collect(
             expected="'batch', 'population' or 'moving'",
             received=repr(upstream),
         )
-    if upstream != "population":
-        return _one_pass(model, layers, data, batch_size, upstream, {})
-    known: dict[Any, Moments] = {}
-    levels = _levels(model)
-    last = _one_pass(model, layers, data, batch_size, "batch", {})
+    collector = _Collector(model, layers)
+    if upstream == "moving":
+        for layer in layers:
+            collector.give(layer, layer.moving_mean, layer.moving_variance)
+    levels = _levels(model) if upstream == "population" else [list(layers)]
+    found: dict[str, Moments] = {}
+    samples = batches = 0
     for level in levels:
-        if known:  # the first level has nothing upstream: the pass already made serves it
-            last = _one_pass(model, layers, data, batch_size, "batch", known)
-        known.update({layer: last.sites[layers[layer]] for layer in level})
-    sites = {path: known[layer] for layer, path in layers.items() if layer in known}
-    return Population(sites, last.samples, last.batches, upstream, len(levels))
+        # What this level sees is settled: all that is upstream of it has been given.
+        seen, samples, batches = _one_pass(collector, data, batch_size)
+        for layer in level:
+            moments = seen.get(layers[layer])
+            if moments is not None:
+                found[layers[layer]] = moments
+                collector.give(layer, moments.mean, moments.variance)
+    sites = {path: found[path] for path in layers.values() if path in found}
+    return Population(sites, samples, batches, upstream, len(levels))
 
 
 def recalibrate(
@@ -135,7 +141,7 @@ def recalibrate(
             )
     before = gaps(model, population)
     written = {path: layer for layer, path in layers.items() if path in population.sites}
-    saved = [(v, np.array(v)) for layer in written.values() for v in _statistics(layer)]
+    saved = [(v, numbers(v)) for layer in written.values() for v in _statistics(layer)]
     for path, layer in written.items():
         _assign(layer, population.sites[path])
 
@@ -186,17 +192,12 @@ def _levels(model: Any) -> list[list[Any]]:
 
 
 def _one_pass(
-    model: Any,
-    layers: Mapping[Any, str],
-    data: Any,
-    batch_size: int,
-    upstream: Upstream,
-    known: Mapping[Any, Moments],
-) -> Population:
-    collector = _Collector(model, layers, upstream, known)
-    sites: dict[str, Moments] = {}
+    collector: _Collector, data: Any, batch_size: int
+) -> tuple[dict[str, Moments], int, int]:
+    """Moments per layer path over the data as it is now seen; how many samples and batches."""
+    seen: dict[str, Moments] = {}
     samples = batches = 0
-    for inputs in input_batches(model, data, batch_size):
+    for inputs in input_batches(collector.model, data, batch_size):
         size = len(keras.tree.flatten(inputs)[0])
         if not size:
             continue
@@ -204,7 +205,7 @@ def _one_pass(
             for count, mean, variance in parts:
                 n = np.full(mean.shape, float(count))
                 part = Moments(n, mean.astype(np.float64), n * variance.astype(np.float64))
-                sites[path] = sites[path].merge(part) if path in sites else part
+                seen[path] = seen[path].merge(part) if path in seen else part
         samples, batches = samples + size, batches + 1
     if not samples:
         raise DataError(
@@ -214,58 +215,57 @@ def _one_pass(
             received="none",
             remedy="give data that can be read again: a generator is empty after its first pass",
         )
-    ordered = {path: sites[path] for path in layers.values() if path in sites}
-    return Population(ordered, samples, batches, upstream, 1)
+    return seen, samples, batches
 
 
 class _Collector(keras.Model):
-    """Runs a model in inference mode and gives the moments of every BatchNormalization's input."""
+    """Runs a model in inference mode and gives the moments of every BatchNormalization's input.
 
-    def __init__(
-        self,
-        model: Any,
-        layers: Mapping[Any, str],
-        upstream: Upstream,
-        known: Mapping[Any, Moments],
-    ) -> None:
+    Each layer normalises with the batch's statistics until it is given others. What is given is a
+    variable, so that all passes run the same compiled function.
+    """
+
+    def __init__(self, model: Any, layers: Mapping[Any, str]) -> None:
         super().__init__(name="collector")
         self.model = model
-        self._look = lambda: (layers, upstream, known)  # a plain dict here would be tracked
+        given = {layer: self._variables(layer) for layer in layers}
+        self._look = lambda: (layers, given)  # dicts as attributes would be tracked by Keras
+
+    def _variables(self, layer: Any) -> tuple[Any, Any, Any]:
+        """Whether statistics are given (0 or 1), and which: mean and variance."""
+        channels, dtype = layer.moving_mean.shape, kernels.statistics_dtype(layer.moving_mean.dtype)
+        flag, mean, variance = (
+            self.add_weight(shape=shape, dtype=dtype, initializer="zeros", trainable=False)
+            for shape in ((), channels, channels)
+        )
+        return flag, mean, variance
+
+    def give(self, layer: Any, mean: Any, variance: Any) -> None:
+        """From now on this layer normalises with these statistics."""
+        flag, given_mean, given_variance = self._look()[1][layer]
+        flag.assign(1.0)
+        given_mean.assign(numbers(mean))
+        given_variance.assign(numbers(variance))
 
     def call(self, inputs: Any) -> dict[str, list[tuple[Any, Any, Any]]]:
-        layers, upstream, known = self._look()
+        layers, given = self._look()
         collected: dict[str, list[tuple[Any, Any, Any]]] = defaultdict(list)
 
         def handle(layer: Any, original: Any, x: Any, _: Any, mask: Any) -> Any:
-            gamma, beta = (
-                None if w is None else ops.convert_to_tensor(w) for w in (layer.gamma, layer.beta)
-            )
-            batch = kernels.normalize(
-                x,
-                gamma,
-                beta,
-                axis=layer.axis,
-                epsilon=layer.epsilon,
-                mask=mask,
-                fallback=(layer.moving_mean, layer.moving_variance),
-            )
+            del original  # what the layer itself would do is not wanted
+            batch = kernels.normalize(x, axis=layer.axis, epsilon=layer.epsilon, mask=mask)
             collected[layers[layer]].append((batch.count, batch.mean, batch.variance))
-            if layer in known:
-                moments = known[layer]
-                dtype = kernels.statistics_dtype(x)
-                y = ops.batch_normalization(
-                    ops.cast(x, dtype),
-                    ops.convert_to_tensor(moments.mean, dtype),
-                    ops.convert_to_tensor(moments.variance, dtype),
-                    layer.axis,
-                    beta,
-                    gamma,
-                    layer.epsilon,
-                )
-                return ops.cast(y, layer.compute_dtype)
-            if upstream == "moving":
-                return original(x, training=False, mask=mask)
-            return ops.cast(batch.output, layer.compute_dtype)
+            flag, mean, variance = given[layer]
+            dtype = kernels.statistics_dtype(x.dtype)
+            outputs = ops.batch_normalization(
+                ops.cast(x, dtype),
+                ops.where(flag > 0, ops.cast(mean, dtype), batch.mean),
+                ops.where(flag > 0, ops.cast(variance, dtype), batch.variance),
+                layer.axis,
+                *(None if w is None else ops.cast(w, dtype) for w in (layer.beta, layer.gamma)),
+                layer.epsilon,
+            )
+            return ops.cast(outputs, layer.compute_dtype)
 
         with intercepted(layers, handle):
             self.model(inputs, training=False)

@@ -43,7 +43,9 @@ def outputs(model: Any, inputs: Any) -> list[np.ndarray[Any, Any]]:
     except (ValueError, TypeError) as error:
         raise DataError(
             "The model does not take this input",
-            expected=str(keras.tree.map_structure(lambda t: tuple(t.shape), input_specification(model))),
+            expected=str(
+                keras.tree.map_structure(lambda t: tuple(t.shape), input_specification(model))
+            ),
             received=str(keras.tree.map_structure(np.shape, inputs)),
             remedy="give data of the model's input shape",
         ) from error

@@ -18,7 +18,9 @@ from truenorm._errors import MissingDependencyError, TruenormError
 try:
     import typer
 except ImportError:
-    sys.exit('The truenorm command needs Typer, which is not installed: pip install "truenorm[cli]"')
+    sys.exit(
+        'The truenorm command needs Typer, which is not installed: pip install "truenorm[cli]"'
+    )
 
 app = typer.Typer(
     name="truenorm",

@@ -30,7 +30,7 @@ from truenorm._records import Record, Study, Table, number, percent
 from truenorm._replacement import replace
 from truenorm._study import Progress as Event
 from truenorm._study import study as run_study
-from truenorm.demo.tasks import TASKS, Arrays, Task
+from truenorm.demo.tasks import TASKS, Task
 from truenorm.report import Section, comparison, learning_curves, report, save
 from truenorm.report import gaps as gaps_chart
 

@@ -1,0 +1,119 @@
+"""The tools on the architectures that use BatchNormalization everywhere (random weights)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from models import predict, shake
+
+import truenorm as tn
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Counts of sites, from SEMANTICS: read in the architectures' definitions."""
+
+    sites: int
+    movable: int
+    left_before: dict[str, int]
+    size: int
+
+
+ARCHITECTURES = {
+    "ResNet50": Expected(53, 33, {"Add": 20}, 64),
+    "InceptionV3": Expected(94, 94, {}, 96),
+    "Xception": Expected(40, 24, {"Add": 12, "MaxPooling2D": 4}, 80),
+}
+pytestmark = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+@cache
+def model_of(name: str) -> Any:
+    """One model for all tests of this file: the tools must not change it."""
+    build = getattr(keras.applications, name)
+    size = ARCHITECTURES[name].size
+    model = build(weights=None, input_shape=(size, size, 3), include_top=False, pooling="avg")
+    return calibrated(shake(model))
+
+
+def calibrated(model: Any) -> Any:
+    """Statistics that fit the random weights, so that no layer's output vanishes or explodes."""
+    tn.recalibrate(model, images(model, 8))
+    return model
+
+
+def images(model: Any, samples: int) -> np.ndarray:
+    shape = (samples, *model.inputs[0].shape[1:])
+    return np.random.default_rng(0).normal(size=shape).astype("float32")
+
+
+def relative_error(a: Any, b: Any, x: Any) -> float:
+    ours, theirs = predict(a, x)[0], predict(b, x)[0]
+    assert np.isfinite(theirs).all()
+    assert theirs.std() > 1e-3  # else nothing would be compared
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def test_replace_keeps_the_outputs(name: str) -> None:
+    model = model_of(name)
+    rewrite = tn.replace(model, to="truenorm")
+    assert (len(rewrite.changed), len(rewrite.left)) == (ARCHITECTURES[name].sites, 0)
+    assert relative_error(rewrite.model, model, images(model, 3)) <= 1e-5
+
+
+def test_place_moves_what_can_be_moved_and_says_why_the_others_stay(name: str) -> None:
+    expected = ARCHITECTURES[name]
+    rewrite = tn.place(model_of(name), "after_activation")
+    assert len(rewrite.changed) == expected.movable
+    left: dict[str, int] = {}
+    for site in rewrite.left:
+        start = "not directly followed by an activation, but by "
+        assert site.reason.startswith(start)
+        kind = site.reason.removeprefix(start).split()[0]
+        left[kind] = left.get(kind, 0) + 1
+    assert left == expected.left_before
+
+
+def test_the_moved_model_trains(name: str) -> None:
+    model = tn.place(model_of(name), "after_activation").model
+    head = keras.layers.Dense(2, name="head")(model.outputs[0])
+    model = keras.Model(model.inputs, head)
+    model.compile(keras.optimizers.Adam(1e-3), "mse")
+    x, y = images(model, 4), np.array([[1.0, 0.0], [0.0, 1.0]] * 2, "float32")
+    losses = model.fit(x, y, epochs=4, verbose=0).history["loss"]
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+
+
+def test_fold_removes_every_site_and_keeps_the_outputs(name: str) -> None:
+    model = model_of(name)
+    rewrite = tn.fold(model)
+    assert (len(rewrite.changed), len(rewrite.left)) == (ARCHITECTURES[name].sites, 0)
+    assert not any(
+        isinstance(layer, keras.layers.BatchNormalization) for layer in rewrite.model.layers
+    )
+    assert relative_error(rewrite.model, model, images(model, 3)) <= 1e-4
+
+
+def test_every_site_is_found_with_its_mode(name: str) -> None:
+    inspection = tn.inspect(model_of(name), images(model_of(name), 2))
+    expected = ARCHITECTURES[name]
+    assert len(inspection.sites) == expected.sites
+    assert {m.describe() for m in inspection.modes["predict"]} == {"moving"}
+    assert {m.statistics for m in inspection.modes["fit"]} == {"batch"}
+    assert all(m.updated for m in inspection.modes["fit"])
+    before = [s for s in inspection.sites if s.position in ("before_activation", "before_layer")]
+    assert len(before) == expected.movable
+
+
+def test_the_position_costs_foldable_sites(name: str) -> None:
+    """A BN behind its activation folds forward only where no padded convolution follows."""
+    moved = tn.place(model_of(name), "after_activation").model
+    rewrite = tn.fold(moved)
+    assert rewrite.left
+    assert relative_error(rewrite.model, moved, images(moved, 3)) <= 1e-4

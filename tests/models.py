@@ -81,14 +81,18 @@ def subclassed() -> Any:
     return model
 
 
-def shake(model: Any, seed: int = 0) -> Any:
-    """Give every variable values as after a training: nothing is 0 or 1 any more."""
+def shake(model: Any, seed: int = 0, spread: float = 1.0) -> Any:
+    """Give every variable values as after a training: nothing is 0 or 1 any more.
+
+    The less the spread, the nearer to the values that a new layer has.
+    """
     generator = np.random.default_rng(seed)
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
             for weight in layer.weights:
-                low, high = (0.5, 2.0) if weight.name in ("gamma", "moving_variance") else (-1, 1)
-                weight.assign(generator.uniform(low, high, weight.shape))
+                drawn = generator.uniform(-1, 1, weight.shape) * spread
+                positive = weight.name in ("gamma", "moving_variance")
+                weight.assign(2**drawn if positive else drawn)
         elif layer.weights and not isinstance(layer, keras.Model):
             for weight in layer.weights:
                 if weight.name == "bias":

@@ -68,14 +68,15 @@ def make_study(
                 "val_accuracy": tuple(map(float, value)),
                 "val_loss": tuple(map(float, 2 - 2 * value)),
             }
-            trials.append(Trial(position, seed, history, 4, 1234, 1.5, f"{k}-{seed}.keras"))
+            final = {name: values[-1] for name, values in history.items()}
+            trials.append(Trial(position, seed, history, final, 4, 1234, 1.5, f"{k}-{seed}.keras"))
     return judge(trials, positions, name)
 
 
 def judge(trials: list[Trial], positions: tuple[str, ...], name: str = "study") -> Study:
     def ends(position: str, metric: str) -> list[float]:
-        own = [t.history for t in trials if t.position == position and t.error is None]
-        return [h[metric][-1] for h in own if math.isfinite(h[metric][-1])]
+        own = [t.final for t in trials if t.position == position and t.error is None]
+        return [final[metric] for final in own if math.isfinite(final[metric])]
 
     def interval(values: list[float]) -> Interval:
         if len(values) < 2:
@@ -286,7 +287,8 @@ def changed(study: Study, position: str, seed: int, **facts: Any) -> Study:
 
 def with_loss(study: Study, position: str, seed: int, values: tuple[float, ...]) -> Study:
     history = {"val_loss": values, "val_accuracy": (0.5,) * len(values)}
-    return changed(study, position, seed, history=history)
+    final = {name: values[-1] for name, values in history.items()}
+    return changed(study, position, seed, history=history, final=final)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +315,7 @@ def with_loss(study: Study, position: str, seed: int, values: tuple[float, ...])
             id="inf, ragged",
         ),
         pytest.param(
-            changed(make_study(), "none", 2, history={}, error="killed"),
+            changed(make_study(), "none", 2, history={}, final={}, error="killed"),
             {"Seeds left out, as in the tables, because a run of theirs did not finish: 2."},
             id="failed",
         ),
@@ -329,7 +331,7 @@ def test_difficult_studies_are_drawn_and_said(study: Study, notes: set[str]) -> 
 
 def test_a_study_without_a_finished_run_says_so() -> None:
     study = make_study(seeds=2)
-    trials = tuple(replace(t, history={}, error="killed") for t in study.trials)
+    trials = tuple(replace(t, history={}, final={}, error="killed") for t in study.trials)
     for draw in (learning_curves, comparison):
         chart = draw(replace(study, trials=trials), "val_loss")
         assert "No run ended with a finite val_loss." in drawn(chart)
@@ -425,7 +427,7 @@ def test_a_failed_save_leaves_the_old_file(
         save(file, "new")
     if isinstance(failure, OSError):
         assert str(caught.value) == (
-            f"The report cannot be written (at '{file}'). Expected: a file name in a folder that "
+            f"The file cannot be written (at '{file}'). Expected: a file name in a folder that "
             "exists and can be written to. Received: No space left on device. Remedy: choose "
             "another path; what was there is unchanged."
         )
@@ -437,7 +439,7 @@ def test_a_failed_save_leaves_the_old_file(
 def test_a_place_that_is_no_place_is_refused(path: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(OutputError, match="The report cannot be written"):
+    with pytest.raises(OutputError, match="The file cannot be written"):
         save(tmp_path / path, "page")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "loop"]
 

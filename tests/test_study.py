@@ -17,15 +17,17 @@ import keras
 import numpy as np
 import pytest
 
+import truenorm
 from truenorm._errors import DataError, ModelError, OptionError, OutputError, StudyError
+from truenorm._files import replacing
 from truenorm._records import Study
 from truenorm._study import Progress, study
 from truenorm._study import trial as worker
 from truenorm._study.checks import check_momentum, check_placement
-from truenorm._study.folder import Spec, open_folder, read_result, replacing, write_result
+from truenorm._study.folder import Spec, open_folder, read_result, write_result
 
 POSITIONS = ("before_activation", "after_activation")
-SPEC = Spec("hash", "none", 3, 2, 4, False, keras.config.backend(), "float32", "float32")
+SPEC = Spec("hash", "none", 3, 2, 4, False, False, keras.config.backend(), "float32", "float32")
 
 
 def build(units: int = 6) -> Any:
@@ -104,6 +106,12 @@ def test_every_trial_is_there(original: tuple[Path, Study]) -> None:
         model = keras.saving.load_model(folder / trial.model)
         loss, _ = model.evaluate(*arrays()[1], verbose=0)
         assert loss == pytest.approx(trial.history["val_loss"][-1], rel=1e-4)
+        truenorm.recalibrate(model, arrays()[0], upstream="population")
+        loss, accuracy = model.evaluate(*arrays()[1], verbose=0)
+        assert trial.final == {
+            "val_loss": pytest.approx(loss, rel=1e-4),
+            "val_accuracy": pytest.approx(accuracy),
+        }
     assert result.metric == "val_accuracy"
     assert result.settings["backend"] == keras.config.backend()
     assert not list(folder.rglob("*.tmp*"))
@@ -254,12 +262,14 @@ def test_settings_that_cannot_be_read(folder: Path) -> None:
 def test_no_cut_of_a_result_passes_for_a_result(tmp_path: Path) -> None:
     open_folder(tmp_path, {})
     values = {"loss": (1.0, float("nan"))}
-    trial = worker.Trial("none", 3, values, 1, 2, 1.5, "")
+    finals = {"val_loss": float("inf"), "val_accuracy": 0.5}
+    trial = worker.Trial("none", 3, values, finals, 1, 2, 1.5, "")
     write_result(tmp_path, SPEC, trial)
     path = tmp_path / SPEC.file(".json")
     whole = read_result(tmp_path, SPEC)
     assert whole is not None
     np.testing.assert_equal(whole.history, values)
+    np.testing.assert_equal(whole.final, {"val_loss": float("nan"), "val_accuracy": 0.5})
     assert "NaN" not in path.read_text()
     assert read_result(tmp_path, replace(SPEC, study="other")) is None
     assert read_result(tmp_path, replace(SPEC, epochs=3)) is None
@@ -269,7 +279,14 @@ def test_no_cut_of_a_result_passes_for_a_result(tmp_path: Path) -> None:
         path.write_text(broken)
         assert read_result(tmp_path, SPEC) is None
     content = json.loads(text)
-    for change in ({"history": {}}, {"history": {"loss": ["a", 1]}}, {"history": 3}, {"more": 1}):
+    for change in (
+        {"history": {}},
+        {"final": {}},
+        {"final": {"val_loss": "a"}},
+        {"history": {"loss": ["a", 1]}},
+        {"history": 3},
+        {"more": 1},
+    ):
         path.write_text(json.dumps(content | change))
         assert read_result(tmp_path, SPEC) is None
 

@@ -22,8 +22,9 @@ T_975_4 = 2.7764451052  # the table's 0.975 quantile of Student's t with 4 degre
 
 
 def trial(position: str, seed: int, error: str | None = None, **last: float) -> Trial:
-    history = {} if error else {name: (0.0, value) for name, value in last.items()}
-    return Trial(position, seed, history, 1, 10, 1.0, "", error)
+    history = {} if error else dict.fromkeys(last, (0.0, 7.0))
+    final = {} if error else {n: value for n, value in last.items() if n.startswith("val_")}
+    return Trial(position, seed, history, final, 1, 10, 1.0, "", error)
 
 
 def trials_of(metric: str = "val_accuracy", **values: Sequence[float]) -> list[Trial]:

@@ -24,19 +24,25 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
     try:
         target = Path(path).resolve()
         temporary = target.with_name(f".{target.stem}.{secrets.token_hex(6)}.tmp{target.suffix}")
-        try:
-            yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        finally:
-            with contextlib.suppress(OSError):  # it became the target, or could never be made
-                temporary.unlink()
     except (OSError, RuntimeError) as error:  # RuntimeError: links that go round in a circle
-        raise OutputError(
-            "The file cannot be written",
-            where=str(path),
-            expected="a file name in a folder that exists and can be written to",
-            received=getattr(error, "strerror", None) or str(error),
-            remedy="choose another path; what was there is unchanged",
-        ) from error
+        raise _unwritable(path, error) from error
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):  # it became the target, or could never be made
+            temporary.unlink()
+
+
+def _unwritable(path: str | os.PathLike[str], error: Exception) -> OutputError:
+    return OutputError(
+        "The file cannot be written",
+        where=str(path),
+        expected="a file name in a folder that exists and can be written to",
+        received=getattr(error, "strerror", None) or str(error),
+        remedy="choose another path; what was there is unchanged",
+    )

@@ -438,7 +438,10 @@ class Trial(Record):
     Args:
         position: Where BatchNormalization was.
         seed: Decides initial weights and the order of the batches.
-        history: Keras's history: per metric its value after each epoch (``val_`` for validation).
+        history: Keras's history: per metric its value after each epoch (``val_`` for validation),
+            with the moving statistics as training left them.
+        final: The validation metrics that the study judges by, under the same names: after the
+            last epoch, with recalibrated statistics unless the study was told otherwise.
         sites: How many BatchNormalization sites the model had.
         parameters: Number of the model's parameters.
         seconds: Time of the run, in seconds, with start and compilation.
@@ -449,6 +452,7 @@ class Trial(Record):
     position: str
     seed: int
     history: Mapping[str, tuple[float, ...]]
+    final: Mapping[str, float]
     sites: int
     parameters: int
     seconds: float
@@ -456,9 +460,9 @@ class Trial(Record):
     error: str | None = None
 
     def tables(self) -> Sequence[Table]:
-        """The last epoch's metrics."""
-        rows = tuple((name, number(values[-1], 4)) for name, values in self.history.items())
-        return (Table(f"{self.position}, seed {self.seed}", ("metric", "last value"), rows),)
+        """The metrics that the study judges by."""
+        rows = tuple((name, number(value, 4)) for name, value in self.final.items())
+        return (Table(f"{self.position}, seed {self.seed}", ("metric", "value"), rows),)
 
 
 @dataclass(frozen=True)

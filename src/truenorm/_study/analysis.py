@@ -54,9 +54,9 @@ def analyse(
     every = _unique(trials, positions)
     seeds = _common_seeds(every, positions)
     metric, metrics = _metrics(t for t in every if t.error is None)
-    of = {(t.position, t.seed): t.history for t in every}
+    of = {(t.position, t.seed): t.final for t in every}
     values: Values = {
-        m: {p: np.array([_last(of[p, seed], m) for seed in seeds]) for p in positions}
+        m: {p: np.array([of[p, seed].get(m, math.nan) for seed in seeds]) for p in positions}
         for m in metrics
     }
     summaries = {
@@ -213,14 +213,10 @@ def _common_seeds(trials: Sequence[Trial], positions: Sequence[str]) -> tuple[in
 
 def _metrics(trials: Iterable[Trial]) -> tuple[str, tuple[str, ...]]:
     """The metric that decides, and those to report: that one and ``val_loss``."""
-    names = [n for n in next(iter(trials)).history if n.startswith("val_")]
+    names = list(next(iter(trials)).final)
     others = [n for n in names if not n.endswith("loss")]
     metric = "val_accuracy" if "val_accuracy" in others else next(iter(others), "val_loss")
     return metric, tuple(dict.fromkeys((metric, "val_loss")))
-
-
-def _last(history: Mapping[str, Sequence[float]], metric: str) -> float:
-    return history[metric][-1] if history.get(metric) else math.nan
 
 
 def _best(

@@ -14,12 +14,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +25,7 @@ from typing import Any, cast
 import numpy as np
 
 from truenorm._errors import StudyError
+from truenorm._files import replacing
 from truenorm._records import Trial
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -44,6 +43,7 @@ class Spec:
         seed: Decides the base model and the order of the batches.
         epochs: How often the training data is gone through.
         batch_size: Samples per step.
+        recalibrate: Whether the model is judged with recalibrated statistics.
         keep_model: Whether the trained model is saved.
         built_on: Keras's backend in the process that started the study.
         floatx: Keras's default float type in the process that started the study.
@@ -55,6 +55,7 @@ class Spec:
     seed: int
     epochs: int
     batch_size: int
+    recalibrate: bool
     keep_model: bool
     built_on: str
     floatx: str
@@ -79,19 +80,6 @@ class Spec:
         path = folder / self.file(".spec.json")
         write_json(path, asdict(self))
         return path
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Generator[Path]:
-    """A temporary path that becomes ``path``, whole, when the block ends without an exception."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -174,12 +162,7 @@ def digest(content: Any) -> str:
 
 def write_result(folder: Path, spec: Spec, trial: Trial) -> None:
     """Write a finished trial; a number that is not finite is written as null."""
-    history = {
-        name: [value if math.isfinite(value) else None for value in values]
-        for name, values in trial.history.items()
-    }
-    content = {**asdict(trial), "history": history, "study": spec.study}
-    write_json(folder / spec.file(".json"), content)
+    write_json(folder / spec.file(".json"), {**trial.to_dict(), "study": spec.study})
 
 
 def read_result(folder: Path, spec: Spec) -> Trial | None:
@@ -188,9 +171,9 @@ def read_result(folder: Path, spec: Spec) -> Trial | None:
         content = json.loads((folder / spec.file(".json")).read_text("utf-8"))
         owner = (content.pop("study"), content["position"], content["seed"])
         content["history"] = {
-            str(name): tuple(math.nan if value is None else float(value) for value in values)
-            for name, values in content["history"].items()
+            str(name): tuple(map(_number, values)) for name, values in content["history"].items()
         }
+        content["final"] = {str(name): _number(value) for name, value in content["final"].items()}
         trial = Trial(**content)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
@@ -198,7 +181,13 @@ def read_result(folder: Path, spec: Spec) -> Trial | None:
         owner == (spec.study, spec.position, spec.seed)
         and trial.error is None
         and bool(trial.history)
+        and bool(trial.final)
         and all(len(values) == spec.epochs for values in trial.history.values())
         and (not spec.keep_model or (folder / spec.file(".keras")).is_file())
     )
     return trial if whole else None
+
+
+def _number(value: float | None) -> float:
+    """A number of a result file, where null stands for one that is not finite."""
+    return math.nan if value is None else float(value)

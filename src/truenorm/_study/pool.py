@@ -180,7 +180,7 @@ class _Pool:
             if trial is None:
                 reason = _reason(process.returncode, self._timeout if late else None, stderr)
                 seconds = time.monotonic() - started
-                trial = Trial(spec.position, spec.seed, {}, 0, 0, seconds, "", reason)
+                trial = Trial(spec.position, spec.seed, {}, {}, 0, 0, seconds, "", reason)
             self.events.put(("ended", spec, pid, trial))
         except BaseException as error:  # raised again in the waiting thread
             self.events.put(("crashed", spec, pid, error))

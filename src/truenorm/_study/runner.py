@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from truenorm._errors import OutputError
+from truenorm._files import replacing
 from truenorm._records import Study, Trial
 from truenorm._study import checks
 from truenorm._study.folder import (
@@ -19,7 +20,6 @@ from truenorm._study.folder import (
     digest,
     open_folder,
     read_result,
-    replacing,
     write_data,
 )
 from truenorm._study.pool import OnEvent, run_all
@@ -35,6 +35,7 @@ def study(
     seeds: int | Sequence[int] = 5,
     epochs: int,
     batch_size: int = 64,
+    recalibrate: bool = True,
     directory: str | Path | None = None,
     name: str = "study",
     backend: str | None = None,
@@ -66,6 +67,10 @@ def study(
         seeds: How many (0, 1, …), or which.
         epochs: How often the training data is gone through.
         batch_size: Samples per step.
+        recalibrate: Judge each trained model with every BatchNormalization's statistics computed
+            over the whole training set (:func:`truenorm.recalibrate`), so that a moving average
+            that lags behind does not decide; the history, and the models that are kept, have the
+            moving averages. False: judge with the moving averages.
         directory: The study's folder; its results are kept, and a study that was stopped goes on
             when it is called again with the same arguments. None: a temporary folder, removed at
             the end (the trained models with it).
@@ -124,12 +129,14 @@ def study(
     arrays = checks.check_data(data)
     model = _built(build, numbers[0], arrays)
     steps = epochs * max(1, len(arrays[0][0]) // batch_size)
-    notes = (*checks.check_momentum(model, steps), *checks.check_placement(model, names))
+    stale = () if recalibrate else checks.check_momentum(model, steps)
+    notes = (*stale, *checks.check_placement(model, names))
     settings: dict[str, Any] = {
         "positions": list(names),
         "seeds": list(numbers),
         "epochs": epochs,
         "batch_size": batch_size,
+        "recalibrate": recalibrate,
         "backend": chosen,
         "built_on": keras.config.backend(),
         "versions": _versions(chosen),
@@ -163,6 +170,7 @@ def _specs(settings: Mapping[str, Any], *, keep_models: bool) -> list[Spec]:
             seed=seed,
             epochs=settings["epochs"],
             batch_size=settings["batch_size"],
+            recalibrate=settings["recalibrate"],
             keep_model=keep_models,
             built_on=settings["built_on"],
             floatx=settings["floatx"],

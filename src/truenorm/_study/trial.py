@@ -18,11 +18,13 @@ from typing import Any, cast
 import keras
 import numpy as np
 
+from truenorm._files import replacing
 from truenorm._graph import calls, is_batch_normalization
 from truenorm._layer import BatchNormalization
 from truenorm._placement import Position, place
+from truenorm._population import recalibrate
 from truenorm._records import Trial
-from truenorm._study.folder import Arrays, Spec, read_data, replacing, write_result
+from truenorm._study.folder import Arrays, Spec, read_data, write_result
 from truenorm._study.pool import MARK
 
 _OURS = {"truenorm>BatchNormalization": BatchNormalization}
@@ -119,11 +121,25 @@ def train(model: Any, data: tuple[Arrays, Arrays], spec: Spec) -> dict[str, tupl
     return {name: tuple(float(v) for v in values) for name, values in history.items()}
 
 
+def judge(model: Any, data: tuple[Arrays, Arrays], spec: Spec) -> dict[str, float]:
+    """The validation metrics of the trained model; its statistics may be recalibrated for it."""
+    train_data, validation = data
+    if spec.recalibrate and _sites(model):
+        recalibrate(model, train_data, upstream="population", batch_size=spec.batch_size)
+    batches = Batches(*validation, spec.batch_size, None)
+    metrics = model.evaluate(batches, verbose=0, return_dict=True)
+    return {f"val_{name}": float(value) for name, value in metrics.items()}
+
+
+def _sites(model: Any) -> int:
+    return sum(is_batch_normalization(call.operation) for call in calls(model))
+
+
 def main(path: Path) -> None:
-    """Run the trial of this spec and write its result."""
+    """Run the trial of this spec and write its result; the model is saved as it was trained."""
     spec, folder = Spec.read(path), path.parent.parent
-    model = prepare(folder, spec)
-    history = train(model, read_data(folder), spec)
+    model, data = prepare(folder, spec), read_data(folder)
+    history = train(model, data, spec)
     kept = spec.file(".keras") if spec.keep_model else ""
     if kept:
         with replacing(folder / kept) as temporary:
@@ -132,7 +148,8 @@ def main(path: Path) -> None:
         position=spec.position,
         seed=spec.seed,
         history=history,
-        sites=sum(is_batch_normalization(call.operation) for call in calls(model)),
+        final=judge(model, data, spec),
+        sites=_sites(model),
         parameters=int(model.count_params()),
         seconds=time.perf_counter() - _STARTED,
         model=kept,

@@ -123,7 +123,7 @@ def _bundled(name: str) -> Any:
 def _split(x: Any, y: Any) -> tuple[Arrays, Arrays]:
     from sklearn.model_selection import train_test_split
 
-    parts = train_test_split(x, y.astype("int32"), test_size=0.25, random_state=0, stratify=y)
+    parts: Any = train_test_split(x, y.astype("int32"), test_size=0.25, random_state=0, stratify=y)
     x_train, x_val, y_train, y_val = parts
     return (x_train, y_train), (x_val, y_val)
 

@@ -8,16 +8,15 @@ its control characters are made visible. Nothing here sees a model: only records
 from __future__ import annotations
 
 import base64
-import contextlib
 import os
 import re
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truenorm._errors import MissingDependencyError, OutputError
+from truenorm._errors import MissingDependencyError
+from truenorm._files import replacing
 from truenorm._records import Record, Table, printable
 from truenorm.report.charts import Chart, comparison, gaps, learning_curves
 
@@ -101,29 +100,8 @@ def save(path: str | os.PathLike[str], page: str) -> None:
     Raises:
         OutputError: The file cannot be written; what was there is unchanged.
     """
-    try:
-        _replace(Path(path).resolve(), page)
-    except (OSError, RuntimeError) as error:  # RuntimeError: links that go round in a circle
-        raise OutputError(
-            "The report cannot be written",
-            where=str(path),
-            expected="a file name in a folder that exists and can be written to",
-            received=getattr(error, "strerror", None) or str(error),
-            remedy="choose another path; what was there is unchanged",
-        ) from error
-
-
-def _replace(target: Path, page: str) -> None:
-    temporary = target.with_name(f".truenorm-{secrets.token_hex(6)}.tmp")
-    try:
-        with temporary.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        with contextlib.suppress(OSError):  # it is gone, or could never be made
-            temporary.unlink()
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
 
 
 def _views(item: Record | Table | Chart) -> list[dict[str, Any]]:

@@ -54,6 +54,8 @@ def learning_curves(study: Study, metric: str) -> Chart:
     seeds = len({seed for row in runs.values() for seed in row})
     ends = [f"{number(float(m[-1]), 4)} for {p}" for p, m in means.items() if len(m)]
     notes = ["Thick: mean over the seeds. Thin: one line per seed."] if seeds > 1 else ["One seed."]
+    if metric.startswith("val_"):
+        notes.append("During training, so with the moving statistics of that moment.")
     outside = int(np.sum(np.isfinite(values) & ((values < low) | (values > high))))
     if outside:
         notes.append(f"Values outside the axis, far from all others: {outside}.")
@@ -66,7 +68,7 @@ def learning_curves(study: Study, metric: str) -> Chart:
 
 
 def comparison(study: Study, metric: str) -> Chart:
-    """The positions against each other: every seed's last value, and the paired differences.
+    """The positions against each other: the value of every seed, and the paired differences.
 
     Args:
         study: The study.
@@ -79,8 +81,9 @@ def comparison(study: Study, metric: str) -> Chart:
         OptionError: No trial recorded this metric.
     """
     runs = _runs(study, metric)
+    finals = {(t.position, t.seed): t.final.get(metric, math.nan) for t in study.trials}
     ends = {
-        p: {seed: end for seed, v in seeds.items() if (end := _drawing.last(v[-1:])) is not None}
+        p: {seed: finals[p, seed] for seed in seeds if math.isfinite(finals[p, seed])}
         for p, seeds in runs.items()
     }
     every = [c for c in study.comparisons if c.metric == metric]
@@ -103,7 +106,11 @@ def comparison(study: Study, metric: str) -> Chart:
         _drawing.values(parts[0], title, ends, 300 if narrow else 800 if crowded else 370)
         _drawing.differences(parts[1], pairs)
 
-    notes = ["Values after the last epoch: a line joins the runs of one seed, a bar is the mean."]
+    judged = "recalibrated" if study.settings.get("recalibrate") else "moving"
+    notes = [
+        f"Values after the last epoch, with {judged} statistics: a line joins the runs of one "
+        "seed, a bar is the mean."
+    ]
     if pairs:
         notes.append(
             "Differences: mean and 95% interval over the seeds; filled where p < 0.05 after "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
+from typing import Any, cast
 
 import keras
 import numpy as np
 
-from truenorm._errors import DataError
+from truenorm._errors import DataError, OptionError
 
 
 def input_batches(model: Any, data: Any, batch_size: int) -> Iterator[Any]:
@@ -16,12 +17,19 @@ def input_batches(model: Any, data: Any, batch_size: int) -> Iterator[Any]:
 
     ``data`` is what ``fit`` takes: arrays (``x``, ``(x, y)`` or ``(x, y, weights)``, ``x`` in the
     structure of the model's inputs), a ``keras.utils.PyDataset``, or any iterable of batches
-    (``tf.data.Dataset``, PyTorch's ``DataLoader``, a list, a generator).
+    (``tf.data.Dataset``, PyTorch's ``DataLoader``, a list, a generator). A batch is what the arrays
+    may be, and its tuple may be a list, as PyTorch's are.
     """
-    if isinstance(data, tuple) and 1 < len(data) <= 3 and all(_is_arrays(d) for d in data):
-        data = data[0]
-    if _is_arrays(data):
-        yield from _slices(model, data, batch_size)
+    if type(batch_size) is bool or not isinstance(batch_size, Integral) or batch_size < 1:
+        raise OptionError(
+            "The batch size is not a number of samples",
+            where="batch_size",
+            expected="an integer of 1 or more",
+            received=repr(batch_size),
+        )
+    arrays = _arrays(model, data)
+    if arrays is not None:
+        yield from _slices(model, arrays, batch_size)
         return
     if not isinstance(data, Iterable):
         raise DataError(
@@ -30,38 +38,16 @@ def input_batches(model: Any, data: Any, batch_size: int) -> Iterator[Any]:
             expected="arrays, a PyDataset, or an iterable of batches",
             received=type(data).__name__,
         )
-    for batch in data:
-        inputs = batch[0] if isinstance(batch, tuple) else batch
+    for batch in cast(Iterable[Any], data):
+        inputs = _without_labels(model, batch)
         check(model, inputs)
-        yield inputs
-
-
-def _is_arrays(data: Any) -> bool:
-    if isinstance(data, dict):
-        return bool(data) and all(_is_arrays(value) for value in data.values())
-    return hasattr(data, "shape") and hasattr(data, "dtype") and hasattr(data, "__getitem__")
-
-
-def _slices(model: Any, data: Any, batch_size: int) -> Iterator[Any]:
-    lengths = {len(array) for array in keras.tree.flatten(data)}
-    if len(lengths) != 1:
-        raise DataError(
-            "The input arrays have different numbers of samples",
-            where="data",
-            received=f"{sorted(lengths)}",
-        )
-    check(model, data)
-    for start in range(0, lengths.pop(), batch_size):
-        yield keras.tree.map_structure(lambda a, s=start: a[s : s + batch_size], data)
+        yield keras.tree.map_structure(_native, _arranged(model, inputs))
 
 
 def check(model: Any, inputs: Any) -> None:
     """Refuse inputs that the model cannot take, before anything runs."""
-    expected = [tuple(t.shape) for t in getattr(model, "inputs", None) or ()]
-    if not expected:
-        return  # a subclassed model says nothing of its inputs
-    received = [tuple(np.shape(x)) for x in keras.tree.flatten(inputs)]
-    if len(expected) != len(received) or not all(map(_fits, expected, received)):
+    expected, received = _shapes(_inputs(model)), _shapes(_arranged(model, inputs))
+    if not _takes(model, inputs):
         raise DataError(
             "The data does not fit the model's inputs",
             where="data",
@@ -71,7 +57,72 @@ def check(model: Any, inputs: Any) -> None:
         )
 
 
+def _without_labels(model: Any, data: Any) -> Any:
+    """``x`` of ``(x, y)`` or ``(x, y, weights)``, if it alone is what the model takes."""
+    if isinstance(data, list | tuple):
+        parts = cast(list[Any] | tuple[Any, ...], data)
+        if 1 <= len(parts) <= 3 and _takes(model, parts[0]):
+            return parts[0]
+    return data
+
+
+def _arrays(model: Any, data: Any) -> Any:
+    """The inputs' arrays of all samples; None if the data is batches, as most lists are."""
+    inputs = _without_labels(model, data) if isinstance(data, tuple) else data
+    several = len(_inputs(model)) > 1 and _takes(model, inputs)
+    if inputs is data and isinstance(data, list | tuple) and not several:
+        return None
+    leaves = keras.tree.flatten(inputs)
+    needed = ("shape", "dtype", "__getitem__")
+    is_arrays = bool(leaves) and all(hasattr(leaf, name) for leaf in leaves for name in needed)
+    return inputs if is_arrays else None
+
+
+def _slices(model: Any, data: Any, batch_size: int) -> Iterator[Any]:
+    check(model, data)
+    data = _arranged(model, data)
+    lengths = {len(array) for array in keras.tree.flatten(data)}
+    if len(lengths) != 1:
+        raise DataError(
+            "The input arrays have different numbers of samples",
+            where="data",
+            received=f"{sorted(lengths)}",
+        )
+    for start in range(0, lengths.pop(), batch_size):
+        yield keras.tree.map_structure(lambda a, s=start: _native(a[s : s + batch_size]), data)
+
+
+def _native(array: Any) -> Any:
+    """Another framework's tensor as a NumPy array, which every backend takes."""
+    return array if keras.ops.is_tensor(array) else np.asarray(array)
+
+
+def _inputs(model: Any) -> list[Any]:
+    """The model's symbolic inputs; none for a subclassed model, which says nothing of them."""
+    return list(getattr(model, "inputs", None) or ())
+
+
+def _arranged(model: Any, inputs: Any) -> Any:
+    """Inputs given by name, in the order of a model whose inputs are a list (as Keras does it)."""
+    expected = _inputs(model)
+    if isinstance(inputs, Mapping) and len(expected) > 1 and not isinstance(model.input, Mapping):
+        named = cast(Mapping[str, Any], inputs)
+        if all(tensor.name in named for tensor in expected):
+            return [named[tensor.name] for tensor in expected]
+    return inputs
+
+
+def _takes(model: Any, inputs: Any) -> bool:
+    """Whether shapes fit in everything but the number of samples."""
+    expected, received = _shapes(_inputs(model)), _shapes(_arranged(model, inputs))
+    return not expected or (len(expected) == len(received) and all(map(_fits, expected, received)))
+
+
 def _fits(expected: tuple[int | None, ...], received: tuple[int, ...]) -> bool:
     return len(expected) == len(received) and all(
-        e in (None, r) for e, r in zip(expected, received, strict=True)
+        e in (None, r) for e, r in zip(expected[1:], received[1:], strict=True)
     )
+
+
+def _shapes(tensors: Any) -> list[tuple[Any, ...]]:
+    return [tuple(getattr(tensor, "shape", ())) for tensor in keras.tree.flatten(tensors)]

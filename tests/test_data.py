@@ -1,0 +1,185 @@
+"""Data in every form that users have it, as collect reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from models import dense, subclassed, two_towers
+
+import truenorm as tn
+
+RANDOM = np.random.default_rng(0)
+X, Y, W = (RANDOM.normal(size=shape).astype("float32") for shape in ((10, 5), (10, 3), (10,)))
+SMALL, LARGE = (RANDOM.normal(2.0, size=(10, n)).astype("float32") for n in (2, 4))
+
+
+def two_inputs(form: type = list) -> Any:
+    """A model of two inputs whose names are not in the order of the inputs."""
+    small, large = keras.Input((2,), name="z_small"), keras.Input((4,), name="a_large")
+    joined = keras.layers.Concatenate()([small, large])
+    inputs = {"z_small": small, "a_large": large} if form is dict else form([small, large])
+    return keras.Model(inputs, keras.layers.BatchNormalization(name="bn")(joined))
+
+
+def identical_inputs() -> Any:
+    """A model of two inputs of the same shape: only their names tell them apart."""
+    left, right = keras.Input((2,), name="z"), keras.Input((2,), name="a")
+    joined = keras.layers.Concatenate()([left, right])
+    return keras.Model([left, right], keras.layers.BatchNormalization(name="bn")(joined))
+
+
+class Loader:
+    """As PyTorch's DataLoader: lists, read again and again."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for start in range(0, 10, 4):
+            yield [part[start : start + 4] for part in self.parts]
+
+
+class Sequence(keras.utils.PyDataset):
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Any:
+        return X[4 * index : 4 * index + 4], Y[4 * index : 4 * index + 4]
+
+
+def mean(model: Any, data: Any, **options: Any) -> np.ndarray:
+    """What the first BatchNormalization sees."""
+    population = tn.collect(model, data, **options)
+    assert population.samples == 10
+    assert population.batches == 3
+    return next(iter(population.sites.values())).mean
+
+
+ONE_INPUT: dict[str, Callable[[], Any]] = {
+    "array": lambda: X,
+    "(x,)": lambda: (X,),
+    "(x, y)": lambda: (X, Y),
+    "(x, labels in a list)": lambda: (X, [0] * 10),
+    "(x, y, w)": lambda: (X, Y, W),
+    "batches (x,)": lambda: Loader(X),
+    "batches [x, y]": lambda: Loader(X, Y),
+    "batches [x, y, w]": lambda: Loader(X, Y, W),
+    "batches (x, y)": lambda: [tuple(batch) for batch in Loader(X, Y)],
+    "list of arrays": lambda: [X[:4], X[4:8], X[8:]],
+    "generator": lambda: (batch for batch in Loader(X, Y)),
+    "PyDataset": lambda: Sequence(),
+}
+
+
+@pytest.mark.parametrize("form", ONE_INPUT)
+def test_the_data_of_one_input(form: str) -> None:
+    model = keras.Sequential([keras.Input((5,)), keras.layers.BatchNormalization(name="bn")])
+    np.testing.assert_allclose(mean(model, ONE_INPUT[form](), batch_size=4), X.mean(0), atol=1e-6)
+
+
+def test_pytorchs_own_loader() -> None:
+    torch = pytest.importorskip("torch")
+    dataset = torch.utils.data.TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4)
+    model = keras.Sequential([keras.Input((5,)), keras.layers.BatchNormalization(name="bn")])
+    for data in (loader, torch.from_numpy(X), (torch.from_numpy(X), torch.from_numpy(Y))):
+        np.testing.assert_allclose(mean(model, data, batch_size=4), X.mean(0), atol=1e-6)
+
+
+def test_tensorflows_own_dataset() -> None:
+    tensorflow = pytest.importorskip("tensorflow")
+    dataset = tensorflow.data.Dataset.from_tensor_slices((X, Y)).batch(4)
+    model = keras.Sequential([keras.Input((5,)), keras.layers.BatchNormalization(name="bn")])
+    np.testing.assert_allclose(mean(model, dataset), X.mean(0), atol=1e-6)
+
+
+NAMED = {"a_large": LARGE, "z_small": SMALL}
+TWO_INPUTS: dict[str, Callable[[], Any]] = {
+    "[x1, x2]": lambda: [SMALL, LARGE],
+    "(x1, x2)": lambda: (SMALL, LARGE),
+    "([x1, x2], y)": lambda: ([SMALL, LARGE], Y),
+    "((x1, x2), y, w)": lambda: ((SMALL, LARGE), Y, W),
+    "by name": lambda: NAMED,
+    "(by name, y)": lambda: (NAMED, Y),
+    "batches [x1, x2]": lambda: Loader(SMALL, LARGE),
+    "batches ([x1, x2], y)": lambda: [([a, b], y) for a, b, y in Loader(SMALL, LARGE, Y)],
+    "batches (by name, y)": lambda: [
+        ({"a_large": b, "z_small": a}, y) for a, b, y in Loader(SMALL, LARGE, Y)
+    ],
+}
+
+
+@pytest.mark.parametrize("form", TWO_INPUTS)
+def test_the_data_of_two_inputs(form: str) -> None:
+    expected = np.concatenate([SMALL, LARGE], axis=1).mean(0)
+    found = mean(two_inputs(), TWO_INPUTS[form](), batch_size=4)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_names_decide_where_shapes_do_not() -> None:
+    data = {"a": SMALL + 10, "z": SMALL}
+    expected = np.concatenate([SMALL, SMALL + 10], axis=1).mean(0)
+    np.testing.assert_allclose(mean(identical_inputs(), data, batch_size=4), expected, atol=1e-5)
+    predicted = identical_inputs().predict(data, verbose=0)  # Keras decides by the names as well
+    np.testing.assert_allclose(predicted[:, :2] * np.sqrt(1.001), SMALL, rtol=1e-4)
+
+
+def test_the_inputs_of_a_dict_are_a_dict() -> None:
+    x = RANDOM.normal(size=(10, 6, 6, 3)).astype("float32")
+    both = tn.collect(two_towers(), ({"left": x, "right": x}, Y), batch_size=4)
+    assert both.samples == 10
+    expected = np.concatenate([SMALL, LARGE], axis=1).mean(0)
+    found = mean(two_inputs(dict), NAMED, batch_size=np.int64(4))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_subclassed_model_takes_the_first_of_a_batch() -> None:
+    x = X[:, :3]
+    for data in (x, (x, Y), Loader(x, Y), [x[:4], x[4:8], x[8:]]):
+        np.testing.assert_allclose(mean(subclassed(), data, batch_size=4), x.mean(0), atol=1e-6)
+
+
+def test_a_model_of_a_fixed_batch_size_reads_all_samples() -> None:
+    model = keras.Sequential(
+        [keras.Input((5,), batch_size=4), keras.layers.BatchNormalization(name="bn")]
+    )
+    population = tn.collect(model, X[:8], batch_size=4)
+    np.testing.assert_allclose(population.sites["bn"].mean, X[:8].mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("data", "received"),
+    [
+        (X[:, :4], "[(10, 4)]"),
+        ([X[:, :4], Y], "[(10, 4)]"),
+        (Loader(X[:, :4], Y), "[(4, 4), (4, 3)]"),
+        ({"a": X, "b": X}, "[(10, 5), (10, 5)]"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(data: Any, received: str) -> None:
+    with pytest.raises(tn.DataError) as caught:
+        tn.collect(dense(), data)
+    assert str(caught.value) == (
+        "The data does not fit the model's inputs (at 'data'). Expected: shapes [(None, 5)]. "
+        f"Received: {received}. Remedy: give batches of the model's own input shape, optionally "
+        "with labels: (x, y)."
+    )
+
+
+def test_arrays_of_different_lengths_are_refused() -> None:
+    with pytest.raises(tn.DataError, match="different numbers of samples"):
+        tn.collect(two_inputs(), [SMALL, LARGE[:9]])
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, True, None])
+def test_a_batch_size_that_is_no_number_of_samples_is_refused(size: Any) -> None:
+    with pytest.raises(tn.OptionError) as caught:
+        tn.collect(dense(), X, batch_size=size)
+    assert str(caught.value) == (
+        "The batch size is not a number of samples (at 'batch_size'). "
+        f"Expected: an integer of 1 or more. Received: {size!r}."
+    )

@@ -94,3 +94,21 @@ def test_it_prints_as_tables_and_goes_to_json() -> None:
     assert plain["sites"][3]["path"] == "c_bn"
     assert plain["modes"]["fit"][0]["statistics"] == "batch"
     assert "<table>" in inspection._repr_html_()
+
+
+def test_a_layer_that_learns_is_seen_to_learn_in_half_precision() -> None:
+    """Loss scaling would skip the first step."""
+    policy = "mixed_float16"
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(3, dtype=policy),
+         keras.layers.BatchNormalization(dtype=policy, name="bn"),
+         keras.layers.Dense(1, dtype=policy, bias_initializer=keras.initializers.Constant(20.0))]
+    )  # fmt: skip
+    assert modes_of(model, "bn") == HEALTHY
+
+
+def test_it_is_one_batch_whatever_the_number_of_samples() -> None:
+    model = dense()
+    fit = tn.inspect(model, inputs_for(model, 50)).modes["fit"][0]
+    assert fit.describe() == "batch + updates + learns"
+    assert fit.training == (True,)

@@ -11,6 +11,7 @@ import pytest
 from models import dense, inputs_for, nested, residual, shake, snapshot, subclassed, two_towers
 
 import truenorm as tn
+import truenorm._population
 from truenorm._graph import layer_paths
 
 
@@ -259,3 +260,94 @@ def test_populations_of_other_models_do_not_merge() -> None:
         a.merge(b)
     with pytest.raises(tn.OptionError, match=r"Received: 'both'\.$"):
         tn.collect(stack(), x, upstream="both")  # pyright: ignore[reportArgumentType]
+
+
+# --- corners -----------------------------------------------------------------------------------
+
+
+def test_layers_of_the_same_name_get_their_own_statistics() -> None:
+    class Twins(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = [
+                keras.Sequential([keras.layers.BatchNormalization(name="bn")], name="block")
+                for _ in range(2)
+            ]
+
+        def call(self, x: Any) -> Any:
+            return self.blocks[1](self.blocks[0](x) * 3.0 + 1.0)
+
+    model = Twins()
+    x = np.random.default_rng(0).normal(5.0, 2.0, size=(64, 2)).astype("float32")
+    model(x)
+    tn.recalibrate(model, x, batch_size=64)
+    first, second = (b.layers[-1].moving_mean.numpy() for b in model.blocks)
+    np.testing.assert_allclose(first, x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(second, [1.0, 1.0], rtol=1e-4)
+
+
+def test_the_data_is_not_cast_to_a_global_policy() -> None:
+    """Values that float16 cannot hold, in a layer that is float32."""
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = keras.Sequential(
+            [keras.Input((1,)), keras.layers.BatchNormalization(dtype="float32", name="bn")]
+        )
+        x = 2000 + np.arange(4, dtype="float32")[:, None] / 8
+        moments = tn.collect(model, x).sites["bn"]
+    finally:
+        keras.config.set_dtype_policy("float32")
+    np.testing.assert_allclose(moments.variance, x.var(), rtol=1e-4)
+
+
+def test_a_layer_out_of_sight_is_refused_where_its_upstream_matters() -> None:
+    inputs = keras.Input((4, 3))
+    x = keras.layers.TimeDistributed(keras.layers.BatchNormalization(name="in"), name="t")(inputs)
+    model = keras.Model(inputs, keras.layers.BatchNormalization(name="bn")(x))
+    data = np.ones((8, 4, 3), "float32")
+    assert list(tn.collect(model, data).sites) == ["t/in", "bn"]
+    with pytest.raises(tn.ModelError, match=r"cannot be seen \(at 't/in'\).*upstream='batch'"):
+        tn.collect(model, data, upstream="population")
+    (hidden,) = tn.inspect(model).hidden
+    assert hidden.path == "t/in"
+
+
+def test_an_interrupted_writing_puts_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stack()
+    before = snapshot(model)
+    written: list[Any] = []
+    assign = keras.Variable.assign
+
+    def interrupted(self: Any, value: Any) -> Any:
+        written.append(self)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return assign(self, value)
+
+    def measured(*arguments: Any) -> Any:  # the last step before the writing
+        monkeypatch.setattr(keras.Variable, "assign", interrupted)
+        return ()
+
+    monkeypatch.setattr(truenorm._population, "gaps", measured)
+    with pytest.raises(KeyboardInterrupt):
+        tn.recalibrate(model, np.random.default_rng(0).normal(size=(8, 4)).astype("float32"))
+    monkeypatch.undo()
+    assert len(written) > 3  # some were written, and put back
+    assert snapshot(model) == before
+
+
+def test_one_value_has_no_variance_to_give() -> None:
+    model = stack()
+    variance = model.get_layer("bn1").moving_variance.numpy().copy()
+    tn.recalibrate(model, np.ones((1, 4), "float32"))
+    np.testing.assert_array_equal(model.get_layer("bn1").moving_variance.numpy(), variance)
+
+
+def test_what_a_variable_cannot_hold_is_refused() -> None:
+    layer = keras.layers.BatchNormalization(dtype="float16", name="bn")
+    model = keras.Sequential([keras.Input((1,), dtype="float32"), layer])
+    before = snapshot(model)
+    x = np.array([[-1000.0], [1000.0]], "float32")  # a variance of 1e6; float16 ends at 65504
+    with pytest.raises(tn.DataError, match="not finite numbers; nothing was written"):
+        tn.recalibrate(model, x)
+    assert snapshot(model) == before

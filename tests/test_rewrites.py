@@ -22,6 +22,7 @@ from models import (
 )
 
 import truenorm as tn
+import truenorm._folding
 
 MODELS = [dense, residual, nested, two_towers]
 KINDS = ["keras", "truenorm"]
@@ -337,15 +338,96 @@ def test_a_site_inside_a_wrapper_is_reported() -> None:
     assert rewrite.left[0].path == "each/bn"
 
 
+def chaotic(x: Any) -> Any:
+    for _ in range(4):
+        x = keras.layers.Dense(16, kernel_initializer=keras.initializers.RandomNormal(0, 1.0))(x)
+        x = keras.layers.BatchNormalization()(x)
+        x = keras.ops.sin(2.0 * x)
+    return x
+
+
 def test_a_model_that_amplifies_rounding_is_still_folded() -> None:
     """What one unit in the last place of the input does to the model is no fault of folding."""
-    x = inputs = keras.Input((16,))
-    for _ in range(4):
-        x = keras.layers.Dense(16, kernel_initializer=keras.initializers.RandomNormal(0, 3.0))(x)
-        x = keras.layers.BatchNormalization()(x)
-        x = keras.ops.sin(30.0 * x)
-    model = shake(keras.Model(inputs, x))
-    rewrite = tn.fold(model)
+    inputs = keras.Input((16,))
+    rewrite = tn.fold(shake(keras.Model(inputs, chaotic(inputs))))
     assert rewrite.max_rel_error is not None
     assert rewrite.max_rel_error > 1e-4
     assert len(rewrite.changed) == 4
+
+
+def test_a_chaotic_output_does_not_excuse_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = keras.Input((16,))
+    wild = keras.ops.sin(1e9 * chaotic(inputs))
+    calm = keras.layers.BatchNormalization()(keras.layers.Dense(16)(inputs))
+    model = shake(keras.Model(inputs, [wild, calm]))
+    right = truenorm._folding._affine
+    monkeypatch.setattr(truenorm._folding, "_affine", lambda bn: (right(bn)[0], right(bn)[1] + 5))
+    with pytest.raises(tn.VerificationError, match=r"^Folding would change what the model"):
+        tn.fold(model)
+
+
+# --- what surrounds a site ---------------------------------------------------------------------
+
+
+def test_an_output_activation_stays_the_output() -> None:
+    model = keras.Sequential(
+        [keras.Input((3,)), L.Dense(2), L.BatchNormalization(), L.Activation("softmax", name="p")]
+    )
+    (left,) = tn.place(model, "after_activation").left
+    assert left.reason == "Activation p is an output of the model, and must stay one"
+
+
+def test_a_moved_site_keeps_its_training_argument() -> None:
+    inputs = keras.Input((3,))
+    x = L.BatchNormalization(name="bn")(L.Dense(2)(inputs), training=True)
+    model = keras.Model(inputs, L.Dense(1)(L.ReLU()(x)))
+    moved = tn.place(model, "after_activation").model
+    assert tn.inspect(model).modes["model(x)"][0].statistics == "batch"
+    assert tn.inspect(moved).modes["model(x)"][0].statistics == "batch"
+
+
+def test_a_site_with_a_mask_of_its_own_is_not_moved() -> None:
+    inputs, keep = keras.Input((4, 3)), keras.Input((4,), dtype="bool")
+    x = L.ReLU()(L.BatchNormalization(name="bn")(L.Dense(2)(inputs), mask=keep))
+    (left,) = tn.place(keras.Model([inputs, keep], L.Dense(1)(x)), "after_activation").left
+    assert left.reason == "it is called with mask, which belongs to its old input"
+
+
+def test_a_class_of_somebodys_own_is_not_folded_or_collected() -> None:
+    class Mine(L.BatchNormalization):
+        def call(self, inputs: Any, training: bool | None = None) -> Any:
+            return super().call(keras.ops.relu(inputs), training=training)
+
+    model = keras.Sequential([keras.Input((3,)), L.Dense(2), Mine(name="bn")])
+    assert tn.fold(model).left[0].reason == "its class Mine is somebody's own"
+    assert tn.inspect(model).modes["predict"][0].statistics == "moving"
+    with pytest.raises(tn.ModelError, match=r"somebody's own class normalises is not known"):
+        tn.recalibrate(model, np.zeros((4, 3), "float32"))
+
+
+def test_activations_without_a_name_do_no_harm() -> None:
+    model = keras.Sequential(
+        [keras.Input((3,)), L.Dense(2, activation=L.LeakyReLU()), L.BatchNormalization()]
+    )
+    assert tn.fold(model).left[0].reason.endswith("its output goes to nothing: it is an output")
+    assert tn.inspect(model).sites[0].position == "after_activation"
+
+
+def test_open_dimensions_get_a_size_that_the_model_can_take() -> None:
+    x = inputs = keras.Input((None, None, 3))
+    for _ in range(5):
+        x = L.Conv2D(2, 3, strides=2)(x)
+    model = shake(keras.Model(inputs, L.BatchNormalization()(x)))
+    assert len(tn.fold(model).changed) == 1
+    assert len(tn.replace(model, to="truenorm").changed) == 1
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
+def test_other_dtypes_are_folded_within_their_precision(policy: str) -> None:
+    if policy == "float64" and keras.config.backend() == "jax":
+        policy = "mixed_bfloat16"  # JAX has no float64 unless the user enables it
+    inner = keras.Sequential(
+        [keras.Input((5,)), L.Dense(8, dtype=policy), L.BatchNormalization(dtype=policy)]
+    )
+    model = shake(keras.Sequential([keras.Input((5,)), inner, L.Dense(2)]))
+    assert len(tn.fold(model).changed) == 1

@@ -14,17 +14,17 @@ and a linear layer :math:`W x + b` takes both in.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import keras
 import numpy as np
 
-from truenorm._graph import Call, Piece, copy_of, rebuild
+from truenorm._graph import Call
 from truenorm._moments import Array
 from truenorm._probe import as_float64, make_inputs, verify
+from truenorm._rebuilding import Piece, copy_of, rebuild
 from truenorm._records import Change, Left, Rewrite
-from truenorm._sites import channel_axis, fused_activation, hidden, is_linear, site_calls
+from truenorm._sites import apply, channel_axis, fused_activation, is_linear, is_own_class
 
 _KERNEL_LAST = (keras.layers.Dense, keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 _DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
@@ -71,33 +71,31 @@ def fold(model: Any, *, probe: Any = None) -> Rewrite:
         Jacob et al. (2018), "Quantization and Training of Neural Networks for Efficient
         Integer-Arithmetic-Only Inference", section 3.2, equation 14, arXiv:1712.05877.
     """
-    every, sites = site_calls(model)
-    times = Counter(id(call.operation) for call in every)
     weights: dict[Any, list[Array]] = {}
-    removed: dict[Any, list[Piece]] = {}
-    changed: list[Change] = []
-    left = hidden(model, sites)
-    for call in sites:
-        result = _fold_one(call, times, weights)
-        if isinstance(result, Left):
-            left.append(result)
-        else:
-            changed.append(result)
-            removed[call.operation] = []
-    folded = {layer: [copy_of(layer, values, use_bias=True)] for layer, values in weights.items()}
-    new = rebuild(model, {**removed, **folded})
+    edit: dict[Any, list[Piece]] = {}
+
+    def rule(call: Call) -> Change | Left:
+        result = _fold_one(call, weights)
+        if isinstance(result, Change):
+            edit[call.operation] = []
+        return result
+
+    changed, left = apply(rule, model)
+    edit.update({k: [copy_of(k, values, use_bias=True)] for k, values in weights.items()})
+    new = rebuild(model, edit)
     errors = verify(model, new, make_inputs(model) if probe is None else probe, "Folding")
-    return Rewrite(new, "fold", tuple(changed), tuple(left), *errors)
+    return Rewrite(new, "fold", changed, left, *errors)
 
 
-def _fold_one(call: Call, times: Counter[int], weights: dict[Any, list[Array]]) -> Change | Left:
+def _fold_one(call: Call, weights: dict[Any, list[Array]]) -> Change | Left:
     """Fold one site into ``weights`` (layer -> kernels and bias, float64), or say why not."""
-    if times[id(call.operation)] > 1:
+    if is_own_class(call.operation):
+        return Left(call.path, f"its class {type(call.operation).__name__} is somebody's own")
+    if call.shared:
         return Left(call.path, "it is called more than once")
     if call.training:
         return Left(call.path, "it is called with training=True")
-    before = _why_not_backward(call, times)
-    after = _why_not_forward(call, times)
+    before, after = _why_not_backward(call), _why_not_forward(call)
     scale, shift = _affine(call.operation)
     if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
         return Left(call.path, "its moving statistics, gamma or beta are not finite numbers")
@@ -114,7 +112,7 @@ def _fold_one(call: Call, times: Counter[int], weights: dict[Any, list[Array]]) 
     return Left(call.path, f"{before}; {after}")
 
 
-def _why_not_backward(call: Call, times: Counter[int]) -> str | None:
+def _why_not_backward(call: Call) -> str | None:
     producer = call.only_producer
     if producer is None or not is_linear(producer):
         return "its input comes from " + (producer.label() if producer else "no single layer")
@@ -122,10 +120,10 @@ def _why_not_backward(call: Call, times: Counter[int]) -> str | None:
         return f"{producer.label()} has an activation"
     if producer.only_consumer is not call:
         return f"{producer.label()} has other consumers too"
-    return _why_not(call, producer, times)
+    return _why_not(call, producer)
 
 
-def _why_not_forward(call: Call, times: Counter[int]) -> str | None:
+def _why_not_forward(call: Call) -> str | None:
     consumer = call.only_consumer
     if consumer is None or type(consumer.operation) not in _KERNEL_LAST:
         takers = ", ".join(c.label() for c in call.consumers) or "nothing: it is an output"
@@ -136,15 +134,15 @@ def _why_not_forward(call: Call, times: Counter[int]) -> str | None:
         return f"{consumer.label()} pads with zeros, so that its borders would change"
     if getattr(layer, "groups", 1) > 1:
         return f"{consumer.label()} has groups"
-    return _why_not(call, consumer, times)
+    return _why_not(call, consumer)
 
 
-def _why_not(call: Call, neighbour: Call, times: Counter[int]) -> str | None:
+def _why_not(call: Call, neighbour: Call) -> str | None:
     """What forbids folding into a neighbour on either side."""
     layer = neighbour.operation
     if type(layer) not in _KNOWN:
         return f"the class of {neighbour.label()} is somebody's own"
-    if times[id(layer)] > 1:
+    if neighbour.shared:
         return f"{neighbour.label()} is called more than once"
     if layer.quantization_mode is not None or getattr(layer, "lora_enabled", False):
         return f"{neighbour.label()} is quantised or has LoRA enabled"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 Handler = Callable[..., Any]
-"""``handler(layer, original, inputs, training, mask)`` gives the output of the call."""
+"""``handler(layer, original, inputs, **arguments)`` gives the output of the call."""
 
 
 @contextmanager
@@ -23,8 +23,8 @@ def intercepted(layers: Iterable[Any], handler: Handler) -> Generator[None]:
 
 
 def _through(layer: Any, original: Any, handler: Handler) -> Any:
-    def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        return handler(layer, original, inputs, training, mask)
+    def call(inputs: Any, **arguments: Any) -> Any:
+        return handler(layer, original, inputs, **arguments)
 
     return call
 

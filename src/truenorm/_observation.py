@@ -7,7 +7,6 @@ moving statistics changed and whether gamma or beta changed (their values before
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,9 +17,10 @@ import numpy as np
 
 from truenorm._data import check
 from truenorm._errors import DataError
-from truenorm._graph import Call, numbers, rebuild
+from truenorm._graph import Call
 from truenorm._interception import intercepted, noted
 from truenorm._probe import make_inputs
+from truenorm._rebuilding import numbers, rebuild, same_randomness
 from truenorm._records import Inspection, Mode
 from truenorm._sites import describe, site_calls
 
@@ -57,28 +57,30 @@ def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
         >>> modes["fit"][0].describe(), modes["predict"][0].describe()
         ('batch + updates + learns', 'moving')
     """
-    _, sites = site_calls(model)
+    sites, hidden = site_calls(model)
     inputs = make_inputs(model) if x is None else x
     check(model, inputs)
-    with _same_randomness():
+    with same_randomness():
         modes = _run_all(model, inputs, y)
-    return Inspection(model.name, tuple(describe(call) for call in sites), modes)
+    described = tuple(describe(call) for call in sites)
+    return Inspection(model.name, described, modes, tuple(hidden))
 
 
 def _run_all(model: Any, inputs: Any, y: Any) -> dict[str, tuple[Mode, ...]]:
     """The modes of every site in each entry point, on a disposable copy."""
     copy = rebuild(model)
-    _, copied = site_calls(copy)
+    copied, _ = site_calls(copy)
     targets = _compile(model, copy, inputs, y)
     saved = [(v, numbers(v)) for v in copy.variables]
+    size = len(keras.tree.flatten(inputs)[0])
     runs: dict[str, Callable[[], Any]] = {
         "model(x)": lambda: copy(inputs),
         "model(x, training=True)": lambda: copy(inputs, training=True),
-        "predict": lambda: copy.predict(inputs, verbose=0),
+        "predict": lambda: copy.predict(inputs, batch_size=size, verbose=0),
         # Before fit: Keras builds the metrics at the first of the two with a call in inference
         # mode, which must not be counted as fit's own.
-        "evaluate": lambda: copy.evaluate(inputs, targets, verbose=0),
-        "fit": lambda: copy.fit(inputs, targets, shuffle=False, verbose=0),
+        "evaluate": lambda: copy.evaluate(inputs, targets, batch_size=size, verbose=0),
+        "fit": lambda: copy.fit(inputs, targets, batch_size=size, shuffle=False, verbose=0),
     }
     modes: dict[str, tuple[Mode, ...]] = {}
     for entry, run in runs.items():
@@ -89,17 +91,6 @@ def _run_all(model: Any, inputs: Any, y: Any) -> dict[str, tuple[Mode, ...]]:
             variable.assign(value)
     order = ("fit", "evaluate", "predict", "model(x)", "model(x, training=True)")
     return {entry: modes[entry] for entry in order}
-
-
-@contextmanager
-def _same_randomness() -> Generator[None]:
-    """Give Python's and NumPy's global generators back as they were: new layers draw from them."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def _compile(model: Any, copy: Any, inputs: Any, y: Any) -> Any:
@@ -119,7 +110,8 @@ def _compile(model: Any, copy: Any, inputs: Any, y: Any) -> Any:
             lambda t: generator.normal(size=tuple(t.shape)).astype("float32"), made
         )
         losses = keras.tree.map_structure(lambda _: "mean_squared_error", made)
-        copy.compile(optimizer=keras.optimizers.SGD(1e-2), loss=losses)
+        # No loss scaling: under mixed_float16 it would skip the one step that is looked at.
+        copy.compile(keras.optimizers.SGD(1e-2), losses, auto_scale_loss=False)
     copy.optimizer.build(copy.trainable_variables)
     return targets
 
@@ -153,13 +145,13 @@ def _watched(sites: Sequence[Call]) -> Generator[list[_Watch]]:
     """Watch the layers of these sites while open; one watch per site, shared layers share one."""
     watch_of = {call.operation: _Watch(call.operation, _values(call.operation)) for call in sites}
 
-    def handle(layer: Any, original: Any, inputs: Any, training: bool | None, mask: Any) -> Any:
+    def handle(layer: Any, original: Any, inputs: Any, **arguments: Any) -> Any:
         watch = watch_of[layer]
         batch: list[str] = []
         with noted(layer, BATCH_METHODS, lambda: batch.append("batch")):
-            outputs = original(inputs, training=training, mask=mask)
+            outputs = original(inputs, **arguments)
         watch.calls += 1
-        watch.training.append(training)
+        watch.training.append(arguments.get("training"))
         watch.used.append("batch" if batch else "moving")
         return outputs
 

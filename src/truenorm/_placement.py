@@ -6,24 +6,16 @@ edit (rewrite): which chain of layers stands in the place of each layer concerne
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, Literal
 
 import keras
 import numpy as np
 
 from truenorm._errors import OptionError
-from truenorm._graph import Call, Edit, Piece, copy_of, rebuild
+from truenorm._graph import Call
+from truenorm._rebuilding import Piece, copy_of, rebuild
 from truenorm._records import Change, Left, Rewrite
-from truenorm._sites import (
-    Where,
-    fused_activation,
-    hidden,
-    is_activation,
-    is_linear,
-    selector,
-    site_calls,
-)
+from truenorm._sites import Where, apply, fused_activation, is_activation, is_linear, selector
 
 Position = Literal["none", "before_activation", "after_activation"]
 
@@ -74,27 +66,19 @@ def place(model: Any, position: Position, *, where: Where = None) -> Rewrite:
             expected=" or ".join(repr(name) for name in _RULES),
             received=repr(position),
         )
-    every, sites = site_calls(model)
-    wanted, times = selector(where), Counter(id(call.operation) for call in every)
-    edit: dict[Any, list[Piece]] = {}
-    changed: list[Change] = []
-    left = hidden(model, sites)
-    for call in sites:
-        result = _RULES[position](call, times) if wanted(call) else "not selected"
+    wanted, edit = selector(where), dict[Any, list[Piece]]()
+
+    def rule(call: Call) -> Change | Left:
+        result = _RULES[position](call) if wanted(call) else "not selected"
         if isinstance(result, str):
-            left.append(Left(call.path, result))
-        else:
-            what, its_edit = result
-            changed.append(Change(call.path, what))
-            edit.update({layer: list(chain) for layer, chain in its_edit.items()})
-    moved = bool(changed) and position != "none"
-    return Rewrite(
-        rebuild(model, edit),
-        f"place {position}",
-        tuple(changed),
-        tuple(left),
-        notes=(_AFTER_A_MOVE,) if moved else (),
-    )
+            return Left(call.path, result)
+        what, its_edit = result
+        edit.update(its_edit)
+        return Change(call.path, what)
+
+    changed, left = apply(rule, model)
+    notes = (_AFTER_A_MOVE,) if changed and position != "none" else ()
+    return Rewrite(rebuild(model, edit), f"place {position}", changed, left, notes=notes)
 
 
 _AFTER_A_MOVE = (
@@ -103,27 +87,27 @@ _AFTER_A_MOVE = (
 )
 
 
-Result = str | tuple[str, Edit]
+Result = str | tuple[str, dict[Any, list[Piece]]]
 """Why a site is left, or what is done to it and how."""
 
 
-def _after(call: Call, times: Counter[int]) -> Result:
+def _after(call: Call) -> Result:
     consumer = call.only_consumer
     if is_activation(call.only_producer) or fused_activation(call.only_producer):
         return "already after an activation"
     if consumer is None or not is_activation(consumer):
         takers = ", ".join(c.label() for c in call.consumers) or "nothing: it is an output"
         return f"not directly followed by an activation, but by {takers}"
-    if _shared(times, call, consumer):
-        return "it or its activation is called more than once"
-    layer, activation = call.operation, consumer.operation
-    return (
-        f"moved behind {consumer.label()}",
-        {layer: [], activation: [copy_of(activation), copy_of(layer)]},
-    )
+    if consumer.is_output:
+        return f"{consumer.label()} is an output of the model, and must stay one"
+    hindrance = _cannot_move(call, consumer)
+    if hindrance:
+        return hindrance
+    chain = [copy_of(consumer.operation), _moved(call)]
+    return f"moved behind {consumer.label()}", {call.operation: [], consumer.operation: chain}
 
 
-def _before(call: Call, times: Counter[int]) -> Result:
+def _before(call: Call) -> Result:
     producer = call.only_producer
     fused = fused_activation(producer)
     if is_activation(call.only_consumer):
@@ -132,29 +116,27 @@ def _before(call: Call, times: Counter[int]) -> Result:
         return "its input does not come directly from an activation"
     if producer.only_consumer is not call:
         return f"{producer.label()} has other consumers too"
-    if _shared(times, call, producer):
-        return "it or its activation is called more than once"
-    layer, source = call.operation, producer.operation
+    hindrance = _cannot_move(call, producer)
+    if hindrance:
+        return hindrance
+    source = producer.operation
     if not fused:
-        return (
-            f"moved before {producer.label()}",
-            {layer: [], source: [copy_of(layer), copy_of(source)]},
-        )
+        chain = [_moved(call), copy_of(source)]
+        return f"moved before {producer.label()}", {call.operation: [], source: chain}
     activation = keras.layers.Activation(
-        source.get_config()["activation"],
-        name=f"{source.name}_activation",
-        dtype=source.dtype_policy,
+        source.activation, name=f"{source.name}_activation", dtype=source.dtype_policy
     )
-    chain = [copy_of(source, activation="linear"), copy_of(layer), Piece(activation, ())]
-    return f"moved before '{fused}', split out of {producer.label()}", {layer: [], source: chain}
+    chain = [copy_of(source, activation="linear"), _moved(call), Piece(activation)]
+    what = f"moved before '{fused}', split out of {producer.label()}"
+    return what, {call.operation: [], source: chain}
 
 
-def _none(call: Call, times: Counter[int]) -> Result:
+def _none(call: Call) -> Result:
     producer = call.only_producer
     edit: dict[Any, list[Piece]] = {call.operation: []}
     if producer is None or not is_linear(producer) or producer.operation.use_bias:
         return "removed", edit
-    if producer.only_consumer is not call or _shared(times, call, producer):
+    if producer.only_consumer is not call or producer.shared or call.shared:
         return f"removed; {producer.label()} stays without bias: it is used elsewhere too", edit
     source = producer.operation
     bias = np.zeros(call.operation.moving_mean.shape, "float32")
@@ -162,8 +144,16 @@ def _none(call: Call, times: Counter[int]) -> Result:
     return f"removed; {producer.label()} got a bias", edit
 
 
-def _shared(times: Counter[int], *its_calls: Call) -> bool:
-    return any(times[id(call.operation)] > 1 for call in its_calls)
+def _cannot_move(call: Call, activation: Call) -> str | None:
+    if call.shared or activation.shared:
+        return "it or its activation is called more than once"
+    if call.extras:
+        return f"it is called with {', '.join(call.extras)}, which belongs to its old input"
+    return None
+
+
+def _moved(call: Call) -> Piece:
+    return copy_of(call.operation, training=call.training)
 
 
 _RULES = {"none": _none, "before_activation": _before, "after_activation": _after}

@@ -8,7 +8,7 @@ and merged on the host in float64 (:mod:`truenorm._moments`). What the layer giv
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import keras
@@ -17,11 +17,13 @@ import numpy as np
 from truenorm import kernels
 from truenorm._data import input_batches
 from truenorm._errors import DataError, ModelError, OptionError
-from truenorm._graph import Call, calls, is_batch_normalization, layer_paths, numbers
+from truenorm._graph import Call, calls, is_batch_normalization, layer_paths
 from truenorm._interception import intercepted
 from truenorm._moments import Moments
 from truenorm._probe import as_float64
+from truenorm._rebuilding import numbers
 from truenorm._records import Gap, Population, Recalibration
+from truenorm._sites import is_own_class, site_calls
 
 ops: Any = keras.ops
 
@@ -55,8 +57,8 @@ def collect(
         The population, per layer path; shared layers have the moments of all their calls.
 
     Raises:
-        ModelError: The model has no BatchNormalization; or it is subclassed and ``upstream`` is
-            ``"population"``.
+        ModelError: The model has no BatchNormalization, or one of a user's own class; or
+            ``upstream`` is ``"population"`` and a layer is not in the graph of the model.
         DataError: The data is empty or does not fit the model.
         OptionError: ``upstream`` is something else.
 
@@ -104,8 +106,10 @@ def recalibrate(
     """Set every layer's moving statistics to the population's; changes the model in place.
 
     ``moving_mean`` and ``moving_variance`` (and, with ``renorm``, the statistics that these are
-    derived from) become those of :func:`collect`; nothing else changes. Nothing is written unless
-    all of the population is there and finite.
+    derived from) become those of :func:`collect`; nothing else changes. It is all or nothing: if
+    a value is not a finite number in its variable's dtype, or an exception interrupts, the old
+    statistics stand. A channel of which the data has no value keeps its statistics; one of which
+    it has one value, its variance.
 
     Args:
         model: As in :func:`collect`.
@@ -132,23 +136,33 @@ def recalibrate(
     """
     layers = _layers(model)
     population = collect(model, data, upstream=upstream, batch_size=batch_size)
-    for path, moments in population.sites.items():
-        if not (np.isfinite(moments.mean).all() and np.isfinite(moments.m2).all()):
-            raise DataError(
-                "The data makes statistics that are not finite numbers; nothing was written",
-                where=path,
-                remedy="look for NaN or infinity in the data, or in this layer's inputs",
-            )
     before = gaps(model, population)
-    written = {path: layer for layer, path in layers.items() if path in population.sites}
-    saved = [(v, numbers(v)) for layer in written.values() for v in _statistics(layer)]
-    for path, layer in written.items():
-        _assign(layer, population.sites[path])
+    old: list[tuple[Any, Any]] = []
+    new: list[tuple[Any, Any]] = []
+    for layer, path in layers.items():
+        for variable, value in _assignments(layer, population.sites.get(path)):
+            kept = numbers(variable)
+            with np.errstate(over="ignore"):  # infinity in a 16-bit variable: refused below
+                value = value.astype(kept.dtype)
+            if not np.isfinite(value).all():
+                raise DataError(
+                    "The data makes statistics that are not finite numbers; nothing was written",
+                    where=path,
+                    remedy="look for NaN or infinity in the data, or in this layer's inputs",
+                )
+            old.append((variable, kept))
+            new.append((variable, value))
 
     def undo() -> None:
-        for variable, value in saved:
+        for variable, value in old:
             variable.assign(value)
 
+    try:
+        for variable, value in new:
+            variable.assign(value)
+    except BaseException:  # Ctrl-C included: all or nothing
+        undo()
+        raise
     return Recalibration(population, before, undo)
 
 
@@ -172,11 +186,28 @@ def _layers(model: Any) -> dict[Any, str]:
     layers = {k: path for k, path in layer_paths(model).items() if is_batch_normalization(k)}
     if not layers:
         raise ModelError("This model has no BatchNormalization", where=model.name)
+    for layer, path in layers.items():
+        if is_own_class(layer):
+            raise ModelError(
+                "What a BatchNormalization of somebody's own class normalises is not known",
+                where=path,
+                expected="Keras's BatchNormalization or truenorm's",
+                received=type(layer).__name__,
+            )
     return layers
 
 
 def _levels(model: Any) -> list[list[Any]]:
     """BatchNormalization layers by depth: each level depends on the ones before it only."""
+    _, hidden = site_calls(model)
+    if hidden:
+        raise ModelError(
+            "What is upstream of this BatchNormalization cannot be seen",
+            where=hidden[0].path,
+            expected="every BatchNormalization called in the model's own graph",
+            received=hidden[0].reason,
+            remedy="use upstream='batch'",
+        )
     depth: dict[Call | None, int] = {None: 0}
     level_of: dict[Any, int] = {}
     for call in calls(model):
@@ -226,7 +257,7 @@ class _Collector(keras.Model):
     """
 
     def __init__(self, model: Any, layers: Mapping[Any, str]) -> None:
-        super().__init__(name="collector")
+        super().__init__(name="collector", dtype="float32", autocast=False)
         self.model = model
         given = {layer: self._variables(layer) for layer in layers}
         self._look = lambda: (layers, given)  # dicts as attributes would be tracked by Keras
@@ -251,8 +282,7 @@ class _Collector(keras.Model):
         layers, given = self._look()
         collected: dict[str, list[tuple[Any, Any, Any]]] = defaultdict(list)
 
-        def handle(layer: Any, original: Any, x: Any, _: Any, mask: Any) -> Any:
-            del original  # what the layer itself would do is not wanted
+        def handle(layer: Any, _: Any, x: Any, mask: Any = None, **__: Any) -> Any:
             batch = kernels.normalize(x, axis=layer.axis, epsilon=layer.epsilon, mask=mask)
             collected[layers[layer]].append((batch.count, batch.mean, batch.variance))
             flag, mean, variance = given[layer]
@@ -272,18 +302,19 @@ class _Collector(keras.Model):
         return dict(collected)
 
 
-def _statistics(layer: Any) -> list[Any]:
-    """All variables that hold statistics."""
-    names = ["moving_mean", "moving_variance"]
-    if layer.renorm:
-        names += ["moving_stddev", "renorm_mean", "renorm_stddev"]
-    return [getattr(layer, name) for name in names]
+def _assignments(layer: Any, moments: Moments | None) -> Iterator[tuple[Any, Any]]:
+    """Which variables get which values; a channel without enough values keeps what it has."""
+    if moments is None:
+        return
+    some, enough = moments.count > 0, moments.count > 1
 
+    def kept_unless(known: Any, variable: Any, value: Any) -> tuple[Any, Any]:
+        return variable, np.where(known, value, as_float64(variable))
 
-def _assign(layer: Any, moments: Moments) -> None:
-    layer.moving_mean.assign(moments.mean)
-    layer.moving_variance.assign(moments.variance)
-    if layer.renorm:  # the stock layer derives moving_variance from these (see its source)
-        layer.moving_stddev.assign(np.sqrt(moments.variance + layer.epsilon))
-        layer.renorm_mean.assign(moments.mean)
-        layer.renorm_stddev.assign(np.sqrt(moments.variance + layer.epsilon))
+    yield kept_unless(some, layer.moving_mean, moments.mean)
+    yield kept_unless(enough, layer.moving_variance, moments.variance)
+    if layer.renorm:  # Keras derives moving_variance from moving_stddev
+        deviation = np.sqrt(moments.variance + layer.epsilon)
+        yield kept_unless(enough, layer.moving_stddev, deviation)
+        yield kept_unless(some, layer.renorm_mean, moments.mean)
+        yield kept_unless(enough, layer.renorm_stddev, deviation)

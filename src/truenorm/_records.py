@@ -204,6 +204,14 @@ class Mode(Record):
 
 
 @dataclass(frozen=True)
+class Left:
+    """A site that a tool left as it was, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Inspection(Record):
     """Every site of a model, and what it did in each entry point.
 
@@ -211,11 +219,13 @@ class Inspection(Record):
         model: The model's name.
         sites: The sites, in the order of their calls.
         modes: For each entry point, the mode of each site (same order as ``sites``).
+        hidden: Layers that were not looked at, and why.
     """
 
     model: str
     sites: tuple[Site, ...]
     modes: Mapping[str, tuple[Mode, ...]]
+    hidden: tuple[Left, ...] = ()
 
     def tables(self) -> Sequence[Table]:
         """Where every site is, and what every site did."""
@@ -246,6 +256,7 @@ class Inspection(Record):
                 "batch: normalised with the batch's own mean and variance; moving: with the "
                 "moving statistics; updates: the moving statistics changed; learns: gamma and "
                 "beta changed.",
+                *(f"Not looked at: {one.path}, {one.reason}." for one in self.hidden),
             ),
         )
         return (place, mode)
@@ -271,14 +282,6 @@ class Change:
 
     path: str
     what: str
-
-
-@dataclass(frozen=True)
-class Left:
-    """A site that a rewrite left as it was, and why."""
-
-    path: str
-    reason: str
 
 
 @dataclass(frozen=True)

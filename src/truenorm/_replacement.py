@@ -7,31 +7,34 @@ from typing import Any, Literal
 import keras
 
 from truenorm._errors import OptionError
-from truenorm._graph import Piece, rebuild
+from truenorm._graph import Call
 from truenorm._layer import BatchNormalization
 from truenorm._probe import make_inputs, verify
+from truenorm._rebuilding import Piece, rebuild
 from truenorm._records import Change, Left, Rewrite
-from truenorm._sites import hidden, site_calls
+from truenorm._sites import apply, is_own_class
 
-_CLASSES: dict[str, type] = {
+_CLASSES: dict[str, Any] = {
     "truenorm": BatchNormalization,
     "keras": keras.layers.BatchNormalization,
 }
 
 
-def replace(model: Any, to: Literal["truenorm", "keras"]) -> Rewrite:
+def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) -> Rewrite:
     """Swap every BatchNormalization for truenorm's or for Keras's, weights and outputs kept.
 
-    The function of the model stays: outputs are compared on inputs made from the model's own
-    input specification before the new model is returned. The model given is not changed.
+    The function of the model stays: outputs are compared on a probe before the new model is
+    returned. The model given is not changed.
 
     Args:
         model: A functional or built Sequential ``keras.Model``, nested ones included.
         to: ``"truenorm"`` or ``"keras"``: whose layer every site shall have.
+        probe: Inputs to compare on; made from the input specification where none are given.
 
     Returns:
-        The new model with its receipt. Layer names, weights (bit for bit), ``trainable`` flags and
-        the compile configuration are carried over; the optimizer starts anew.
+        The new model with its receipt. Layer names, weights, ``trainable`` flags and the compile
+        configuration are carried over; the optimizer starts anew. Weights are the same bit for
+        bit, but under a 16-bit policy, where Keras's layer keeps its statistics in 16 bits.
 
     Raises:
         ModelError: The model is subclassed, not built, or has no BatchNormalization.
@@ -53,19 +56,18 @@ def replace(model: Any, to: Literal["truenorm", "keras"]) -> Rewrite:
             received=repr(to),
         )
     target = _CLASSES[to]
-    _, sites = site_calls(model)
     edit: dict[Any, list[Piece]] = {}
-    changed: list[Change] = []
-    left = hidden(model, sites)
-    for call in sites:
+
+    def rule(call: Call) -> Change | Left:
         layer = call.operation
         if type(layer) is target:
-            left.append(Left(call.path, f"it is {to}'s already"))
-        elif type(layer) not in _CLASSES.values():
-            left.append(Left(call.path, f"its class {type(layer).__name__} is somebody's own"))
-        else:
-            edit[layer] = [Piece(target.from_config(layer.get_config()), layer.variables, layer)]
-            changed.append(Change(call.path, f"now {to}'s BatchNormalization"))
+            return Left(call.path, f"it is {to}'s already")
+        if is_own_class(layer):
+            return Left(call.path, f"its class {type(layer).__name__} is somebody's own")
+        edit[layer] = [Piece(target.from_config(layer.get_config()), layer)]
+        return Change(call.path, f"now {to}'s BatchNormalization")
+
+    changed, left = apply(rule, model)
     new = rebuild(model, edit)
-    errors = verify(model, new, make_inputs(model), "Replacing")
-    return Rewrite(new, f"replace to {to}", tuple(changed), tuple(left), *errors)
+    errors = verify(model, new, make_inputs(model) if probe is None else probe, "Replacing")
+    return Rewrite(new, f"replace to {to}", changed, left, *errors)

@@ -10,7 +10,8 @@ import keras
 
 from truenorm._errors import ModelError, OptionError
 from truenorm._graph import Call, calls, is_batch_normalization, layer_paths
-from truenorm._records import Left, Site
+from truenorm._layer import BatchNormalization
+from truenorm._records import Change, Left, Site
 
 Where = str | Callable[[Site], bool] | None
 """Which sites: a path pattern such as ``block1/*``, a predicate on the Site, or None for all."""
@@ -52,31 +53,48 @@ def fused_activation(call: Call | None) -> str | None:
     if call is None or not is_linear(call):
         return None
     activation = call.operation.activation
-    return None if activation in (None, keras.activations.linear) else activation.__name__
+    if activation in (None, keras.activations.linear):
+        return None
+    return getattr(activation, "__name__", type(activation).__name__)
 
 
-def site_calls(model: Any) -> tuple[list[Call], list[Call]]:
-    """All calls of the model, and those of them that are a BatchNormalization; at least one is."""
-    every = calls(model)
-    sites = [call for call in every if is_batch_normalization(call.operation)]
-    if not sites and not hidden(model, sites):
+def is_own_class(layer: Any) -> bool:
+    """Whether this BatchNormalization is of a user's class: what that one computes is unknown."""
+    return type(layer) not in (keras.layers.BatchNormalization, BatchNormalization)
+
+
+def site_calls(model: Any) -> tuple[list[Call], list[Left]]:
+    """The calls that are a BatchNormalization, and the layers that no such call can be seen of.
+
+    The latter are inside another layer, a wrapper or a subclass, whose call is not a graph.
+    """
+    sites = [call for call in calls(model) if is_batch_normalization(call.operation)]
+    seen = {call.operation for call in sites}
+    hidden = [
+        Left(path, "inside a layer whose call is not a graph (a wrapper or a subclass)")
+        for layer, path in layer_paths(model).items()
+        if is_batch_normalization(layer) and layer not in seen
+    ]
+    if not sites and not hidden:
         raise ModelError(
             "This model has no BatchNormalization",
             where=model.name,
             expected="at least one BatchNormalization layer",
             received=f"{len(model.layers)} layers, none of that kind",
         )
-    return every, sites
+    return sites, hidden
 
 
-def hidden(model: Any, sites: list[Call]) -> list[Left]:
-    """BatchNormalization layers that are inside another layer, out of the graph's sight."""
-    seen = {id(call.operation) for call in sites}
-    return [
-        Left(path, "inside a layer whose call is not a graph (a wrapper or a subclass)")
-        for layer, path in layer_paths(model).items()
-        if is_batch_normalization(layer) and id(layer) not in seen
-    ]
+Rule = Callable[[Call], Change | Left]
+"""Looks at one site: changes it (in an edit that it fills), or says why it is left."""
+
+
+def apply(rule: Rule, model: Any) -> tuple[tuple[Change, ...], tuple[Left, ...]]:
+    """What the rule does at every site of the model: the receipt of a rewrite."""
+    sites, hidden = site_calls(model)
+    results = [*map(rule, sites), *hidden]
+    changed = tuple(result for result in results if isinstance(result, Change))
+    return changed, tuple(result for result in results if isinstance(result, Left))
 
 
 def selector(where: Where) -> Callable[[Call], bool]:

@@ -1,0 +1,258 @@
+"""A new model made from an old one, with an edit.
+
+An *edit* maps a layer to the *chain* of pieces that stands in its place: an empty chain removes the
+layer, two pieces insert one, a piece of another class replaces it. Moving a BatchNormalization
+behind its activation is ``{bn: [], activation: [activation, bn]}``. All rewrites are edits.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+
+from truenorm._errors import ModelError
+from truenorm._graph import functional_class, graph_of, require_graph
+
+
+@dataclass(eq=False)
+class Piece:
+    """A new layer for the new model, and what it shall be.
+
+    Args:
+        layer: A layer that is not called anywhere yet.
+        source: The layer of the old model that it stands for, whose state it gets; None for a
+            layer that has no forerunner.
+        values: One array per variable, in Keras's order, where they are not the source's.
+        arguments: What it is called with besides its input. In the place of its own source it is
+            called with all that the source was called with.
+    """
+
+    layer: Any
+    source: Any = None
+    values: Sequence[Any] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+Edit = Mapping[Any, Sequence[Piece]]
+
+
+def copy_of(
+    layer: Any,
+    values: Sequence[Any] | None = None,
+    *,
+    training: bool | None = None,
+    **changes: Any,
+) -> Piece:
+    """A copy of a layer; ``changes`` go over its config, ``training`` into its call."""
+    try:
+        new = type(layer).from_config({**layer.get_config(), **changes})
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ModelError(
+            f"This {type(layer).__name__} cannot be made again from its config",
+            where=layer.name,
+            received=str(error).strip().splitlines()[0],
+            remedy="give its class a complete get_config(); a Lambda has to become a layer",
+        ) from error
+    return Piece(new, layer, values, {} if training is None else {"training": training})
+
+
+def rebuild(model: Any, edit: Edit | None = None) -> Any:
+    """A new model with the edit made, and everything else as it was.
+
+    Carried over: names, weights and all other state of the layers, ``trainable`` of every layer,
+    dtype policies, the arguments of every call, and the compile configuration (the optimizer and
+    the metrics start anew; a model whose metrics cannot be made again comes back uncompiled). The
+    model given is not touched, nor are the global random generators.
+
+    (One thing is Keras's to decide: in which order the calls of a shared layer are listed.)
+
+    Raises:
+        ModelError: The model is not a graph, a layer cannot be made again, or the model's class
+            has a training step of its own and a constructor that is not Keras's.
+    """
+    require_graph(model)
+    _require_class(model)
+    with same_randomness():
+        builder = _Builder(edit or {})
+        new = builder.counterpart(model)
+        builder.finish()
+        _compile(model, new)
+    return new
+
+
+class _Builder:
+    """One rebuilding: which new layer stands for which old one, and what is to be filled in."""
+
+    def __init__(self, edit: Edit) -> None:
+        self.edit = edit
+        self.made: dict[Any, Any] = {}
+        self.pieces = [piece for chain in edit.values() for piece in chain]
+        self.models: list[tuple[Any, Any]] = []
+
+    def counterpart(self, operation: Any) -> Any:
+        """What stands for an old layer, model or operation; one and the same for all its calls."""
+        if operation in self.edit:
+            return operation  # a marker: it is called through its chain
+        if operation not in self.made:
+            self.made[operation] = self._build(operation)
+        return self.made[operation]
+
+    def _build(self, operation: Any) -> Any:
+        if graph_of(operation) is not None:
+            sequential = isinstance(operation, keras.Sequential)
+            model = self._sequential(operation) if sequential else self._functional(operation)
+            self.models.append((operation, model))
+            return model
+        piece = copy_of(operation)
+        if isinstance(operation, keras.Layer):
+            self.pieces.append(piece)
+        return piece.layer
+
+    def _functional(self, model: Any) -> Any:
+        inputs = keras.tree.map_structure(_new_input, model.input)
+        outputs = model._run_through_graph(
+            inputs, operation_fn=self.counterpart, call_fn=self._call
+        )
+        build = type(model) if _has_kerass_constructor(model) else keras.Model
+        return build(inputs, outputs, name=model.name)
+
+    def _sequential(self, model: Any) -> Any:
+        chain = [_new_input(model.inputs[0])]
+        for layer in model.layers:
+            pieces = self.edit.get(layer)
+            chain += [self.counterpart(layer)] if pieces is None else [p.layer for p in pieces]
+        build = type(model) if _has_kerass_constructor(model) else keras.Sequential
+        return build(chain, name=model.name)
+
+    def _call(self, operation: Any, *args: Any, **kwargs: Any) -> Any:
+        if operation not in self.edit:
+            return operation(*args, **kwargs)
+        value = given = args[0] if args else next(iter(kwargs.values()))
+        for piece in self.edit[operation]:
+            if piece.source is operation and value is given:
+                value = piece.layer(*args, **kwargs)
+            else:
+                value = piece.layer(value, **piece.arguments)
+        return value
+
+    def finish(self) -> None:
+        """Carry over the state; outer models first, since their ``trainable`` spreads inward."""
+        for old, new in reversed(self.models):
+            new.dtype_policy = old.dtype_policy
+            new.trainable = old.trainable
+        for piece in self.pieces:
+            _carry(piece)
+
+
+def _new_input(tensor: Any) -> Any:
+    """A new input of the same specification and name."""
+    config = getattr(tensor._keras_history.operation, "get_config", dict)()
+    known = {key: config[key] for key in ("sparse", "ragged", "optional") if key in config}
+    name = config.get("name", tensor.name)
+    return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=name, **known)
+
+
+def _has_kerass_constructor(model: Any) -> bool:
+    base = keras.Sequential if isinstance(model, keras.Sequential) else functional_class(model)
+    return inspect.signature(type(model).__init__) == inspect.signature(base.__init__)
+
+
+def _require_class(model: Any) -> None:
+    """Refuse to lose a training step that the user wrote."""
+    steps = ("train_step", "test_step", "predict_step", "compute_loss", "compile")
+    own = [s for s in steps if getattr(type(model), s) is not getattr(keras.Model, s)]
+    if own and not _has_kerass_constructor(model):
+        raise ModelError(
+            f"The class of this model has its own {own[0]}, which a rebuilt model would lose",
+            where=model.name,
+            expected="a constructor like that of keras.Model(inputs, outputs), or no own steps",
+            received=type(model).__name__,
+            remedy="work on keras.Model(model.inputs, model.outputs), and put the result back",
+        )
+
+
+def _compile(old: Any, new: Any) -> None:
+    """Compile as the old model is; live losses are shared, since they have no state."""
+    config = getattr(getattr(old, "_compile_config", None), "config", None)
+    if not old.compiled or config is None:
+        return
+
+    def anew(item: Any) -> Any:
+        stateful = isinstance(item, keras.optimizers.Optimizer | keras.metrics.Metric)
+        return type(item).from_config(item.get_config()) if stateful else item
+
+    try:
+        fresh = {key: keras.tree.map_structure(anew, value) for key, value in config.items()}
+    except (TypeError, ValueError):  # a metric of a class or function that Keras does not know
+        return
+    new.compile(**fresh)
+
+
+# --- state -------------------------------------------------------------------------------------
+
+
+def _carry(piece: Piece) -> None:
+    """Give the new layer its values, and the source's ``trainable``, for all layers inside too."""
+    new, old = piece.layer, piece.source
+    if old is None:
+        return
+    pairs = list(zip(old._flatten_layers(), new._flatten_layers(), strict=True))
+    for inner, its_copy in pairs:
+        its_copy.trainable = inner.trainable
+    values = old.variables if piece.values is None else piece.values
+    shapes, wanted = [tuple(v.shape) for v in new.variables], [tuple(v.shape) for v in values]
+    if shapes != wanted:
+        raise ModelError(
+            "This layer cannot be rebuilt from its config: the copy has other variables",
+            where=old.name,
+            expected=f"variables of shapes {wanted}",
+            received=f"{shapes}",
+            remedy="remove quantisation or LoRA from the layer first, or complete its get_config()",
+        )
+    for variable, value in zip(new.variables, values, strict=True):
+        variable.assign(numbers(value))
+    for inner, its_copy in pairs:
+        _carry_derived(inner, its_copy)
+
+
+def _carry_derived(old: Any, new: Any) -> None:
+    """What preprocessing layers keep beside their variables: tables, and values made from them."""
+    if hasattr(old, "save_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            old.save_assets(folder)
+            new.load_assets(folder)
+    if hasattr(new, "finalize_state"):
+        new.finalize_state()
+
+
+def numbers(variable: Any) -> np.ndarray[Any, Any]:
+    """The numbers of a variable or tensor, in memory of their own.
+
+    A shared buffer would change with the variable on torch, and be lost on JAX, which gives a
+    variable's buffer away in a training step.
+    """
+    return np.array(keras.ops.convert_to_numpy(variable))
+
+
+@contextmanager
+def same_randomness() -> Generator[None]:
+    """Give the global random generators back as they were: new layers draw seeds from them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    torch = sys.modules.get("torch")  # only if it is there already, on its own backend
+    state = torch.get_rng_state() if torch is not None else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if torch is not None:
+            torch.set_rng_state(state)

@@ -324,7 +324,7 @@ def test_an_interrupted_writing_puts_everything_back(monkeypatch: pytest.MonkeyP
             raise KeyboardInterrupt
         return assign(self, value)
 
-    def measured(*arguments: Any) -> Any:  # the last step before the writing
+    def measured(*_: Any) -> Any:  # the last step before the writing
         monkeypatch.setattr(keras.Variable, "assign", interrupted)
         return ()
 

@@ -16,7 +16,7 @@ import truenorm as tn
 
 @dataclass(frozen=True)
 class Expected:
-    """Counts of sites, from SEMANTICS: read in the architectures' definitions."""
+    """Counts of sites, from the architectures' own definitions in ``keras.applications``."""
 
     sites: int
     movable: int

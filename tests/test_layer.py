@@ -206,3 +206,43 @@ def test_renorm_is_the_stock_layers() -> None:
     for ours, stocks in zip(*(layer.weights for layer in layers), strict=True):
         assert ours.name == stocks.name
         assert (array(ours) == array(stocks)).all()
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((2, 3, 4), 1), ((2, 4, 1), -1)])
+def test_renorm_refuses_a_mask_that_the_stock_layer_would_take_wrongly(
+    shape: tuple[int, ...], axis: int
+) -> None:
+    layer = BatchNormalization(axis=axis, renorm=True, name="bn")
+    x, mask = tensor(np.ones(shape)), tensor(np.ones((2, 4)), "bool")
+    with pytest.raises(DataError) as caught:
+        layer(x, training=True, mask=mask)
+    assert (
+        "With renorm or synchronized this BatchNormalization cannot take this mask (at 'bn'). "
+        "Expected: the channel axis last, with two channels or more, or no mask. "
+        f"Received: channel axis {axis % 3} of an input of shape {shape}. "
+        "Remedy: use neither option, or move the channels to the end before the layer."
+    ) in str(caught.value)
+    assert layer(x, training=False, mask=mask).shape == shape  # where the mask decides nothing
+
+
+def test_renorm_with_a_mask_counts_what_is_valid() -> None:
+    x, valid = np.random.default_rng(0).normal(3, 2, (4, 5, 2)), np.arange(5) < 3
+    mask = np.broadcast_to(valid, (4, 5))
+    layer = BatchNormalization(renorm=True, momentum=0.0)
+    layer(tensor(x), training=True, mask=tensor(mask, "bool"))
+    np.testing.assert_allclose(array(layer.moving_mean), x[mask].mean(axis=0), rtol=1e-5)
+
+
+def test_statistics_are_wide_and_counts_stay_integers() -> None:
+    class Counting(BatchNormalization):
+        def build(self, input_shape: tuple[int, ...]) -> None:
+            super().build(input_shape)
+            self.steps = self.add_weight(name="steps", dtype="int32", trainable=False)
+            self.most = self.add_weight(name="most", shape=(2,), trainable=False)
+
+    layer = Counting(dtype="float16")
+    layer.build((None, 2))
+    assert [w.dtype for w in layer.weights] == ["float16"] * 2 + ["float32"] * 2 + [
+        "int32",
+        "float32",
+    ]

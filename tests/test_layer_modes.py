@@ -116,7 +116,7 @@ def test_unfrozen_and_compiled_again_it_learns() -> None:
 
 
 def test_inference_mode_is_not_frozen() -> None:
-    # R11: with training=False the layer uses the moving statistics, and gamma and beta still learn.
+    # With training=False the layer uses the moving statistics, and gamma and beta still learn.
     class Model(keras.Model):
         def __init__(self) -> None:
             super().__init__()

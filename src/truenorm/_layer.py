@@ -30,6 +30,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
     channel with NaN or infinity does not enter them, a batch of one value per channel has no
     variance to give. They are float32 at least, also under 16-bit dtype policies.
 
+    With ``renorm`` or ``synchronized``, training mode is the stock layer's own code: a batch with
+    NaN or infinity does ruin the moving statistics, and a mask needs the channel axis last and two
+    channels or more.
+
     Args:
         axis: Index of the channel axis, a positive or negative integer.
         momentum: Weight of the old moving statistics in each step, from 0 to 1.
@@ -46,10 +50,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
         gamma_regularizer: Optional regularizer of ``gamma``.
         beta_constraint: Optional constraint of ``beta``.
         gamma_constraint: Optional constraint of ``gamma``.
-        renorm: Batch renormalization, as in the stock layer.
+        renorm: Batch renormalization, the stock layer's.
         renorm_clipping: Dict of ``rmin``, ``rmax``, ``dmax``; only with ``renorm``.
         renorm_momentum: Momentum of the renormalization's statistics; only with ``renorm``.
-        synchronized: Statistics over all replicas, as in the stock layer (TensorFlow).
+        synchronized: Statistics over all replicas, the stock layer's (TensorFlow only).
         **kwargs: ``name``, ``dtype``, ``trainable``.
 
     Call arguments:
@@ -64,7 +68,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     Raises:
         OptionError: A constructor argument has an impossible value.
-        DataError: The mask does not fit the input.
+        DataError: The mask does not fit the input, or ``renorm`` or ``synchronized``.
 
     Example:
         >>> import keras
@@ -154,8 +158,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
         A 16-bit moving average gets stuck as soon as a step is below half its last digit.
         """
-        if not kwargs.get("trainable", True):
-            kwargs["dtype"] = kernels.statistics_dtype(kwargs.get("dtype") or self.variable_dtype)
+        dtype = keras.backend.standardize_dtype(kwargs.get("dtype") or self.variable_dtype)
+        if not kwargs.get("trainable", True) and keras.backend.is_float_dtype(dtype):
+            kwargs["dtype"] = kernels.statistics_dtype(dtype)
         return super().add_weight(*args, **kwargs)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
@@ -170,6 +175,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _normalize_batch(self, inputs: Any, mask: Any) -> Any:
         """Training mode: called exactly when the batch's own statistics normalise."""
         if self.renorm or self.synchronized:
+            self._check_stock_mask(inputs, mask)
             return super().call(inputs, training=True, mask=mask)
         if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(inputs.dtype)):
             inputs = ops.cast(inputs, kernels.statistics_dtype(inputs.dtype))
@@ -216,4 +222,17 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 where=self.path,
                 expected=f"shape {tuple(expected)}, that of the input without axis {self.axis}",
                 received=f"shape {tuple(received)} for an input of shape {tuple(shape)}",
+            )
+
+    def _check_stock_mask(self, inputs: Any, mask: Any) -> None:
+        """The stock layer's code takes the last axis of a masked input for several channels."""
+        shape = tuple(inputs.shape)
+        channel = self.axis % len(shape)
+        if mask is not None and (channel != len(shape) - 1 or shape[channel] == 1):
+            raise DataError(
+                "With renorm or synchronized this BatchNormalization cannot take this mask",
+                where=self.path,
+                expected="the channel axis last, with two channels or more, or no mask",
+                received=f"channel axis {channel} of an input of shape {shape}",
+                remedy="use neither option, or move the channels to the end before the layer",
             )

@@ -112,3 +112,15 @@ def test_it_is_one_batch_whatever_the_number_of_samples() -> None:
     fit = tn.inspect(model, inputs_for(model, 50)).modes["fit"][0]
     assert fit.describe() == "batch + updates + learns"
     assert fit.training == (True,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_flag_written_into_the_model_is_seen_to_lose(kind: str) -> None:
+    """Keras 3.15: with the usual transfer-learning recipe the statistics move after all."""
+    base = residual(kind)
+    inputs = keras.Input((6, 6, 3))
+    model = keras.Model(inputs, keras.layers.Dense(2)(base(inputs, training=False)))
+    assert keras.__version__.startswith("3.15"), "later versions obey the flag: say so in README"
+    assert modes_of(model, "residual/stem_bn") == HEALTHY
+    base.trainable = False
+    assert modes_of(model, "residual/stem_bn") == FROZEN

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from truenorm import Moments
-from truenorm._moments import merge_all
+from truenorm import DataError, Moments, Population
 
 values = hnp.arrays(
     np.float64,
@@ -47,7 +48,7 @@ def test_merging_is_associative(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> 
 @pytest.mark.parametrize("size", [1, 7, 100])
 def test_batches_of_any_size_give_numpys_mean_and_variance(size: int) -> None:
     x = np.random.default_rng(0).normal(1000, 0.05, size=(103, 4, 5, 2))
-    merged = merge_all([Moments.of(x[i : i + size]) for i in range(0, len(x), size)])
+    merged = reduce(Moments.merge, (Moments.of(x[i : i + size]) for i in range(0, len(x), size)))
     np.testing.assert_allclose(merged.mean, x.mean((0, 1, 2)), rtol=1e-14)
     np.testing.assert_allclose(merged.variance, x.var((0, 1, 2)), rtol=1e-9)
 
@@ -67,4 +68,25 @@ def test_an_average_of_batch_variances_is_not_the_variance() -> None:
     """Why moments are merged: batches with different means hide variance in between."""
     batches = [np.array([[0.0], [2.0]]), np.array([[10.0], [12.0]])]
     assert np.mean([b.var() for b in batches]) == 1.0
-    assert merge_all([Moments.of(b) for b in batches]).variance[0] == 26.0
+    assert reduce(Moments.merge, map(Moments.of, batches)).variance[0] == 26.0
+
+
+@pytest.mark.parametrize(
+    ("sites", "upstream", "message"),
+    [
+        ({"bn": 2}, "batch", "(at 'bn'). Expected: 3 channels. Received: 2 channels."),
+        ({}, "batch", "(at 'bn'). Expected: 3 channels. Received: no such site."),
+        ({"a": 3, "bn": 3}, "batch", "(at 'a'). Expected: no such site. Received: 3 channels."),
+        ({"bn": 3}, "moving", "(at 'upstream'). Expected: batch. Received: moving."),
+    ],
+)
+def test_populations_of_different_models_do_not_merge(
+    sites: dict[str, int], upstream: str, message: str
+) -> None:
+    ours = Population({"bn": Moments.zero(3)}, 4, 1, "batch", 1)
+    theirs = Population({p: Moments.zero(n) for p, n in sites.items()}, 4, 1, upstream, 1)
+    with pytest.raises(DataError) as caught:
+        ours.merge(theirs)
+    assert str(caught.value) == (
+        "Two populations can be merged only if they are of the same model and upstream " + message
+    )

@@ -18,7 +18,6 @@ why such an average is not the variance of the whole set (law of total variance)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +82,3 @@ class Moments:
     def to_dict(self) -> dict[str, list[float]]:
         """Plain lists, ready for JSON."""
         return {"count": self.count.tolist(), "mean": self.mean.tolist(), "m2": self.m2.tolist()}
-
-
-def merge_all(parts: Sequence[Moments]) -> Moments:
-    """Merge any positive number of moments, pairwise as a balanced tree (least rounding)."""
-    if len(parts) == 1:
-        return parts[0]
-    middle = len(parts) // 2
-    return merge_all(parts[:middle]).merge(merge_all(parts[middle:]))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from truenorm._errors import DataError
 from truenorm._moments import Moments
 
 if TYPE_CHECKING:
@@ -334,7 +335,8 @@ class Population(Record):
         sites: Moments per layer path (all calls of a shared layer together).
         samples: Samples seen.
         batches: Batches seen.
-        upstream: Which statistics the layers before a site used: ``batch`` or ``population``.
+        upstream: Which statistics the layers before a site used: ``batch``, ``population`` or
+            ``moving``.
         passes: How often the data was read.
     """
 
@@ -346,13 +348,18 @@ class Population(Record):
 
     def merge(self, other: Population) -> Population:
         """The population of both data sets together."""
-        if self.sites.keys() != other.sites.keys() or self.upstream != other.upstream:
-            from truenorm._errors import DataError
-
+        ours, theirs = (
+            {path: f"{len(moments.mean)} channels" for path, moments in one.sites.items()}
+            | {"upstream": one.upstream}
+            for one in (self, other)
+        )
+        differ = sorted(p for p in {*ours, *theirs} if ours.get(p) != theirs.get(p))
+        if differ:
             raise DataError(
                 "Two populations can be merged only if they are of the same model and upstream",
-                expected=f"{len(self.sites)} sites, upstream '{self.upstream}'",
-                received=f"{len(other.sites)} sites, upstream '{other.upstream}'",
+                where=differ[0],
+                expected=ours.get(differ[0], "no such site"),
+                received=theirs.get(differ[0], "no such site"),
             )
         return Population(
             {path: moments.merge(other.sites[path]) for path, moments in self.sites.items()},

@@ -41,7 +41,7 @@ def test_help_names_the_commands_without_importing_keras() -> None:
     [
         (["demo", "--data", "cifar"], "'cifar' is not one of 'digits', 'breast_cancer'"),
         (["demo", "--backend", "mxnet"], "'mxnet' is not one of 'jax', 'tensorflow', 'torch'"),
-        (["demo", "--seeds", "0"], "0 is not in the range"),
+        (["demo", "--seeds", "0"], "Invalid value for '--seeds'"),
         (["dmeo"], "No such command 'dmeo'"),
     ],
 )
@@ -80,3 +80,14 @@ def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     assert "truenorm: The output folder is not empty" in done.stderr
     assert "Remedy: --force replaces an earlier demo there" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "truenorm", "--help"]
+    done = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, check=False, env=os.environ
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")

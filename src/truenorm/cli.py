@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+from truenorm._backends import Backend
 from truenorm._errors import MissingDependencyError, TruenormError
 
 try:
@@ -30,14 +31,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class Backend(StrEnum):
-    """Keras's backends that truenorm works on."""
-
-    jax = "jax"
-    tensorflow = "tensorflow"
-    torch = "torch"
 
 
 class Data(StrEnum):
@@ -94,9 +87,6 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except TruenormError as error:
         print(f"truenorm: {error}", file=sys.stderr)
         sys.exit(2)

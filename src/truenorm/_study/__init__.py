@@ -8,6 +8,6 @@ the trials show; ``runner`` is the whole of it.
 from __future__ import annotations
 
 from truenorm._study.pool import Progress
-from truenorm._study.runner import study
+from truenorm._study.runner import POSITIONS, study
 
-__all__ = ["Progress", "study"]
+__all__ = ["POSITIONS", "Progress", "study"]

@@ -7,22 +7,27 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
+import keras
 import numpy as np
 
+from truenorm._backends import Backend
+from truenorm._data import check
 from truenorm._errors import DataError, MissingDependencyError, ModelError, OptionError
+from truenorm._graph import calls, is_batch_normalization
+from truenorm._placement import Position, place
+from truenorm._sites import position as position_of
 from truenorm._study.folder import NAMES, Arrays
 
-BACKENDS = ("jax", "tensorflow", "torch")
 _STALE = 0.01  # the most that initial values may weigh in the final moving statistics
 
 
 def check_backend(backend: str) -> None:
     """See that the trials can run on this backend, and scipy can judge them."""
-    if backend not in BACKENDS:
+    if backend not in list(Backend):
         raise OptionError(
             "This backend is not one that trains",
             where="backend",
-            expected=f"one of {', '.join(BACKENDS)}",
+            expected=f"one of {', '.join(Backend)}",
             received=repr(backend),
             remedy="choose one of these",
         )
@@ -98,8 +103,6 @@ def check_model(model: Any, x: np.ndarray) -> None:
         model: What ``build`` returned.
         x: Inputs, samples first.
     """
-    import keras
-
     if not isinstance(model, keras.Model) or not model.compiled:
         is_model = isinstance(model, keras.Model)
         raise ModelError(
@@ -109,18 +112,7 @@ def check_model(model: Any, x: np.ndarray) -> None:
             received="a model that is not compiled" if is_model else type(model).__name__,
             remedy="call model.compile(...) in it and return the model",
         )
-    shapes = [tuple(tensor.shape) for tensor in getattr(model, "inputs", None) or ()]
-    if not shapes:
-        return  # not built, or subclassed: place says so, and what to do
-    fits = len(shapes) == 1 and len(shapes[0]) == x.ndim
-    if not fits or any(a not in (None, b) for a, b in zip(shapes[0][1:], x.shape[1:], strict=True)):
-        raise DataError(
-            "The inputs do not fit the model",
-            where="data: x_train",
-            expected=f"one array for the model's inputs of shape {shapes}",
-            received=f"shape {x.shape}",
-            remedy="build the model for one input of the data's shape",
-        )
+    check(model, x)
 
 
 def check_placement(model: Any, positions: Sequence[str]) -> tuple[str, ...]:
@@ -128,10 +120,6 @@ def check_placement(model: Any, positions: Sequence[str]) -> tuple[str, ...]:
 
     What cannot be placed is better known now than after hours of training.
     """
-    from truenorm._graph import calls, is_batch_normalization
-    from truenorm._placement import Position, place
-    from truenorm._sites import position as position_of
-
     notes: list[str] = []
     for wanted in positions:
         placed = place(model, cast(Position, wanted)).model
@@ -162,8 +150,6 @@ def check_momentum(model: Any, steps: int) -> tuple[str, ...]:
     A moving average that starts at :math:`v_0` still holds it with the weight
     :math:`m^{\text{steps}}` at the end, :math:`m` being the momentum.
     """
-    from truenorm._graph import calls, is_batch_normalization
-
     layers = [c.operation for c in calls(model) if is_batch_normalization(c.operation)]
     momentum = max((float(layer.momentum) for layer in layers), default=0.0)
     weight = momentum**steps

@@ -7,12 +7,16 @@ import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
+
+import keras
 
 from truenorm._errors import OutputError
 from truenorm._files import replacing
+from truenorm._placement import Position
 from truenorm._records import Study, Trial
 from truenorm._study import checks
+from truenorm._study.analysis import analyse
 from truenorm._study.folder import (
     DATA,
     Arrays,
@@ -24,7 +28,7 @@ from truenorm._study.folder import (
 )
 from truenorm._study.pool import OnEvent, run_all
 
-POSITIONS = ("none", "before_activation", "after_activation")
+POSITIONS: tuple[Position, ...] = get_args(Position)
 
 
 def study(
@@ -62,8 +66,8 @@ def study(
         data: ``((x_train, y_train), (x_val, y_val))``, NumPy arrays of finite numbers, samples
             first. The part of the training set that does not fill a last batch is left out in each
             epoch, other samples each time.
-        positions: Two or more of ``none``, ``before_activation``, ``after_activation``,
-            ``before_layer``; see :func:`truenorm.place`.
+        positions: Two or more of ``none``, ``before_activation`` and ``after_activation``; see
+            :func:`truenorm.place`.
         seeds: How many (0, 1, …), or which.
         epochs: How often the training data is gone through.
         batch_size: Samples per step.
@@ -92,20 +96,35 @@ def study(
         OutputError: The folder cannot be written.
         MissingDependencyError: scipy or the backend is not installed.
 
-    Example::
+    Example:
+        A model with BatchNormalization before its activation, and data to try it on:
 
-        def build():
-            model = keras.Sequential([
-                keras.Input((8, 8, 1)), keras.layers.Conv2D(16, 3, use_bias=False),
-                keras.layers.BatchNormalization(), keras.layers.ReLU(),
-                keras.layers.Flatten(), keras.layers.Dense(10, activation="softmax"),
-            ])
-            model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
-            return model
+        >>> import keras
+        >>> import numpy as np
+        >>> import truenorm as tn
+        >>> def build():
+        ...     model = keras.Sequential([
+        ...         keras.Input((4,)), keras.layers.Dense(8, use_bias=False),
+        ...         keras.layers.BatchNormalization(), keras.layers.ReLU(),
+        ...         keras.layers.Dense(1, activation="sigmoid")])
+        ...     model.compile("adam", "binary_crossentropy", metrics=["accuracy"])
+        ...     return model
+        >>> x = np.random.default_rng(0).normal(size=(256, 4)).astype("float32")
+        >>> y = (x.sum(axis=1) > 0).astype("int32")
+        >>> data = (x[:192], y[:192]), (x[192:], y[192:])
 
-        result = truenorm.study(build, (train, validation), epochs=10, directory="digits")
-        print(result)          # tables and verdict
-        result.winner          # a position, or None where none is shown to be best
+        What cannot be done is refused before anything is trained:
+
+        >>> tn.study(build, data, positions=("before_activation", "behind"), epochs=10)
+        Traceback (most recent call last):
+        truenorm._errors.OptionError: There is no such position (at 'position'). Expected: 'none' \
+or 'before_activation' or 'after_activation'. Received: 'behind'.
+
+        A study takes a while: a process for each position and seed, here fifteen. ::
+
+            result = tn.study(build, data, epochs=10, directory="my-study")
+            print(result)   # tables and verdict
+            result.winner   # a position, or None where none is shown to be best
 
     Note:
         Choose the number of seeds beforehand. Adding seeds until a difference shows would make one
@@ -115,10 +134,6 @@ def study(
         Student's paired t-test over seeds, Holm's correction over the pairs of positions: see
         ``truenorm._study.analysis`` for the formulas.
     """
-    import keras
-
-    from truenorm._study.analysis import analyse
-
     chosen = backend or keras.config.backend()
     checks.check_backend(chosen)
     names, numbers = checks.check_positions(positions), checks.check_seeds(seeds)
@@ -205,8 +220,6 @@ def _prepare(
 
 
 def _built(build: Callable[[], Any], seed: int, arrays: tuple[Arrays, Arrays]) -> Any:
-    import keras
-
     keras.utils.set_random_seed(seed)
     model = build()
     checks.check_model(model, arrays[0][0])

@@ -20,21 +20,20 @@ import keras
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from truenorm._errors import OutputError
+from truenorm._errors import OptionError, OutputError
 from truenorm._files import replacing
 from truenorm._folding import fold
-from truenorm._layer import BatchNormalization
 from truenorm._observation import inspect
 from truenorm._population import collect, gaps, recalibrate
 from truenorm._records import Record, Study, Table, number, percent
 from truenorm._replacement import replace
+from truenorm._study import POSITIONS
 from truenorm._study import Progress as Event
 from truenorm._study import study as run_study
+from truenorm._study.analysis import lower_is_better
 from truenorm.demo.tasks import TASKS, Task
 from truenorm.report import Section, comparison, learning_curves, report, save
 from truenorm.report import gaps as gaps_chart
-
-POSITIONS = ("none", "before_activation", "after_activation")
 
 
 def run(*, data: str, seeds: int, out: Path, force: bool = False, resume: bool = False) -> None:
@@ -48,7 +47,8 @@ def run(*, data: str, seeds: int, out: Path, force: bool = False, resume: bool =
         resume: Go on with a run that was stopped; finished trials are not repeated.
 
     Raises:
-        OutputError: The folder exists, and neither ``force`` nor ``resume`` is given.
+        OptionError: Both ``force`` and ``resume`` are given.
+        OutputError: The folder is not empty, and neither is given, or it is not a demo's.
         MissingDependencyError: A package of ``truenorm[demo]`` is not installed.
     """
     console = Console(highlight=False)
@@ -62,8 +62,9 @@ def run(*, data: str, seeds: int, out: Path, force: bool = False, resume: bool =
         f"The data: {task.describe}.",
         f"The network: {task.network}, in three versions: without BatchNormalization, with it "
         f"before each activation (as its paper has it), with it after each activation. Each is "
-        f"trained {seeds} times. For one seed all three start from the same kernels and see the "
-        f"same batches in the same order, so that only the position differs. The versions are "
+        f"trained {'once' if seeds == 1 else f'{seeds} times'}. For one seed all three start from "
+        f"the same kernels and see the same batches in the same order, so that only the position "
+        f"differs. The versions are "
         f"judged on the validation data, with each BatchNormalization's statistics computed over "
         f"the whole training set: a moving average that lags behind would say more of its "
         f"momentum than of the position.",
@@ -74,9 +75,7 @@ def run(*, data: str, seeds: int, out: Path, force: bool = False, resume: bool =
     (x_train, _), (x_val, y_val) = arrays
     position = _best_with_batch_normalization(found)
     trial = next(t for t in found.trials if t.position == position and t.error is None)
-    model = keras.saving.load_model(
-        out / "study" / trial.model, custom_objects={"BatchNormalization": BatchNormalization}
-    )
+    model = keras.saving.load_model(out / "study" / trial.model)
     tell.heading("2  Which mode is it in?")
     tell.say(
         f"From here on with one trained model: '{position}', the best position that has a "
@@ -120,7 +119,7 @@ def run(*, data: str, seeds: int, out: Path, force: bool = False, resume: bool =
         Section("Which mode is it in?", tell.told[1], (inspection,)),
         Section(
             "Are its statistics true?",
-            (*tell.told[2],),
+            tell.told[2],
             (gaps_chart(skew.before, skew.after), skew.table),
         ),
         Section("Deploy it", tell.told[3], (folded,)),
@@ -173,7 +172,6 @@ def _study(task: Task, arrays: Any, name: str, seeds: int, out: Path, console: C
         return run_study(
             task.build,
             arrays,
-            positions=POSITIONS,
             seeds=seeds,
             epochs=task.epochs,
             batch_size=task.batch_size,
@@ -218,9 +216,9 @@ def _charts(study: Study) -> tuple[Any, ...]:
 def _best_with_batch_normalization(study: Study) -> str:
     if study.best != "none":
         return study.best
-    sign = -1 if study.metric.endswith("loss") else 1
     others = [position for position in study.summaries if position != "none"]
-    return max(others, key=lambda p: sign * study.summaries[p][study.metric].mean)
+    choose = min if lower_is_better(study.metric) else max
+    return choose(others, key=lambda p: study.summaries[p][study.metric].mean)
 
 
 def _recalibrate(model: Any, x_train: Any, x_val: Any, y_val: Any) -> _Skew:
@@ -272,23 +270,34 @@ def _speed_up(old: Any, new: Any, x: Any, pairs: int = 30) -> str:
 
 def _prepare(out: Path, *, force: bool, resume: bool) -> None:
     """Make the folder ready; what it holds is replaced only if asked, and only the demo's own."""
+    if force and resume:
+        raise OptionError(
+            "--force begins anew, --resume goes on: both at once mean nothing",
+            expected="one of them",
+            received="--force and --resume",
+        )
     if out.exists() and not out.is_dir():
         raise OutputError("The output is a file", where=str(out), expected="a folder")
-    if out.is_dir() and any(out.iterdir()) and not (force or resume):
+    ours = (out / "study" / "study.json").is_file()
+    if _holds_files(out) and not (ours and (force or resume)):
         raise OutputError(
-            "The output folder is not empty",
+            "The output folder is not empty" + (" and not a demo's" if force or resume else ""),
             where=str(out),
             remedy="--force replaces an earlier demo there, --resume goes on with a stopped one, "
             "--out names another folder",
         )
-    if force and not resume:
-        if (out / "study" / "study.json").is_file():
-            shutil.rmtree(out / "study")
-        for name in ("model.keras", "report.html"):
-            (out / name).unlink(missing_ok=True)
     try:
+        if ours and force:
+            for name in ("model.keras", "report.html"):
+                (out / name).unlink(missing_ok=True)
+            shutil.rmtree(out / "study")
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
-            "The output folder cannot be made", where=str(out), received=str(error.strerror)
+            "The output folder cannot be made ready", where=str(out), received=str(error)
         ) from error
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether there is a file; a demo that was stopped early leaves none but a half-written one."""
+    return any(not path.is_dir() and not path.match(".study.*.tmp*") for path in folder.rglob("*"))

@@ -77,7 +77,7 @@ def test_the_moved_model_trains(name: str) -> None:
     """Two kinds of images that differ in brightness; few, so the loss goes down unevenly."""
     moved = tn.place(model_of(name), "after_activation").model
     model = keras.Sequential([moved, keras.layers.Dense(2, activation="softmax", name="head")])
-    model.compile(keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy")
+    model.compile(keras.optimizers.Adam(1e-4), "sparse_categorical_crossentropy")
     y = np.arange(16) % 2
     x = images(moved, 16) + y[:, None, None, None]
     before = {w.path: np.array(w.numpy()) for w in moved.weights}

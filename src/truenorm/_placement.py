@@ -24,7 +24,8 @@ def place(model: Any, position: Position, *, where: Where = None) -> Rewrite:
     """Move every BatchNormalization before or after its activation, or remove it.
 
     A site is moved when its layer and the activation concerned follow each other directly, and
-    neither is called anywhere else; every other site is left, with its reason in the receipt. An
+    neither is called anywhere else; every other site is left, with its reason in the receipt: one
+    before an activation that is an output of the model, for instance, which must stay one. An
     activation inside a convolution or dense layer is split out, so that BatchNormalization can
     stand before it. Where one is removed, the convolution or dense layer before it gets the bias
     that it may lack, starting at zero.
@@ -50,10 +51,10 @@ def place(model: Any, position: Position, *, where: Where = None) -> Rewrite:
         >>> import keras, truenorm as tn
         >>> model = keras.Sequential([
         ...     keras.Input((8,)), keras.layers.Dense(4), keras.layers.BatchNormalization(),
-        ...     keras.layers.ReLU()])
+        ...     keras.layers.ReLU(), keras.layers.Dense(2)])
         >>> moved = tn.place(model, "after_activation").model
         >>> [type(layer).__name__ for layer in moved.layers]
-        ['Dense', 'ReLU', 'BatchNormalization']
+        ['Dense', 'ReLU', 'BatchNormalization', 'Dense']
 
     Reference:
         Before the activation: Ioffe and Szegedy (2015), "Batch Normalization", section 3.2,

@@ -10,9 +10,8 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,13 @@ from truenorm._files import replacing
 from truenorm._folding import fold
 from truenorm._observation import inspect
 from truenorm._population import collect, gaps, recalibrate
-from truenorm._records import Record, Study, Table, number, percent
+from truenorm._records import Gap, Record, Study, Table, number, percent
 from truenorm._replacement import replace
-from truenorm._study import POSITIONS
+from truenorm._study import POSITIONS, study
 from truenorm._study import Progress as Event
-from truenorm._study import study as run_study
 from truenorm._study.analysis import lower_is_better
 from truenorm.demo.tasks import TASKS, Task
-from truenorm.report import Section, comparison, learning_curves, report, save
+from truenorm.report import Chart, Section, comparison, learning_curves, report, save
 from truenorm.report import gaps as gaps_chart
 
 
@@ -51,125 +49,66 @@ def run(*, data: str, seeds: int, out: Path, force: bool = False, resume: bool =
         OutputError: The folder is not empty, and neither is given, or it is not a demo's.
         MissingDependencyError: A package of ``truenorm[demo]`` is not installed.
     """
-    console = Console(highlight=False)
     task = TASKS[data]
     arrays = task.load()
     _prepare(out, force=force, resume=resume)
-    tell = _Story(console)
-
-    tell.heading("1  Where does BatchNormalization go?")
-    tell.say(
-        f"The data: {task.describe}.",
-        f"The network: {task.network}, in three versions: without BatchNormalization, with it "
-        f"before each activation (as its paper has it), with it after each activation. Each is "
-        f"trained {'once' if seeds == 1 else f'{seeds} times'}. For one seed all three start from "
-        f"the same kernels and see the same batches in the same order, so that only the position "
-        f"differs. The versions are "
-        f"judged on the validation data, with each BatchNormalization's statistics computed over "
-        f"the whole training set: a moving average that lags behind would say more of its "
-        f"momentum than of the position.",
-    )
-    found = _study(task, arrays, data, seeds, out, console)
-    tell.show(found)
-
-    (x_train, _), (x_val, y_val) = arrays
-    position = _best_with_batch_normalization(found)
-    trial = next(t for t in found.trials if t.position == position and t.error is None)
-    model = keras.saving.load_model(out / "study" / trial.model)
-    tell.heading("2  Which mode is it in?")
-    tell.say(
-        f"From here on with one trained model: '{position}', the best position that has a "
-        f"BatchNormalization, seed {trial.seed}. A copy of it is sent through every entry point "
-        f"of Keras, and what each layer really did is recorded. Nobody passes `training`: fit "
-        f"chooses it by itself.",
-    )
-    inspection = inspect(model, x_val[: task.batch_size], y_val[: task.batch_size])
-    tell.show(inspection)
-
-    tell.heading("3  Are its statistics true?")
-    tell.say(
-        "In inference the layer uses the average that it moved along in training. Compared with "
-        "the exact mean and variance of what each layer sees in inference over the whole training "
-        "set, the average is off by the gaps below. recalibrate() puts the exact statistics in.",
-    )
-    skew = _recalibrate(model, x_train, x_val, y_val)
-    tell.show(skew.table)
-    tell.say(skew.sentence)
-
-    tell.heading("4  Deploy it")
-    tell.say(
-        "In inference each BatchNormalization is one multiplication and one addition per channel: "
-        "fold() computes them into the neighbouring convolution or dense layer where that is "
-        "exact, and proves it by comparing the outputs.",
-    )
-    folded = fold(model, probe=x_val)
-    tell.show(folded)
-    speed = _speed_up(model, folded.model, x_val)
-    tell.say(speed)
-    plain = replace(folded.model, to="keras").model if folded.left else folded.model
-    with replacing(out / "model.keras") as temporary:
-        plain.save(temporary)
-
-    sections = (
-        Section(
-            "Where does BatchNormalization go?",
-            tell.told[0],
-            (*_charts(found), found),
-        ),
-        Section("Which mode is it in?", tell.told[1], (inspection,)),
-        Section(
-            "Are its statistics true?",
-            tell.told[2],
-            (gaps_chart(skew.before, skew.after), skew.table),
-        ),
-        Section("Deploy it", tell.told[3], (folded,)),
-    )
-    page = report(f"BatchNormalization on {data.replace('_', ' ')}", found.verdict, sections)
-    save(out / "report.html", page)
-    tell.heading("Done")
-    tell.say(
+    tell = _Story(Console(highlight=False))
+    found = _where(tell, task, arrays, data, seeds, out)
+    model = _which_mode(tell, task, arrays, found, out)
+    _are_the_statistics_true(tell, arrays, model)
+    _deploy(tell, arrays, model, out)
+    title = f"BatchNormalization on {data.replace('_', ' ')}"
+    save(out / "report.html", report(title, found.verdict, tell.sections))
+    tell.begin(
+        "Done",
         f"{out / 'model.keras'} is the folded model; it loads in plain Keras, without truenorm.",
         f"{out / 'report.html'} shows all of this with learning curves; open it in a browser.",
     )
 
 
-@dataclass
 class _Story:
-    """Prints, and keeps the sentences for the report."""
+    """Tells each part on the terminal as it happens, and keeps it as a section of the report."""
 
-    console: Console
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.sections: list[Section] = []
+        self._begun: tuple[str, tuple[str, ...]] = ("", ())
 
-    def __post_init__(self) -> None:
-        self.told: list[tuple[str, ...]] = []
-
-    def heading(self, text: str) -> None:
+    def begin(self, heading: str, *sentences: str) -> None:
+        """A part begins: what is asked, and how it will be answered."""
+        self._begun = (heading, sentences)
         self.console.print()
-        self.console.rule(f"[bold]{text}", align="left")
-        self.told.append(())
-
-    def say(self, *sentences: str) -> None:
+        self.console.rule(f"[bold]{heading}", align="left")
         for sentence in sentences:
             self.console.print(sentence, markup=False, soft_wrap=not self.console.is_terminal)
-        self.told[-1] += sentences
 
-    def show(self, record: Record | Table) -> None:
-        self.console.print()
-        self.console.print(record)
-
-
-@dataclass(frozen=True)
-class _Skew:
-    """What recalibration changed."""
-
-    before: tuple[Any, ...]
-    after: tuple[Any, ...]
-    table: Table
-    sentence: str
+    def end(self, *content: Record | Table, charts: Sequence[Chart] = ()) -> None:
+        """The part's answer; charts are for the report only."""
+        tables = [
+            t for item in content for t in (item.tables() if isinstance(item, Record) else (item,))
+        ]
+        for table in tables:
+            self.console.print()
+            self.console.print(table)
+        self.sections.append(Section(*self._begun, (*charts, *tables)))
 
 
-def _study(task: Task, arrays: Any, name: str, seeds: int, out: Path, console: Console) -> Study:
-    with _progress(console, seeds * len(POSITIONS) * task.epochs) as on_event:
-        return run_study(
+def _where(tell: _Story, task: Task, arrays: Any, name: str, seeds: int, out: Path) -> Study:
+    """The study: which position is best."""
+    times = "once" if seeds == 1 else f"{seeds} times"
+    tell.begin(
+        "Where does BatchNormalization go?",
+        f"The data: {task.describe}.",
+        f"The network: {task.network}, in three versions: without BatchNormalization, with it "
+        f"before each activation (as its paper has it), with it after each activation. Each is "
+        f"trained {times}. For one seed all three start from the same kernels and see the same "
+        f"batches in the same order, so that only the position differs. The versions are judged "
+        f"on the validation data, with each BatchNormalization's statistics computed over the "
+        f"whole training set: a moving average that lags behind would say more of its momentum "
+        f"than of the position.",
+    )
+    with _progress(tell.console, seeds * len(POSITIONS) * task.epochs) as on_event:
+        found = study(
             task.build,
             arrays,
             seeds=seeds,
@@ -179,6 +118,76 @@ def _study(task: Task, arrays: Any, name: str, seeds: int, out: Path, console: C
             name=name,
             on_event=on_event,
         )
+    metrics = dict.fromkeys((found.metric, "val_loss"))
+    curves = (learning_curves(found, metric) for metric in metrics)
+    tell.end(found, charts=(comparison(found, found.metric), *curves))
+    return found
+
+
+def _which_mode(tell: _Story, task: Task, arrays: Any, found: Study, out: Path) -> Any:
+    """What each layer of the best model that has a BatchNormalization did; that model."""
+    position = _best_with_batch_normalization(found)
+    trial = next(t for t in found.trials if t.position == position and t.error is None)
+    model = keras.saving.load_model(out / "study" / trial.model)
+    x, y = (part[: task.batch_size] for part in arrays[1])
+    tell.begin(
+        "Which mode is it in?",
+        f"From here on with one trained model: '{position}', the best position that has a "
+        f"BatchNormalization, seed {trial.seed}. A copy of it is sent through every entry point "
+        f"of Keras, and what each layer really did is recorded. Nobody passes `training`: fit "
+        f"chooses it by itself.",
+    )
+    tell.end(inspect(model, x, y))
+    return model
+
+
+def _are_the_statistics_true(tell: _Story, arrays: Any, model: Any) -> None:
+    """Recalibrate the model in place, and measure its skew and its score before and after."""
+    (x_train, _), (x_val, y_val) = arrays
+    tell.begin(
+        "Are its statistics true?",
+        "In inference the layer uses the average that it moved along in training. Compared with "
+        "the exact mean and variance of what each layer sees in inference over the whole training "
+        "set, the average is off by the gaps below. recalibrate() puts the exact statistics in.",
+    )
+
+    def measure() -> tuple[tuple[Gap, ...], dict[str, float]]:
+        seen = gaps(model, collect(model, x_train, upstream="moving"))
+        return seen, model.evaluate(x_val, y_val, verbose=0, return_dict=True)
+
+    before, old = measure()
+    recalibrate(model, x_train, upstream="population")
+    after, new = measure()
+    table = Table(
+        "Moving statistics against the whole training set, before and after recalibration",
+        ("layer", "mean off by (std)", "after", "scale off by (doublings)", "after"),
+        tuple(
+            (b.path, number(b.mean), number(a.mean), number(b.scale), number(a.scale))
+            for b, a in zip(before, after, strict=True)
+        ),
+        (
+            f"On the validation data: accuracy {percent(old['accuracy'])} before, "
+            f"{percent(new['accuracy'])} after; loss {number(old['loss'], 4)} before, "
+            f"{number(new['loss'], 4)} after.",
+        ),
+    )
+    tell.end(table, charts=(gaps_chart(before, after),))
+
+
+def _deploy(tell: _Story, arrays: Any, model: Any, out: Path) -> None:
+    """Fold the model, prove and time it, and save it for plain Keras."""
+    x = arrays[1][0]
+    tell.begin(
+        "Deploy it",
+        "In inference each BatchNormalization is one multiplication and one addition per channel: "
+        "fold() computes them into the neighbouring convolution or dense layer where that is "
+        "exact, and proves it by comparing the outputs.",
+    )
+    folded = fold(model, probe=x)
+    plain = replace(folded.model, to="keras").model if folded.left else folded.model
+    with replacing(out / "model.keras") as temporary:
+        plain.save(temporary)
+    tell.end(folded, Table("Speed", (), (), (_speed_up(model, plain, x),)))
 
 
 @contextmanager
@@ -208,46 +217,12 @@ def _progress(console: Console, epochs: int) -> Generator[Callable[[Event], None
         yield on_event
 
 
-def _charts(study: Study) -> tuple[Any, ...]:
-    metrics = dict.fromkeys((study.metric, "val_loss"))
-    return (comparison(study, study.metric), *(learning_curves(study, m) for m in metrics))
-
-
 def _best_with_batch_normalization(study: Study) -> str:
     if study.best != "none":
         return study.best
     others = [position for position in study.summaries if position != "none"]
     choose = min if lower_is_better(study.metric) else max
     return choose(others, key=lambda p: study.summaries[p][study.metric].mean)
-
-
-def _recalibrate(model: Any, x_train: Any, x_val: Any, y_val: Any) -> _Skew:
-    """Recalibrate the model in place, and measure its skew and its score before and after."""
-
-    def measure() -> tuple[Any, dict[str, float]]:
-        seen = gaps(model, collect(model, x_train, upstream="moving"))
-        return seen, model.evaluate(x_val, y_val, verbose=0, return_dict=True)
-
-    before, old = measure()
-    recalibrate(model, x_train, upstream="population")
-    after, new = measure()
-    rows = tuple(
-        (b.path, number(b.mean), number(a.mean), number(b.scale), number(a.scale))
-        for b, a in zip(before, after, strict=True)
-    )
-    table = Table(
-        "Moving statistics against the whole training set, before and after recalibration",
-        ("layer", "mean off by (std)", "after", "scale off by (doublings)", "after"),
-        rows,
-    )
-    return _Skew(
-        before,
-        after,
-        table,
-        f"On the validation data: accuracy {percent(old['accuracy'])} before, "
-        f"{percent(new['accuracy'])} after; loss {number(old['loss'], 4)} before, "
-        f"{number(new['loss'], 4)} after.",
-    )
 
 
 def _speed_up(old: Any, new: Any, x: Any, pairs: int = 30) -> str:

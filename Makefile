@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BACKENDS := jax tensorflow torch
+JOBS ?= 2
 
 .PHONY: demo test lint bench clean
 
@@ -16,7 +17,7 @@ test: $(addprefix test-,$(BACKENDS))
 # One process per backend: Keras fixes its backend at import.
 .PHONY: $(addprefix test-,$(BACKENDS))
 $(addprefix test-,$(BACKENDS)): test-%: $(VENV)/test.stamp
-	KERAS_BACKEND=$* $(BIN)/python -m pytest
+	KERAS_BACKEND=$* $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check

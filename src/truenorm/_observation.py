@@ -70,7 +70,7 @@ def _run_all(model: Any, inputs: Any, y: Any) -> dict[str, tuple[Mode, ...]]:
     """The modes of every site in each entry point, on a disposable copy."""
     copy = rebuild(model)
     copied, _ = site_calls(copy)
-    targets = _compile(model, copy, inputs, y)
+    targets = _compile(copy, inputs, y)
     saved = [(v, numbers(v)) for v in copy.variables]
     size = len(keras.tree.flatten(inputs)[0])
     runs: dict[str, Callable[[], Any]] = {
@@ -93,13 +93,13 @@ def _run_all(model: Any, inputs: Any, y: Any) -> dict[str, tuple[Mode, ...]]:
     return {entry: modes[entry] for entry in order}
 
 
-def _compile(model: Any, copy: Any, inputs: Any, y: Any) -> Any:
+def _compile(copy: Any, inputs: Any, y: Any) -> Any:
     """Make the copy ready for fit, and give its targets."""
     if y is not None:
-        if not model.compiled:
+        if not copy.compiled:  # nor is a copy of a model with metrics of an unknown class
             raise DataError(
                 "Targets are given, but the model has no loss to use them with",
-                where=model.name,
+                where=copy.name,
                 remedy="compile the model first, or call inspect without y",
             )
         targets = y

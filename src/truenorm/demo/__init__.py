@@ -24,11 +24,12 @@ from truenorm._files import replacing
 from truenorm._folding import fold
 from truenorm._observation import inspect
 from truenorm._population import collect, gaps, recalibrate
-from truenorm._records import Gap, Record, Study, Table, number, percent
+from truenorm._records import Gap, Study
 from truenorm._replacement import replace
 from truenorm._study import POSITIONS, study
 from truenorm._study import Progress as Event
 from truenorm._study.analysis import lower_is_better
+from truenorm._tables import Record, Table, number, percent
 from truenorm.demo.tasks import TASKS, Task
 from truenorm.report import Chart, Section, comparison, learning_curves, report, save
 from truenorm.report import gaps as gaps_chart

@@ -17,7 +17,7 @@ from typing import Any
 
 from truenorm._errors import MissingDependencyError
 from truenorm._files import replacing
-from truenorm._records import Record, Table, printable
+from truenorm._tables import Record, Table, printable
 from truenorm.report.charts import Chart, comparison, gaps, learning_curves
 
 __all__ = ["Chart", "Section", "comparison", "gaps", "learning_curves", "report", "save"]

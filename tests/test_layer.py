@@ -246,3 +246,15 @@ def test_statistics_are_wide_and_counts_stay_integers() -> None:
         "int32",
         "float32",
     ]
+
+
+def test_a_mean_much_larger_than_the_deviation_costs_no_digits() -> None:
+    """Keras's own layer gives NaN here on PyTorch: README says so, and we notice a change."""
+    x = np.random.default_rng(0).normal(1000.0, 0.05, size=(64, 8, 8, 64)).astype("float32")
+    exact = np.float64(x)
+    expected = (exact - exact.mean((0, 1, 2))) / np.sqrt(exact.var((0, 1, 2)) + 1e-3)
+    ours = keras.ops.convert_to_numpy(BatchNormalization()(x, training=True))
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
+    if keras.config.backend() == "torch":
+        stock = keras.layers.BatchNormalization()(x, training=True)
+        assert np.isnan(keras.ops.convert_to_numpy(stock)).any()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,3 +74,18 @@ def test_errors_are_one_tree_and_name_all_parts() -> None:
     assert isinstance(error, ValueError)
     errors = [getattr(tn, name) for name in tn.__all__ if name.endswith("Error")]
     assert all(issubclass(error, tn.TruenormError) for error in errors)
+
+
+def code_of(readme: str) -> list[str]:
+    """The Python blocks of a README without their comments."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text("utf-8"), flags=re.DOTALL)
+    return [ast.unparse(ast.parse(block)) for block in blocks]
+
+
+def test_both_readmes_show_the_same_code_of_public_names() -> None:
+    english = code_of("README.md")
+    assert len(english) == 3
+    assert code_of("README.zh-CN.md") == english
+    names = set(re.findall(r"\btn\.(\w+)", "\n".join(english)))
+    assert names
+    assert names <= set(tn.__all__)

@@ -24,17 +24,15 @@ from truenorm._moments import Array
 from truenorm._probe import as_float64, make_inputs, verify
 from truenorm._rebuilding import Piece, copy_of, rebuild
 from truenorm._records import Change, Left, Rewrite
-from truenorm._sites import apply, channel_axis, fused_activation, is_linear, is_own_class
+from truenorm._sites import LINEAR, apply, channel_axis, fused_activation, is_linear, is_own_class
 
 _KERNEL_LAST = (keras.layers.Dense, keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 _DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
-_SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
 _TRANSPOSED = (
     keras.layers.Conv1DTranspose,
     keras.layers.Conv2DTranspose,
     keras.layers.Conv3DTranspose,
 )
-_KNOWN = (*_KERNEL_LAST, *_DEPTHWISE, *_SEPARABLE, *_TRANSPOSED)
 
 
 def fold(model: Any, *, probe: Any = None) -> Rewrite:
@@ -140,7 +138,7 @@ def _why_not_forward(call: Call) -> str | None:
 def _why_not(call: Call, neighbour: Call) -> str | None:
     """What forbids folding into a neighbour on either side."""
     layer = neighbour.operation
-    if type(layer) not in _KNOWN:
+    if type(layer) not in LINEAR:
         return f"the class of {neighbour.label()} is somebody's own"
     if neighbour.shared:
         return f"{neighbour.label()} is called more than once"

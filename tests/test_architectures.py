@@ -71,6 +71,8 @@ def test_place_moves_what_can_be_moved_and_says_why_the_others_stay(name: str) -
         kind = site.reason.removeprefix(start).split()[0]
         left[kind] = left.get(kind, 0) + 1
     assert left == expected.left_before
+    back = tn.place(rewrite.model, "before_activation").model
+    assert back.get_config() == model_of(name).get_config()
 
 
 def test_the_moved_model_trains(name: str) -> None:

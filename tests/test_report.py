@@ -23,24 +23,11 @@ from browser import CHROMIUM, NEEDS_CHROMIUM, visit
 
 from truenorm._errors import MissingDependencyError, OptionError, OutputError
 from truenorm._moments import Moments
-from truenorm._records import (
-    Change,
-    Comparison,
-    Gap,
-    Inspection,
-    Interval,
-    Left,
-    Mode,
-    Population,
-    Recalibration,
-    Record,
-    Rewrite,
-    Site,
-    Study,
-    Table,
-    Trial,
-    number,
-)
+from truenorm._records.rewrites import Change, Rewrite
+from truenorm._records.sites import Inspection, Left, Mode, Site
+from truenorm._records.statistics import Gap, Population, Recalibration
+from truenorm._records.studies import Comparison, Interval, Study, Trial
+from truenorm._tables import Record, Table, number
 from truenorm.report import Chart, Section, comparison, gaps, learning_curves, report, save
 
 HOSTILE = "<img src=x onerror=alert(1)>\n\x1b[31m\u202e'\"&amp; $\\frac$ {{ 1 }} [bold] 漢\ud800]]>"

@@ -26,7 +26,7 @@ from truenorm._errors import (
     StudyError,
 )
 from truenorm._files import replacing
-from truenorm._records import Study
+from truenorm._records.studies import Study
 from truenorm._study import Progress, study
 from truenorm._study import trial as worker
 from truenorm._study.checks import check_momentum, check_placement

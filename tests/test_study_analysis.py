@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from truenorm._errors import StudyError
-from truenorm._records import Study, Trial
+from truenorm._records.studies import Study, Trial
 from truenorm._study.analysis import analyse, holm, lower_is_better, student
 
 Rows = list[tuple[float, ...]]

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from truenorm._observation import inspect
     from truenorm._placement import place
     from truenorm._population import collect, recalibrate
-    from truenorm._records import Inspection, Population, Recalibration, Rewrite, Site, Study
+    from truenorm._records.rewrites import Rewrite
+    from truenorm._records.sites import Inspection, Site
+    from truenorm._records.statistics import Population, Recalibration
+    from truenorm._records.studies import Study
     from truenorm._replacement import replace
     from truenorm._study import study
 
@@ -49,7 +52,10 @@ _HOMES = {
     "_observation": ("inspect",),
     "_placement": ("place",),
     "_population": ("collect", "recalibrate"),
-    "_records": ("Inspection", "Population", "Recalibration", "Rewrite", "Site", "Study"),
+    "_records.rewrites": ("Rewrite",),
+    "_records.sites": ("Inspection", "Site"),
+    "_records.statistics": ("Population", "Recalibration"),
+    "_records.studies": ("Study",),
     "_replacement": ("replace",),
     "_study": ("study",),
 }

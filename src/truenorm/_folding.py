@@ -23,7 +23,8 @@ from truenorm._graph import Call
 from truenorm._moments import Array
 from truenorm._probe import as_float64, make_inputs, verify
 from truenorm._rebuilding import Piece, copy_of, rebuild
-from truenorm._records import Change, Left, Rewrite
+from truenorm._records.rewrites import Change, Rewrite
+from truenorm._records.sites import Left
 from truenorm._sites import LINEAR, apply, channel_axis, fused_activation, is_linear, is_own_class
 
 _KERNEL_LAST = (keras.layers.Dense, keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)

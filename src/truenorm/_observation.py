@@ -21,7 +21,7 @@ from truenorm._graph import Call
 from truenorm._interception import intercepted, noted
 from truenorm._probe import make_inputs
 from truenorm._rebuilding import numbers, rebuild, same_randomness
-from truenorm._records import Inspection, Mode
+from truenorm._records.sites import Inspection, Mode
 from truenorm._sites import describe, site_calls
 
 BATCH_METHODS = ("_normalize_batch", "_moments")

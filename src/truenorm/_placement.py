@@ -14,7 +14,8 @@ import numpy as np
 from truenorm._errors import OptionError
 from truenorm._graph import Call
 from truenorm._rebuilding import Piece, copy_of, rebuild
-from truenorm._records import Change, Left, Rewrite
+from truenorm._records.rewrites import Change, Rewrite
+from truenorm._records.sites import Left
 from truenorm._sites import Where, apply, fused_activation, is_activation, is_linear, selector
 
 Position = Literal["none", "before_activation", "after_activation"]

@@ -22,7 +22,7 @@ from truenorm._interception import intercepted
 from truenorm._moments import Moments
 from truenorm._probe import as_float64
 from truenorm._rebuilding import numbers
-from truenorm._records import Gap, Population, Recalibration
+from truenorm._records.statistics import Gap, Population, Recalibration
 from truenorm._sites import is_own_class, site_calls
 
 ops: Any = keras.ops

@@ -11,7 +11,8 @@ from truenorm._graph import Call
 from truenorm._layer import BatchNormalization
 from truenorm._probe import make_inputs, verify
 from truenorm._rebuilding import Piece, rebuild
-from truenorm._records import Change, Left, Rewrite
+from truenorm._records.rewrites import Change, Rewrite
+from truenorm._records.sites import Left
 from truenorm._sites import apply, is_own_class
 
 _CLASSES: dict[str, Any] = {

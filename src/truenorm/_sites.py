@@ -11,7 +11,8 @@ import keras
 from truenorm._errors import ModelError, OptionError
 from truenorm._graph import Call, calls, is_batch_normalization, layer_paths
 from truenorm._layer import BatchNormalization
-from truenorm._records import Change, Left, Site
+from truenorm._records.rewrites import Change
+from truenorm._records.sites import Left, Site
 
 Where = str | Callable[[Site], bool] | None
 """Which sites: a path pattern such as ``block1/*``, a predicate on the Site, or None for all."""

@@ -26,7 +26,7 @@ import numpy as np
 
 from truenorm._errors import StudyError
 from truenorm._files import replacing
-from truenorm._records import Trial
+from truenorm._records.studies import Trial
 
 Arrays = tuple[np.ndarray, np.ndarray]
 NAMES = ("x_train", "y_train", "x_val", "y_val")

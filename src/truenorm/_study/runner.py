@@ -14,7 +14,7 @@ import keras
 from truenorm._errors import OutputError
 from truenorm._files import replacing
 from truenorm._placement import Position
-from truenorm._records import Study, Trial
+from truenorm._records.studies import Study, Trial
 from truenorm._study import checks
 from truenorm._study.analysis import analyse
 from truenorm._study.folder import (

@@ -23,7 +23,7 @@ from truenorm._graph import calls, is_batch_normalization
 from truenorm._layer import BatchNormalization
 from truenorm._placement import Position, place
 from truenorm._population import recalibrate
-from truenorm._records import Trial
+from truenorm._records.studies import Trial
 from truenorm._study.folder import Arrays, Spec, read_data, write_result
 from truenorm._study.pool import MARK
 

@@ -24,7 +24,8 @@ from truenorm._files import replacing
 from truenorm._folding import fold
 from truenorm._observation import inspect
 from truenorm._population import collect, gaps, recalibrate
-from truenorm._records import Gap, Study
+from truenorm._records.statistics import Gap
+from truenorm._records.studies import Study
 from truenorm._replacement import replace
 from truenorm._study import POSITIONS, study
 from truenorm._study import Progress as Event

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from truenorm._records import Comparison, Gap
+from truenorm._records.statistics import Gap
+from truenorm._records.studies import Comparison
 from truenorm._tables import number, printable
 from truenorm.report._canvas import (
     FAINT,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import keras
 
@@ -10,6 +10,8 @@ from truenorm import kernels
 from truenorm._errors import DataError, OptionError
 
 ops: Any = keras.ops
+
+FreezePolicy = Literal["none", "all", "statistics", "affine"]
 
 
 @keras.saving.register_keras_serializable(package="truenorm")
@@ -54,6 +56,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
         renorm_clipping: Dict of ``rmin``, ``rmax``, ``dmax``; only with ``renorm``.
         renorm_momentum: Momentum of the renormalization's statistics; only with ``renorm``.
         synchronized: Statistics over all replicas, the stock layer's (TensorFlow only).
+        freeze: What does not learn in training: ``"none"`` of it; ``"all"``, which is
+            ``trainable=False``; ``"statistics"``: the moving statistics normalise and stay, gamma
+            and beta learn; ``"affine"``: the batch's statistics normalise and move the moving ones,
+            gamma and beta stay. See :attr:`freeze`.
         **kwargs: ``name``, ``dtype``, ``trainable``.
 
     Call arguments:
@@ -118,8 +124,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
         renorm_clipping: dict[str, float | None] | None = None,
         renorm_momentum: float = 0.99,
         synchronized: bool = False,
+        freeze: FreezePolicy = "none",
         **kwargs: Any,
     ) -> None:
+        self._check_policy(freeze)
         if not 0 <= momentum <= 1:
             raise OptionError(
                 "The momentum of BatchNormalization is the weight of the old moving statistics",
@@ -152,6 +160,85 @@ class BatchNormalization(keras.layers.BatchNormalization):
             synchronized=synchronized,
             **kwargs,
         )
+        self._policy: FreezePolicy = "none" if freeze == "all" else freeze
+        if freeze == "all":
+            self.trainable = False
+
+    @property
+    def freeze(self) -> FreezePolicy:
+        """What does not learn in training; may be set at any time.
+
+        ========== =============== ========================= =================
+        policy     normalises with moving statistics updated gamma, beta learn
+        ========== =============== ========================= =================
+        none       batch           yes                       yes
+        all        moving          no                        no
+        statistics moving          no                        yes
+        affine     batch           yes                       no
+        ========== =============== ========================= =================
+
+        ``"all"`` is ``trainable=False``, and setting another policy makes the layer trainable. Once
+        ``trainable``, set by whomever, is True again, the policy of before holds again: no parent
+        thaws what this layer was told to hold. A compiled model sees a change when it is compiled
+        again.
+
+        Example:
+            >>> import truenorm as tn
+            >>> layer = tn.BatchNormalization(freeze="statistics")
+            >>> layer.trainable = False
+            >>> layer.freeze
+            'all'
+            >>> layer.trainable = True
+            >>> layer.freeze
+            'statistics'
+        """
+        return self._policy if self.trainable else "all"
+
+    @freeze.setter
+    def freeze(self, policy: FreezePolicy) -> None:
+        self._check_policy(policy)
+        if policy != "all":
+            self._policy = policy
+        self._set_trainable(policy != "all")
+
+    @property
+    def trainable(self) -> bool:
+        """As ``keras.layers.Layer.trainable``; True does not thaw gamma and beta under "affine"."""
+        return bool(self._trainable)
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        self._set_trainable(value)
+
+    def _set_trainable(self, value: bool) -> None:
+        # Not by assignment: on TensorFlow that ends early where trainable is the value already.
+        cast(Any, keras.layers.Layer.trainable).__set__(self, value)
+        self._hold_affine()
+
+    def _hold_affine(self) -> None:
+        for weight in cast(Any, (self.gamma, self.beta)):
+            if weight is not None and self._policy == "affine":
+                weight.trainable = False
+
+    @staticmethod
+    def _check_policy(policy: Any) -> None:
+        if policy not in get_args(FreezePolicy):
+            raise OptionError(
+                "There is no such freeze policy of BatchNormalization",
+                where="freeze",
+                expected="one of " + ", ".join(map(repr, get_args(FreezePolicy))),
+                received=repr(policy),
+            )
+
+    def build(self, input_shape: Any) -> None:
+        """As the stock layer's."""
+        super().build(input_shape)
+        self._hold_affine()  # Only now: Keras orders weights by what they are when made.
+
+    def get_config(self) -> dict[str, Any]:
+        """The stock layer's config, and of the options beyond it those that are used."""
+        config = super().get_config()
+        return config if self._policy == "none" else {**config, "freeze": self._policy}
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
         """As ``keras.layers.Layer.add_weight``; statistics are float32 at least.
@@ -166,7 +253,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """Normalise with the batch's or the moving statistics; see the class."""
         self._check_mask(inputs, mask)
-        if training and self.trainable:
+        if training and self.trainable and self._policy != "statistics":
             return self._normalize_batch(inputs, mask)
         # Stock operations, so that converters recognise an inference graph. (No mask: it decides
         # nothing here.)

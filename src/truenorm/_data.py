@@ -13,12 +13,21 @@ from truenorm._errors import DataError, OptionError
 
 
 def input_batches(model: Any, data: Any, batch_size: int) -> Iterator[Any]:
-    """The model's inputs, batch by batch; labels and sample weights are dropped.
+    """The model's inputs, batch by batch; labels and sample weights are dropped."""
+    for inputs, _ in labelled_batches(model, data, batch_size):
+        yield inputs
+
+
+def labelled_batches(
+    model: Any, data: Any, batch_size: int, *, y: Any = None, shuffle: bool = False
+) -> Iterator[tuple[Any, Any]]:
+    """The model's inputs and their labels, batch by batch; None for labels that there are not.
 
     ``data`` is what ``fit`` takes: arrays (``x``, ``(x, y)`` or ``(x, y, weights)``, ``x`` in the
     structure of the model's inputs), a ``keras.utils.PyDataset``, or any iterable of batches
     (``tf.data.Dataset``, PyTorch's ``DataLoader``, a list, a generator). A batch is what the arrays
-    may be, and its tuple may be a list, as PyTorch's are.
+    may be, and its tuple may be a list, as PyTorch's are. ``y`` are the labels of arrays that come
+    without them; ``shuffle`` mixes the samples of arrays, each time in the same way.
     """
     if type(batch_size) is bool or not isinstance(batch_size, Integral) or batch_size < 1:
         raise OptionError(
@@ -29,8 +38,16 @@ def input_batches(model: Any, data: Any, batch_size: int) -> Iterator[Any]:
         )
     arrays = _arrays(model, data)
     if arrays is not None:
-        yield from _slices(model, arrays, batch_size)
+        labels = y if y is not None or arrays is data else _parts(model, data)[1]
+        yield from _slices(model, arrays, labels, batch_size, shuffle)
         return
+    if y is not None:
+        raise DataError(
+            "Labels are given beside data that is not arrays",
+            where="y",
+            expected="arrays as data, or batches of (x, y)",
+            received=f"data of type {type(data).__name__}",
+        )
     if not isinstance(data, Iterable):
         raise DataError(
             "This data cannot be read in batches",
@@ -39,9 +56,10 @@ def input_batches(model: Any, data: Any, batch_size: int) -> Iterator[Any]:
             received=type(data).__name__,
         )
     for batch in cast(Iterable[Any], data):
-        inputs = _without_labels(model, batch)
+        inputs, labels = _parts(model, batch)
         check(model, inputs)
-        yield keras.tree.map_structure(_native, _arranged(model, inputs))
+        inputs = _arranged(model, inputs)
+        yield keras.tree.map_structure(_native, inputs), keras.tree.map_structure(_native, labels)
 
 
 def check(model: Any, inputs: Any) -> None:
@@ -57,18 +75,18 @@ def check(model: Any, inputs: Any) -> None:
         )
 
 
-def _without_labels(model: Any, data: Any) -> Any:
-    """``x`` of ``(x, y)`` or ``(x, y, weights)``, if it alone is what the model takes."""
+def _parts(model: Any, data: Any) -> tuple[Any, Any]:
+    """``x`` and ``y`` of ``(x, y)`` or ``(x, y, weights)``, if ``x`` is what the model takes."""
     if isinstance(data, list | tuple):
         parts = cast(list[Any] | tuple[Any, ...], data)
         if 1 <= len(parts) <= 3 and _takes(model, parts[0]):
-            return parts[0]
-    return data
+            return parts[0], (parts[1] if len(parts) > 1 else None)
+    return data, None
 
 
 def _arrays(model: Any, data: Any) -> Any:
     """The inputs' arrays of all samples; None if the data is batches, as most lists are."""
-    inputs = _without_labels(model, data) if isinstance(data, tuple) else data
+    inputs = _parts(model, data)[0] if isinstance(data, tuple) else data
     several = len(_inputs(model)) > 1 and _takes(model, inputs)
     if inputs is data and isinstance(data, list | tuple) and not several:
         return None
@@ -78,23 +96,40 @@ def _arrays(model: Any, data: Any) -> Any:
     return inputs if is_arrays else None
 
 
-def _slices(model: Any, data: Any, batch_size: int) -> Iterator[Any]:
-    check(model, data)
-    data = _arranged(model, data)
-    lengths = {len(array) for array in keras.tree.flatten(data)}
+def _slices(
+    model: Any, inputs: Any, labels: Any, batch_size: int, shuffle: bool
+) -> Iterator[tuple[Any, Any]]:
+    check(model, inputs)
+    if isinstance(labels, list) and not any(hasattr(a, "shape") for a in cast(list[Any], labels)):
+        labels = np.asarray(labels)
+    arrays: Any = (_arranged(model, inputs), labels)[: 1 if labels is None else 2]
+    lengths = {len(array) for array in keras.tree.flatten(arrays)}
     if len(lengths) != 1:
         raise DataError(
             "The input arrays have different numbers of samples",
             where="data",
             received=f"{sorted(lengths)}",
         )
-    for start in range(0, lengths.pop(), batch_size):
-        yield keras.tree.map_structure(lambda a, s=start: _native(a[s : s + batch_size]), data)
+    samples = lengths.pop()
+    if shuffle:
+        arrays = keras.tree.map_structure(_indexable, arrays)
+    order = np.random.default_rng(0).permutation(samples) if shuffle else None
+    for start in range(0, samples, batch_size):
+        chosen: Any = slice(start, start + batch_size)
+        if order is not None:
+            chosen = np.sort(order[chosen])  # files want their indices in order
+        batch = keras.tree.map_structure(lambda a, i=chosen: _native(a[i]), arrays)
+        yield batch[0], (batch[1] if len(batch) > 1 else None)
+
+
+def _indexable(array: Any) -> Any:
+    """TensorFlow's tensors and pandas's frames do not take a list of indices for rows."""
+    return np.asarray(array) if hasattr(array, "numpy") or hasattr(array, "iloc") else array
 
 
 def _native(array: Any) -> Any:
     """Another framework's tensor as a NumPy array, which every backend takes."""
-    return array if keras.ops.is_tensor(array) else np.asarray(array)
+    return array if array is None or keras.ops.is_tensor(array) else np.asarray(array)
 
 
 def _inputs(model: Any) -> list[Any]:

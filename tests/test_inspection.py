@@ -92,7 +92,7 @@ def test_it_prints_as_tables_and_goes_to_json() -> None:
     assert "before_activation" in text
     plain = inspection.to_dict()
     assert plain["sites"][3]["path"] == "c_bn"
-    assert plain["modes"]["fit"][0]["statistics"] == "batch"
+    assert plain["modes"]["fit"][0]["calls"][0]["statistics"] == "batch"
     assert "<table>" in inspection._repr_html_()
 
 

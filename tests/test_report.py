@@ -24,7 +24,7 @@ from browser import CHROMIUM, NEEDS_CHROMIUM, visit
 from truenorm._errors import MissingDependencyError, OptionError, OutputError
 from truenorm._moments import Moments
 from truenorm._records.rewrites import Change, Rewrite
-from truenorm._records.sites import Inspection, Left, Mode, Site
+from truenorm._records.sites import Calls, Inspection, Left, Mode, Site
 from truenorm._records.statistics import Gap, Population, Recalibration
 from truenorm._records.studies import Comparison, Interval, Study, Trial
 from truenorm._tables import Record, Table, number
@@ -92,8 +92,8 @@ def judge(trials: list[Trial], positions: tuple[str, ...], name: str = "study") 
 
 def make_records(path: str = "backbone/conv1_bn") -> tuple[Record, ...]:
     site = Site(path, "keras.BatchNormalization", f"Conv2D {path}", (f"ReLU {path}",),
-                "before_activation", 3, 64, 0.99, 1e-3, True)  # fmt: skip
-    mode = Mode(3, (True,), "batch", True, True)
+                "before_activation", 3, 64, 0.99, 1e-3, True, "none")  # fmt: skip
+    mode = Mode((Calls(True, True, "none", "batch", 3),), True, True)
     population = Population({path: Moments.of(np.arange(12.0).reshape(6, 2))}, 6, 1, "batch", 1)
     return (
         Inspection(path, (site,), {"fit": (mode,)}),

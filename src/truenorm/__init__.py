@@ -21,13 +21,14 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from truenorm._folding import fold
+    from truenorm._inspection import inspect
     from truenorm._layer import BatchNormalization
     from truenorm._moments import Moments
-    from truenorm._observation import inspect
+    from truenorm._observation import observe
     from truenorm._placement import place
     from truenorm._population import collect, recalibrate
     from truenorm._records.rewrites import Rewrite
-    from truenorm._records.sites import Inspection, Site
+    from truenorm._records.sites import Inspection, Observation, Site
     from truenorm._records.statistics import Population, Recalibration
     from truenorm._records.studies import Study
     from truenorm._replacement import replace
@@ -47,13 +48,14 @@ _HOMES = {
         "VerificationError",
     ),
     "_folding": ("fold",),
+    "_inspection": ("inspect",),
     "_layer": ("BatchNormalization",),
     "_moments": ("Moments",),
-    "_observation": ("inspect",),
+    "_observation": ("observe",),
     "_placement": ("place",),
     "_population": ("collect", "recalibrate"),
     "_records.rewrites": ("Rewrite",),
-    "_records.sites": ("Inspection", "Site"),
+    "_records.sites": ("Inspection", "Observation", "Site"),
     "_records.statistics": ("Population", "Recalibration"),
     "_records.studies": ("Study",),
     "_replacement": ("replace",),
@@ -68,6 +70,7 @@ __all__ = [
     "MissingDependencyError",
     "ModelError",
     "Moments",
+    "Observation",
     "OptionError",
     "OutputError",
     "Population",
@@ -81,6 +84,7 @@ __all__ = [
     "collect",
     "fold",
     "inspect",
+    "observe",
     "place",
     "recalibrate",
     "replace",

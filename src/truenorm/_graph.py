@@ -26,6 +26,8 @@ class Call:
             calls of a shared layer end in ``#2``, ``#3``…
         operation: The layer, or the ``keras.ops`` operation.
         training: The ``training`` value written into the graph at this call, if any.
+        inherited: Path of the nearest enclosing model whose call has a ``training`` value written
+            into the graph, and that value; None if there is none.
         extras: Names of the other arguments written there, ``mask`` for one.
         producers: The calls that make its inputs; None stands for an input of the model.
         consumers: The calls that take its output.
@@ -36,11 +38,17 @@ class Call:
     path: str
     operation: Any
     training: bool | None
+    inherited: tuple[str, bool] | None
     extras: tuple[str, ...]
     producers: tuple[Call | None, ...]
     consumers: list[Call] = field(default_factory=list["Call"])
     is_output: bool = False
     shared: bool = False
+
+    @property
+    def written(self) -> tuple[str, bool] | None:
+        """The ``training`` value written into the graph for this call, and at which path."""
+        return self.inherited if self.training is None else (self.path, self.training)
 
     @property
     def only_consumer(self) -> Call | None:
@@ -94,7 +102,8 @@ def calls(model: Any) -> list[Call]:
     require_graph(model)
     found: list[Call] = []
     seen: dict[str, int] = {}
-    for source in _run(graph_of(model), [None] * len(model.inputs), "", found, seen):
+    inputs: list[Call | None] = [None] * len(model.inputs)
+    for source in _run(graph_of(model), inputs, "", None, found, seen):
         if source is not None:
             source.is_output = True
     times = Counter(call.operation for call in found)
@@ -107,6 +116,7 @@ def _run(
     graph: Any,
     inputs: Sequence[Call | None],
     prefix: str,
+    inherited: tuple[str, bool] | None,
     found: list[Call],
     seen: dict[str, int],
 ) -> list[Call | None]:
@@ -118,18 +128,19 @@ def _run(
         if any(id(t) not in source_of for t in node.input_tensors):
             continue  # not reachable from the inputs: Keras skips such nodes too
         sources = [source_of[id(t)] for t in node.input_tensors]
+        given = {k: v for k, v in node.arguments.kwargs.items() if v is not None}
+        training = given.pop("training", None)
+        path = prefix + operation.name
         inner = graph_of(operation)
         if inner is not None:
-            made = _run(inner, sources, f"{prefix}{operation.name}/", found, seen)
+            below = inherited if training is None else (path, training)
+            made = _run(inner, sources, f"{path}/", below, found, seen)
         else:
-            path = prefix + operation.name
             seen[path] = seen.get(path, 0) + 1
             if seen[path] > 1:
                 path = f"{path}#{seen[path]}"
-            given = {k: v for k, v in node.arguments.kwargs.items() if v is not None}
-            training = given.pop("training", None)
             extras = tuple(given) if node.arguments.args else tuple(given)[1:]
-            call = Call(path, operation, training, extras, tuple(sources))
+            call = Call(path, operation, training, inherited, extras, tuple(sources))
             for source in dict.fromkeys(s for s in sources if s is not None):
                 source.consumers.append(call)
             found.append(call)

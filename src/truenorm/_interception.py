@@ -7,8 +7,9 @@ the function is traced: open it inside the function that is compiled, or before 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 Handler = Callable[..., Any]
@@ -18,15 +19,35 @@ Handler = Callable[..., Any]
 @contextmanager
 def intercepted(layers: Iterable[Any], handler: Handler) -> Generator[None]:
     """While open, calls of these layers go to the handler; afterwards all is as it was."""
-    with _patched((layer, "call", _through(layer, layer.call, handler)) for layer in layers):
+    with patched((layer, "call", _through(layer, layer.call, handler)) for layer in layers):
         yield
 
 
 def _through(layer: Any, original: Any, handler: Handler) -> Any:
-    def call(inputs: Any, **arguments: Any) -> Any:
+    names = [*inspect.signature(original).parameters][1:]
+
+    def call(inputs: Any, *positional: Any, **named: Any) -> Any:
+        arguments = dict(zip(names, positional, strict=False)) | named
         return handler(layer, original, inputs, **arguments)
 
     return call
+
+
+@contextmanager
+def enclosed(
+    layers: Iterable[Any], scope: Callable[[], AbstractContextManager[None]]
+) -> Generator[None]:
+    """While open, each call of one of these layers runs inside ``scope()``."""
+
+    def inside(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with scope():
+                return original(*args, **kwargs)
+
+        return call
+
+    with patched((layer, "call", inside(layer.call)) for layer in layers):
+        yield
 
 
 @contextmanager
@@ -41,12 +62,12 @@ def noted(layer: Any, names: Iterable[str], note: Callable[[], None]) -> Generat
         return wrapper
 
     existing = [name for name in names if hasattr(layer, name)]
-    with _patched((layer, name, noting(getattr(layer, name))) for name in existing):
+    with patched((layer, name, noting(getattr(layer, name))) for name in existing):
         yield
 
 
 @contextmanager
-def _patched(patches: Iterable[tuple[Any, str, Any]]) -> Generator[None]:
+def patched(patches: Iterable[tuple[Any, str, Any]]) -> Generator[None]:
     """Set attributes on instances, past Keras's tracking; undo it whatever happens."""
     undo: list[Callable[[], Any]] = []
     try:

@@ -1,164 +1,181 @@
-"""What every BatchNormalization really did: observed in each entry point, not inferred from flags.
+"""What every BatchNormalization call really did: observed, not inferred from flags.
 
-The entry points are run on a disposable copy of the model. Three facts are recorded per site, each
-in its own way: which statistics normalised (which of the layer's own methods ran), whether the
-moving statistics changed and whether gamma or beta changed (their values before and after).
+Three facts are recorded, each in its own way: which statistics normalised (which of the layer's own
+methods ran), whether the moving statistics changed and whether gamma or beta changed (their values
+before and after).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import keras
-import numpy as np
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope  # there is no public way
 
-from truenorm._data import check
-from truenorm._errors import DataError
-from truenorm._graph import Call
-from truenorm._interception import intercepted, noted
-from truenorm._probe import make_inputs
-from truenorm._rebuilding import numbers, rebuild, same_randomness
-from truenorm._records.sites import Inspection, Mode
-from truenorm._sites import describe, site_calls
+from truenorm._interception import enclosed, intercepted, noted, patched
+from truenorm._rebuilding import numbers
+from truenorm._records.sites import Calls, Mode, Observation
+from truenorm._sites import Spot, policy_of, spots
 
 BATCH_METHODS = ("_normalize_batch", "_moments")
 """Methods that a layer calls exactly when the batch's statistics normalise: ours, Keras's."""
 
-
-def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
-    """Every BatchNormalization of a model: where it is, and what it does in each entry point.
-
-    ``fit``, ``evaluate``, ``predict``, ``model(x)`` and ``model(x, training=True)`` are run on one
-    batch with a copy of the model, and what each site did is recorded: the statistics that
-    normalised, whether the moving statistics moved, whether gamma and beta learned. So a
-    ``training=`` written into the model, a frozen layer or a frozen parent show by their effect.
-
-    Args:
-        model: A functional or built Sequential ``keras.Model``, nested ones included. It is not
-            changed: neither its weights nor its optimizer, metrics or compiled functions.
-        x: Inputs of one batch; made from the input specification where none are given.
-        y: Targets. Where given, the model's own loss is used; else one made for the purpose.
-
-    Returns:
-        The sites and their observed modes; prints as two tables.
-
-    Raises:
-        ModelError: The model is subclassed, not built, or has no BatchNormalization.
-        DataError: ``x`` does not fit the model; or ``y`` is given for a model without a loss.
-
-    Example:
-        >>> import keras, truenorm as tn
-        >>> layer = keras.layers.BatchNormalization(name="bn")
-        >>> model = keras.Sequential([keras.Input((4,)), layer])
-        >>> modes = tn.inspect(model).modes
-        >>> modes["fit"][0].describe(), modes["predict"][0].describe()
-        ('batch + updates + learns', 'moving')
-    """
-    sites, hidden = site_calls(model)
-    inputs = make_inputs(model) if x is None else x
-    check(model, inputs)
-    with same_randomness():
-        modes = _run_all(model, inputs, y)
-    described = tuple(describe(call) for call in sites)
-    return Inspection(model.name, described, modes, tuple(hidden))
-
-
-def _run_all(model: Any, inputs: Any, y: Any) -> dict[str, tuple[Mode, ...]]:
-    """The modes of every site in each entry point, on a disposable copy."""
-    copy = rebuild(model)
-    copied, _ = site_calls(copy)
-    targets = _compile(copy, inputs, y)
-    saved = [(v, numbers(v)) for v in copy.variables]
-    size = len(keras.tree.flatten(inputs)[0])
-    runs: dict[str, Callable[[], Any]] = {
-        "model(x)": lambda: copy(inputs),
-        "model(x, training=True)": lambda: copy(inputs, training=True),
-        "predict": lambda: copy.predict(inputs, batch_size=size, verbose=0),
-        # Before fit: Keras builds the metrics at the first of the two with a call in inference
-        # mode, which must not be counted as fit's own.
-        "evaluate": lambda: copy.evaluate(inputs, targets, batch_size=size, verbose=0),
-        "fit": lambda: copy.fit(inputs, targets, batch_size=size, shuffle=False, verbose=0),
-    }
-    modes: dict[str, tuple[Mode, ...]] = {}
-    for entry, run in runs.items():
-        with _watched(copied) as seen:
-            run()
-        modes[entry] = tuple(watch.mode() for watch in seen)
-        for variable, value in saved:
-            variable.assign(value)
-    order = ("fit", "evaluate", "predict", "model(x)", "model(x, training=True)")
-    return {entry: modes[entry] for entry in order}
-
-
-def _compile(copy: Any, inputs: Any, y: Any) -> Any:
-    """Make the copy ready for fit, and give its targets."""
-    if y is not None:
-        if not copy.compiled:  # nor is a copy of a model with metrics of an unknown class
-            raise DataError(
-                "Targets are given, but the model has no loss to use them with",
-                where=copy.name,
-                remedy="compile the model first, or call inspect without y",
-            )
-        targets = y
-    else:
-        generator = np.random.default_rng(1)
-        made = copy(inputs, training=False)
-        targets = keras.tree.map_structure(
-            lambda t: generator.normal(size=tuple(t.shape)).astype("float32"), made
-        )
-        losses = keras.tree.map_structure(lambda _: "mean_squared_error", made)
-        # No loss scaling: under mixed_float16 it would skip the one step that is looked at.
-        copy.compile(keras.optimizers.SGD(1e-2), losses, auto_scale_loss=False)
-    copy.optimizer.build(copy.trainable_variables)
-    return targets
-
-
-@dataclass
-class _Watch:
-    """What one layer did while watched."""
-
-    layer: Any
-    before: list[Any]
-    calls: int = 0
-    training: list[bool | None] = field(default_factory=list["bool | None"])
-    used: list[str] = field(default_factory=list[str])
-
-    def mode(self) -> Mode:
-        after = _values(self.layer)
-        changed = [a.tobytes() != b.tobytes() for a, b in zip(self.before, after, strict=True)]
-        used = set(self.used)
-        learnable = sum(w is not None for w in (self.layer.gamma, self.layer.beta))
-        return Mode(
-            calls=self.calls,
-            training=tuple(dict.fromkeys(self.training)),
-            statistics=("mixed" if len(used) > 1 else used.pop()) if used else None,
-            updated=any(changed[learnable:]),
-            learned=any(changed[:learnable]),
-        )
+FUNCTIONS = ("train_function", "test_function", "predict_function")
 
 
 @contextmanager
-def _watched(sites: Sequence[Call]) -> Generator[list[_Watch]]:
-    """Watch the layers of these sites while open; one watch per site, shared layers share one."""
-    watch_of = {call.operation: _Watch(call.operation, _values(call.operation)) for call in sites}
+def observe(model: Any) -> Generator[Observation]:
+    """Record what every BatchNormalization of a model does while the block is open.
 
-    def handle(layer: Any, original: Any, inputs: Any, **arguments: Any) -> Any:
-        watch = watch_of[layer]
+    Whatever runs the model inside the block is seen: ``fit``, ``evaluate``, ``predict``, a bare
+    call, a loop of your own. So that every call is seen and none that was compiled before hides
+    one, ``fit`` and the like run uncompiled meanwhile (as under ``run_eagerly=True``): slower, with
+    the same result. Afterwards the model's own compiled functions are back, also after an exception
+    or Ctrl-C. A function that you compiled yourself (``tf.function``, ``jax.jit``,
+    ``torch.compile``) shows only calls that trace it.
+
+    Args:
+        model: Any built Keras model: functional, Sequential or subclassed, with stock layers or
+            truenorm's at any nesting.
+
+    Yields:
+        The observation. It is filled when the block closes: per site the values of ``training``
+        that arrived, ``trainable`` and the freeze policy, the statistics used, how often, and
+        whether the moving statistics and gamma and beta changed.
+
+    Raises:
+        ModelError: The model has no BatchNormalization, or one that is not built yet.
+
+    Example:
+        >>> import keras, numpy as np, truenorm as tn
+        >>> layer = keras.layers.BatchNormalization(name="bn")
+        >>> model = keras.Sequential([keras.Input((4,)), layer])
+        >>> x = np.ones((8, 4), "float32")
+        >>> with tn.observe(model) as seen:
+        ...     _ = model(x)
+        ...     _ = model(x, training=True)
+        >>> [calls.describe() for calls in seen.modes["bn"].calls]
+        ['1× training=None: moving', '1× training=True: batch']
+        >>> seen.modes["bn"].updated
+        True
+    """
+    places = spots(model)
+    modes: dict[str, Mode] = {}
+    observation = Observation(model.name, modes, _notes(model))
+    with watched(model, places) as result, _uncompiled(model):
+        try:
+            yield observation
+        finally:
+            modes.update({s.path: m for s, m in zip(places, result(), strict=True)})
+
+
+@contextmanager
+def watched(model: Any, places: list[Spot]) -> Generator[Callable[[], tuple[Mode, ...]]]:
+    """Watch these spots while open; gives what makes their modes so far, in the same order."""
+    watch = _Watch(places)
+    containers = [
+        one
+        for one in model._flatten_layers()
+        if one not in watch.spots_of and not watch.spots_of.keys().isdisjoint(one._flatten_layers())
+    ]
+    with intercepted(watch.spots_of, watch.see), enclosed(containers, watch.forward_pass):
+        yield watch.modes
+
+
+class _Watch:
+    """Counts the calls of each spot."""
+
+    def __init__(self, places: Iterable[Spot]) -> None:
+        self.spots_of: dict[Any, list[Spot]] = defaultdict(list)
+        for spot in places:
+            self.spots_of[spot.layer].append(spot)
+        self.seen: dict[Spot, Counter[tuple[Any, ...]]] = {spot: Counter() for spot in places}
+        self.before = {layer: _values(layer) for layer in self.spots_of}
+        self.depth = 0
+        self.turn: Counter[Any] = Counter()
+
+    @contextmanager
+    def forward_pass(self) -> Generator[None]:
+        """Inside a call of the model: which call of a shared layer it is counts from its start."""
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            if not self.depth:
+                self.turn.clear()
+
+    def see(self, layer: Any, original: Any, inputs: Any, **arguments: Any) -> Any:
         batch: list[str] = []
         with noted(layer, BATCH_METHODS, lambda: batch.append("batch")):
             outputs = original(inputs, **arguments)
-        watch.calls += 1
-        watch.training.append(arguments.get("training"))
-        watch.used.append("batch" if batch else "moving")
+        if in_symbolic_scope():  # Keras looks for shapes: nothing is computed
+            return outputs
+        its_spots = self.spots_of[layer]
+        spot = its_spots[min(self.turn[layer], len(its_spots) - 1)]
+        self.turn[layer] += bool(self.depth)
+        kind = (
+            arguments.get("training"),
+            bool(layer.trainable),
+            policy_of(layer),
+            "batch" if batch else "moving",
+        )
+        self.seen[spot][kind] += 1
         return outputs
 
-    with intercepted(watch_of, handle):
-        yield [watch_of[call.operation] for call in sites]
+    def modes(self) -> tuple[Mode, ...]:
+        effects = {layer: _effect(layer, before) for layer, before in self.before.items()}
+        return tuple(
+            Mode(
+                tuple(Calls(*kind, times=times) for kind, times in seen.items()),
+                *effects[spot.layer],
+            )
+            for spot, seen in self.seen.items()
+        )
+
+
+def _effect(layer: Any, before: list[Any]) -> tuple[bool, bool]:
+    """Whether the moving statistics changed, and whether gamma or beta did."""
+    after = _values(layer)
+    changed = [a.tobytes() != b.tobytes() for a, b in zip(before, after, strict=True)]
+    learnable = sum(w is not None for w in (layer.gamma, layer.beta))
+    return any(changed[learnable:]), any(changed[:learnable])
 
 
 def _values(layer: Any) -> list[Any]:
     """Gamma and beta first, then the statistics: Keras's order of a layer's weights."""
     return [numbers(weight) for weight in layer.weights]
+
+
+@contextmanager
+def _uncompiled(model: Any) -> Generator[None]:
+    """The model, and each model in it, runs uncompiled; its compiled functions are kept."""
+    models = [one for one in model._flatten_layers() if isinstance(one, keras.Model)]
+    made = [(m, name) for m in models for name in FUNCTIONS if getattr(m, name, None) is not None]
+    plain = {"_run_eagerly": True, "_jit_compile": False} | dict.fromkeys(FUNCTIONS)
+    with patched((one, name, value) for one in models for name, value in plain.items()):
+        for one, name in made:  # fit may be running just now
+            getattr(one, f"make_{name}")(force=True)
+        yield
+
+
+def changed_after_compile(model: Any) -> list[Any]:
+    """The layers whose ``trainable`` is not what it was when the model was compiled."""
+    compiled: dict[Any, bool] = getattr(model, "_compiled_trainable_state", {})
+    return [layer for layer, was in compiled.items() if layer.trainable != was]
+
+
+def _notes(model: Any) -> tuple[str, ...]:
+    changed = changed_after_compile(model)
+    if not changed:
+        return ()
+    names = ", ".join(f"'{layer.name}'" for layer in changed[:3])
+    return (
+        f"trainable of {names}{' and others' if len(changed) > 3 else ''} was changed after the "
+        "model was compiled. "
+        "Uncompiled, as here, fit obeys; a step that TensorFlow compiled before goes on as it was, "
+        "and JAX raises an error. Compile again, or change it with truenorm's freeze.",
+    )

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import keras
 
 from truenorm._errors import ModelError, OptionError
-from truenorm._graph import Call, calls, is_batch_normalization, layer_paths
+from truenorm._graph import (
+    Call,
+    calls,
+    graph_of,
+    is_batch_normalization,
+    layer_paths,
+    require_graph,
+)
 from truenorm._layer import BatchNormalization
 from truenorm._records.rewrites import Change
 from truenorm._records.sites import Left, Site
@@ -73,17 +81,57 @@ def site_calls(model: Any) -> tuple[list[Call], list[Left]]:
     seen = {call.operation for call in sites}
     hidden = [
         Left(path, "inside a layer whose call is not a graph (a wrapper or a subclass)")
-        for layer, path in layer_paths(model).items()
-        if is_batch_normalization(layer) and layer not in seen
+        for layer, path in batch_normalizations(model).items()
+        if layer not in seen
     ]
-    if not sites and not hidden:
+    return sites, hidden
+
+
+@dataclass(eq=False, frozen=True)
+class Spot:
+    """A place where a BatchNormalization is called, in any model.
+
+    Args:
+        path: Its path, as in :class:`Site`.
+        layer: The layer.
+        call: Its call in the model's graph; None where there is no graph to see it in (a subclassed
+            model, the inside of a wrapper): then all its calls are one spot.
+    """
+
+    path: str
+    layer: Any
+    call: Call | None
+
+
+def spots(model: Any) -> list[Spot]:
+    """Every BatchNormalization call of any model, as far as a graph tells them apart."""
+    paths = batch_normalizations(model)
+    sites = [] if graph_of(model) is None else site_calls(model)[0]
+    seen = {call.operation for call in sites}
+    in_graph = [Spot(call.path, call.operation, call) for call in sites]
+    return in_graph + [Spot(p, layer, None) for layer, p in paths.items() if layer not in seen]
+
+
+def batch_normalizations(model: Any) -> dict[Any, str]:
+    """Path of every BatchNormalization of any model."""
+    if not isinstance(model, keras.Model):
+        require_graph(model)
+    layers = {k: path for k, path in layer_paths(model).items() if is_batch_normalization(k)}
+    if not layers:
         raise ModelError(
             "This model has no BatchNormalization",
             where=model.name,
             expected="at least one BatchNormalization layer",
             received=f"{len(model.layers)} layers, none of that kind",
         )
-    return sites, hidden
+    for layer, path in layers.items():
+        if not layer.built:
+            raise ModelError(
+                "This BatchNormalization has no variables yet: its number of channels is not known",
+                where=path,
+                remedy="build the model, or call it once",
+            )
+    return layers
 
 
 Rule = Callable[[Call], Change | Left]
@@ -126,20 +174,31 @@ def position(call: Call) -> str | None:
 
 def describe(call: Call) -> Site:
     """The record of one site."""
-    layer = call.operation
-    axis = channel_axis(layer)
+    return describe_spot(Spot(call.path, call.operation, call))
+
+
+def describe_spot(spot: Spot) -> Site:
+    """The record of one spot; what is around it is known of a call in a graph only."""
+    layer, call = spot.layer, spot.call
+    producers = () if call is None else call.producers
     return Site(
-        path=call.path,
+        path=spot.path,
         layer=f"{type(layer).__module__.split('.')[0]}.{type(layer).__name__}",
-        producer=" + ".join("input" if p is None else p.label() for p in call.producers),
-        consumers=tuple(c.label() for c in call.consumers),
-        position=position(call),
-        axis=axis,
+        producer=" + ".join("input" if p is None else p.label() for p in producers) or None,
+        consumers=() if call is None else tuple(c.label() for c in call.consumers),
+        position=None if call is None else position(call),
+        axis=channel_axis(layer),
         channels=int(layer.moving_mean.shape[0]),
         momentum=layer.momentum,
         epsilon=layer.epsilon,
         trainable=bool(layer.trainable),
+        policy=policy_of(layer),
     )
+
+
+def policy_of(layer: Any) -> str:
+    """The freeze policy that is in effect: ``none``, ``all``, ``statistics`` or ``affine``."""
+    return getattr(layer, "freeze", None) or ("none" if layer.trainable else "all")
 
 
 def channel_axis(layer: Any) -> int:

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from truenorm._errors import OptionError, OutputError
 from truenorm._files import replacing
 from truenorm._folding import fold
-from truenorm._observation import inspect
+from truenorm._inspection import inspect
 from truenorm._population import collect, gaps, recalibrate
 from truenorm._records.statistics import Gap
 from truenorm._records.studies import Study

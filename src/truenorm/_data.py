@@ -112,13 +112,13 @@ def _slices(
         )
     samples = lengths.pop()
     if shuffle:
-        arrays = keras.tree.map_structure(_indexable, arrays)
+        arrays = cast(Any, keras.tree.map_structure(_indexable, arrays))
     order = np.random.default_rng(0).permutation(samples) if shuffle else None
     for start in range(0, samples, batch_size):
         chosen: Any = slice(start, start + batch_size)
         if order is not None:
             chosen = np.sort(order[chosen])  # files want their indices in order
-        batch = keras.tree.map_structure(lambda a, i=chosen: _native(a[i]), arrays)
+        batch: Any = keras.tree.map_structure(lambda a, i=chosen: _native(a[i]), arrays)
         yield batch[0], (batch[1] if len(batch) > 1 else None)
 
 

@@ -85,7 +85,7 @@ def rebuild(model: Any, edit: Edit | None = None) -> Any:
         builder = _Builder(edit or {})
         new = builder.counterpart(model)
         builder.finish()
-        _compile(model, new)
+        compile_like(model, new)
     return new
 
 
@@ -180,7 +180,7 @@ def _require_class(model: Any) -> None:
         )
 
 
-def _compile(old: Any, new: Any) -> None:
+def compile_like(old: Any, new: Any) -> None:
     """Compile as the old model is; live losses are shared, since they have no state."""
     config = getattr(getattr(old, "_compile_config", None), "config", None)
     if not old.compiled or config is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from truenorm._errors import (
+        ArchiveError,
         DataError,
         MissingDependencyError,
         ModelError,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from truenorm._folding import fold
+    from truenorm._freezing import freeze, unfreeze
     from truenorm._inspection import inspect
     from truenorm._layer import BatchNormalization
     from truenorm._moments import Moments
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from truenorm._placement import place
     from truenorm._population import collect, recalibrate
     from truenorm._records.rewrites import Rewrite
-    from truenorm._records.sites import Inspection, Observation, Site
+    from truenorm._records.sites import Freezing, Inspection, Observation, Site
     from truenorm._records.statistics import Population, Recalibration
     from truenorm._records.studies import Study
     from truenorm._replacement import replace
@@ -38,6 +40,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "_errors": (
+        "ArchiveError",
         "DataError",
         "MissingDependencyError",
         "ModelError",
@@ -48,6 +51,7 @@ _HOMES = {
         "VerificationError",
     ),
     "_folding": ("fold",),
+    "_freezing": ("freeze", "unfreeze"),
     "_inspection": ("inspect",),
     "_layer": ("BatchNormalization",),
     "_moments": ("Moments",),
@@ -55,7 +59,7 @@ _HOMES = {
     "_placement": ("place",),
     "_population": ("collect", "recalibrate"),
     "_records.rewrites": ("Rewrite",),
-    "_records.sites": ("Inspection", "Observation", "Site"),
+    "_records.sites": ("Freezing", "Inspection", "Observation", "Site"),
     "_records.statistics": ("Population", "Recalibration"),
     "_records.studies": ("Study",),
     "_replacement": ("replace",),
@@ -64,8 +68,10 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "ArchiveError",
     "BatchNormalization",
     "DataError",
+    "Freezing",
     "Inspection",
     "MissingDependencyError",
     "ModelError",
@@ -83,12 +89,14 @@ __all__ = [
     "VerificationError",
     "collect",
     "fold",
+    "freeze",
     "inspect",
     "observe",
     "place",
     "recalibrate",
     "replace",
     "study",
+    "unfreeze",
 ]
 
 

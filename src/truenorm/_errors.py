@@ -5,6 +5,7 @@
     TruenormError
     ├── ModelError (ValueError)         the model cannot be handled: no BN, subclassed, not built
     ├── VerificationError               a rewrite changed outputs that it had to keep
+    ├── ArchiveError (ValueError)       a .keras file is damaged, or asks for what is not safe
     ├── DataError (ValueError)          the data given is empty, of the wrong shape, not numbers
     ├── OptionError (ValueError)        an argument has a value that is not one of those possible
     ├── MissingDependencyError (ImportError)  an optional package is not installed
@@ -56,6 +57,10 @@ class ModelError(TruenormError, ValueError):
 
 class VerificationError(TruenormError):
     """A rewrite that must keep the model's function did not keep it; no model is returned."""
+
+
+class ArchiveError(TruenormError, ValueError):
+    """A ``.keras`` file is damaged, or is not safe to open."""
 
 
 class DataError(TruenormError, ValueError):

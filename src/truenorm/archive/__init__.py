@@ -1,0 +1,10 @@
+"""``.keras`` files from anywhere: read without running anything, loaded within limits, saved whole.
+
+:func:`read` imports neither Keras nor a framework: it reads the configuration and the variables of
+the BatchNormalization layers. :func:`load` makes the model, after the file has been looked through.
+"""
+
+from truenorm.archive._loading import load, save
+from truenorm.archive._reading import read
+
+__all__ = ["load", "read", "save"]

@@ -1,0 +1,204 @@
+"""A ``.keras`` file as what it is outside: a zip archive with JSON and HDF5 in it.
+
+Nothing is believed before it is checked: how many members there are and what they are called, what
+they unpack to, how deep the JSON goes, where the HDF5 links point.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+import h5py
+
+from truenorm._errors import ArchiveError
+
+CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
+
+MIB = 2**20
+MOST_MEMBERS = 10_000
+MOST_JSON = 64 * MIB
+MOST_DEPTH = 200
+MOST_OBJECTS = 1_000_000
+EXPANSION, ALLOWANCE = 20, 16 * MIB
+"""What a file may unpack to: so many times its own size, and so much on top. Keras does not
+compress its archives, and trained weights compress to little less."""
+STORED_AT_LEAST = 1 / 1000
+"""What a large HDF5 variable must have on disk of the bytes that its shape declares."""
+
+_BROKEN = (
+    zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, OverflowError, RuntimeError,
+    ValueError,
+)  # fmt: skip
+"""What Python's zipfile and h5py raise on a file that is damaged or made up."""
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Generator[zipfile.ZipFile]:
+    """The archive, if it is one that can be read without harm.
+
+    Raises:
+        ArchiveError: It is not a ``.keras`` file, is broken, or is made to do harm.
+    """
+    file = Path(path)
+    if file.suffix.lower() in (".h5", ".hdf5"):
+        raise ArchiveError(
+            "Legacy HDF5 models are not opened: their format has no safe mode to rely on",
+            where=str(path),
+            expected="a .keras file",
+            remedy="if you trust the file, load it in Keras and save it as .keras",
+        )
+    if file.suffix != ".keras" or not file.is_file():
+        raise ArchiveError(
+            "There is no such .keras file" if file.suffix == ".keras" else "Not a .keras file",
+            where=str(path),
+            expected="a file as model.save('name.keras') writes it",
+            received="a folder" if file.is_dir() else None,
+        )
+    with _told(str(path)), zipfile.ZipFile(file) as archive:
+        _check_members(archive, file.stat().st_size)
+        yield archive
+
+
+def verify_checksums(archive: zipfile.ZipFile) -> None:
+    """Read every member to its end; a flipped bit or a short member raises."""
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"Bad checksum of {damaged!r}")
+
+
+def read_json(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
+    """A JSON member that is an object."""
+    info = _member(archive, name)
+    if info.file_size > MOST_JSON:
+        raise _refused(archive, name, f"{MOST_JSON // MIB} MiB at most", f"{info.file_size} bytes")
+    text = archive.read(info)
+    deepest = _depth(text)
+    if deepest > MOST_DEPTH:
+        raise _refused(archive, name, f"JSON nested {MOST_DEPTH} deep at most", f"{deepest}")
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise _refused(archive, name, "a JSON object", type(value).__name__)
+    return cast(dict[str, Any], value)
+
+
+@contextmanager
+def weights(archive: zipfile.ZipFile) -> Generator[h5py.File]:
+    """The file of the variables, if all that is in it is in it: no link leads elsewhere."""
+    info = _member(archive, WEIGHTS)
+    with tempfile.SpooledTemporaryFile(max_size=64 * MIB) as copy:
+        with archive.open(info) as member:  # to its end, so that its checksum is verified
+            shutil.copyfileobj(member, copy, MIB)
+        copy.seek(0)
+        with h5py.File(copy, "r") as file:
+            _check_links(archive, file)
+            yield file
+
+
+@contextmanager
+def _told(path: str) -> Generator[None]:
+    """Errors of a damaged file, in one shape."""
+    try:
+        yield
+    except ArchiveError:
+        raise
+    except _BROKEN as error:
+        raise ArchiveError(
+            "The file is damaged or not a .keras file",
+            where=path,
+            expected="a file as model.save('name.keras') writes it",
+            received=str(error)[:300],
+            remedy="get or save the file again",
+        ) from error
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    try:
+        return archive.getinfo(name)
+    except KeyError:
+        raise _refused(archive, name, "a member of this name", "none") from None
+
+
+def _refused(
+    archive: zipfile.ZipFile, what: str, expected: str, received: str | None = None
+) -> ArchiveError:
+    return ArchiveError(
+        "The file is not as Keras writes it, and is not opened",
+        where=f"{archive.filename}: {what}",
+        expected=expected,
+        received=received,
+        remedy="do not load this file anywhere unless you know why it is so",
+    )
+
+
+def _check_members(archive: zipfile.ZipFile, size: int) -> None:
+    members = archive.infolist()
+    if len(members) > MOST_MEMBERS:
+        raise _refused(archive, "members", f"{MOST_MEMBERS} at most", str(len(members)))
+    seen: set[str] = set()
+    for member in members:
+        name = member.filename
+        parts = PurePosixPath(name).parts
+        if name in seen:
+            raise _refused(archive, name, "each member once", "two of this name")
+        if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0]:
+            raise _refused(archive, name, "a path inside the archive")
+        if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise _refused(archive, name, "a file", "a link or a special file")
+        seen.add(name)
+    most = EXPANSION * size + ALLOWANCE
+    unpacked = sum(member.file_size for member in members)
+    if unpacked > most:
+        raise _refused(archive, "all members", f"{most} bytes at most", f"{unpacked} unpacked")
+    if sum(member.compress_size for member in members) > size:
+        raise _refused(archive, "all members", "members side by side", "members that overlap")
+
+
+def _depth(text: bytes) -> int:
+    """How deep JSON is nested: brackets counted outside of strings, without recursion."""
+    depth = deepest = 0
+    for found in re.finditer(rb'"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]', text, flags=re.DOTALL):
+        token = found.group()
+        if token in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif token in b"]}":
+            depth -= 1
+    return deepest
+
+
+def _check_links(archive: zipfile.ZipFile, file: h5py.File) -> None:
+    links = 0
+
+    def check_link(name: str, link: Any) -> None:
+        nonlocal links
+        links += 1
+        if links > MOST_OBJECTS:
+            raise _refused(archive, WEIGHTS, f"{MOST_OBJECTS} objects at most", "more")
+        if not isinstance(link, h5py.HardLink):
+            raise _refused(archive, f"{WEIGHTS}/{name}", "data", type(link).__name__)
+
+    def check_object(name: str, value: Any) -> None:
+        if not isinstance(value, h5py.Dataset):
+            return
+        where = f"{WEIGHTS}/{name}"
+        if value.external or value.is_virtual:
+            raise _refused(archive, where, "data", "data that is kept elsewhere")
+        declared = math.prod(value.shape or ()) * value.dtype.itemsize
+        stored = value.id.get_storage_size()
+        if declared > ALLOWANCE and stored < declared * STORED_AT_LEAST:
+            raise _refused(archive, where, f"{declared} bytes, as declared", f"{stored} stored")
+
+    cast(Any, file).visititems_links(check_link)
+    cast(Any, file).visititems(check_object)

@@ -1,0 +1,281 @@
+"""A model from a ``.keras`` file, and back: within limits, by known classes, whole.
+
+``keras.saving.load_model`` is what loads. Around it: the file is looked through first, classes are
+checked against a list of what is allowed, and the variables are counted while Keras makes them,
+each before its memory is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from truenorm._errors import ArchiveError, OptionError, OutputError
+from truenorm._files import replacing
+from truenorm.archive._container import CONFIG, opened, read_json, verify_checksums, weights
+
+MOST_PARAMETERS = 500_000_000
+
+AREAS = frozenset(
+    {"activations", "constraints", "dtype_policies", "initializers", "layers", "losses", "metrics",
+     "models", "ops", "optimizers", "quantizers", "random", "regularizers"}
+)  # fmt: skip
+"""The parts of Keras that a model is made of; not its file, data and network functions."""
+
+CODE = frozenset({"Lambda", "TorchModuleWrapper", "TFSMLayer", "JaxLayer", "FlaxLayer"})
+"""Keras's classes that hold code, or run what somebody else's program saved."""
+
+VALUES = frozenset(
+    {"__keras_tensor__", "__tensor__", "__numpy__", "__bytes__", "__slice__", "__ellipsis__"}
+)
+"""What Keras writes for values that are not JSON."""
+
+OURS = "truenorm>BatchNormalization"
+"""What our layer is registered as."""
+
+_KERAS_RAISES = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError,
+    RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What a configuration that is made up can make Keras raise."""
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    max_parameters: int = MOST_PARAMETERS,
+    imports: Collection[str] = (),
+) -> Any:
+    """A model from a ``.keras`` file, loaded with care.
+
+    Before anything is made, the file is checked as :func:`truenorm.archive.read` does it, with the
+    checksum of every member, and every class that it names must be one of Keras's that models are
+    made of, truenorm's, or one that a module in ``imports`` registers. Keras then loads it in safe
+    mode and without compiling; a variable that would pass ``max_parameters`` is refused before its
+    memory is taken.
+
+    Args:
+        path: The ``.keras`` file.
+        max_parameters: Most numbers that all the variables of the model may have together.
+        imports: Modules of yours to import first, which register custom classes
+            (``keras.saving.register_keras_serializable``). Their code runs.
+
+    Returns:
+        The model, not compiled.
+
+    Raises:
+        ArchiveError: The file is damaged or made to do harm; it holds code (``Lambda``) or names a
+            class that is not allowed; it asks for too many parameters; Keras cannot load it; or
+            the process is in Keras's unsafe mode.
+        OptionError: A module in ``imports`` cannot be imported.
+
+    Example:
+        >>> import tempfile, keras
+        >>> from truenorm import archive
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     archive.save(model, f"{folder}/model.keras")
+        ...     loaded = archive.load(f"{folder}/model.keras", max_parameters=1000)
+        >>> [type(layer).__name__ for layer in loaded.layers]
+        ['BatchNormalization']
+    """
+    with opened(path) as archive:
+        config = read_json(archive, CONFIG)
+        verify_checksums(archive)
+        with weights(archive):
+            pass  # its links are checked
+
+    import keras  # here, so that reading a file does not wait for it
+
+    from truenorm._layer import BatchNormalization
+
+    _refuse_unsafe_mode(str(path))
+    config = {key: value for key, value in config.items() if key != "compile_config"}
+    _Classes(str(path), _imported(imports)).check(config, str(config.get("class_name")))
+    with _counting(max_parameters) as asked:
+        try:
+            model = keras.saving.load_model(path, {OURS: BatchNormalization}, compile=False)
+        except _KERAS_RAISES as error:
+            if asked.parameters > max_parameters:
+                raise ArchiveError(
+                    "The model has more parameters than are allowed, and is not loaded",
+                    where=str(path),
+                    expected=f"{max_parameters} parameters at most",
+                    received=f"{asked.parameters} or more",
+                    remedy="if it is right so, allow more: max_parameters (--max-parameters)",
+                ) from error
+            raise ArchiveError(
+                "Keras cannot load this file", where=str(path), received=_short(error)
+            ) from error
+    if not isinstance(model, keras.Model):
+        raise ArchiveError(
+            "There is no model in this file", where=str(path), received=type(model).__name__
+        )
+    return model
+
+
+def save(model: Any, path: str | os.PathLike[str]) -> None:
+    """Write a model as a ``.keras`` file, whole or not at all.
+
+    Whatever happens meanwhile, a kill included, the file is what it was or what was to be written;
+    so it may also be the file that the model was loaded from.
+
+    Args:
+        model: The Keras model.
+        path: The file, with the ending ``.keras``.
+
+    Raises:
+        OutputError: The file cannot be written; what was there is unchanged.
+
+    Example:
+        >>> import tempfile, keras
+        >>> from truenorm import archive
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     archive.save(keras.Sequential([keras.Input((4,))]), f"{folder}/model.keras")
+    """
+    if Path(path).suffix != ".keras":
+        raise OutputError(
+            "Models are saved as .keras files",
+            where=str(path),
+            expected="a name that ends in .keras",
+        )
+    with replacing(path) as temporary:
+        model.save(temporary)
+
+
+def _refuse_unsafe_mode(path: str) -> None:
+    from keras.src.saving.serialization_lib import in_safe_mode  # there is no public way
+
+    if in_safe_mode() is False:  # it would go over safe_mode=True
+        raise ArchiveError(
+            "This process has switched Keras's safe mode off, so no file is loaded in it",
+            where=path,
+            remedy="load it in a process without keras.config.enable_unsafe_deserialization()",
+        )
+
+
+def _imported(names: Collection[str]) -> frozenset[str]:
+    """Import modules, and give the packages whose classes are allowed by that."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise OptionError(
+                "The module with custom classes cannot be imported",
+                where=name,
+                received=str(error),
+                remedy="give a module as Python's import takes it, importable from here",
+            ) from error
+    return frozenset({"keras", "truenorm", *(name.split(".")[0] for name in names)})
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """Which classes a file may name."""
+
+    path: str
+    packages: Collection[str]
+
+    def check(self, value: Any, where: str) -> None:
+        """Refuse a configuration that names any other, at any depth."""
+        if isinstance(value, dict):
+            entry = cast(dict[str, Any], value)
+            config = entry.get("config")
+            if isinstance(config, dict):
+                where = str(cast(dict[str, Any], config).get("name", where))
+            if "class_name" in entry:
+                self._check_entry(entry, where)
+            for inner in entry.values():
+                self.check(inner, where)
+        elif isinstance(value, list):
+            for inner in cast(list[Any], value):
+                self.check(inner, where)
+
+    def _check_entry(self, entry: Mapping[str, Any], where: str) -> None:
+        import keras
+
+        known = keras.saving.get_custom_objects()
+        name = entry["class_name"]
+        names = [n for n in (name, entry.get("registered_name"), entry.get("config"))
+                 if isinstance(n, str)]  # fmt: skip
+        custom = [known[n] for n in names if n in known]
+        if custom:
+            allowed = all(_package(one) in self.packages for one in custom)
+        elif name in CODE or name in ("__lambda__", "__typespec__"):
+            raise ArchiveError(
+                "The file holds code, which is not run",
+                where=f"{self.path}: {where}",
+                expected="layers of Keras or truenorm that are described by their settings",
+                received=str(name),
+                remedy="'truenorm inspect --static' reads the file without running it",
+            )
+        else:
+            allowed = name in VALUES or _is_kerass(entry)
+        if not allowed:
+            raise ArchiveError(
+                "The file needs a class that is not Keras's or truenorm's",
+                where=f"{self.path}: {where}",
+                expected="a class of Keras or truenorm, or of a module that you name",
+                received=f"{entry.get('registered_name') or name} of {entry.get('module')}",
+                remedy="if you trust its code, import it: imports=('module',) (--import module)",
+            )
+
+
+def _package(custom: Any) -> str:
+    return str(getattr(custom, "__module__", "")).split(".")[0]
+
+
+def _is_kerass(entry: Mapping[str, Any]) -> bool:
+    """Whether this is of the parts of Keras that models are made of."""
+    module = entry.get("module")
+    if module is None:
+        return not entry.get("registered_name")  # Keras then looks in its own tables only
+    if module == "keras" or (entry["class_name"] == "function" and module == "builtins"):
+        return True
+    if not isinstance(module, str):
+        return False
+    parts = [part for part in module.split(".") if part != "src"]
+    return len(parts) > 1 and parts[0] == "keras" and parts[1] in AREAS
+
+
+@dataclass
+class _Asked:
+    """How many numbers the variables made so far have."""
+
+    parameters: int = 0
+
+
+@contextmanager
+def _counting(limit: int) -> Generator[_Asked]:
+    """Count the variables that are made, each before its memory is taken; refuse past the limit.
+
+    Keras's own code says how large a variable is; nothing in a file has to be believed for it.
+    """
+    import keras
+
+    asked, kind = _Asked(), cast(Any, keras.Variable)
+    original = kind.__init__
+
+    def counted(self: Any, initializer: Any, shape: Any = None, *rest: Any, **options: Any) -> None:
+        asked.parameters += abs(math.prod(shape or ()))
+        if asked.parameters > limit:
+            raise MemoryError("more parameters than are allowed")
+        original(self, initializer, shape, *rest, **options)
+
+    kind.__init__ = counted
+    try:
+        yield asked
+    finally:
+        kind.__init__ = original
+
+
+def _short(error: BaseException) -> str:
+    """The beginning of a message; Keras puts whole configurations into its own."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]}…"

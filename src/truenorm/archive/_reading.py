@@ -1,0 +1,262 @@
+"""What a ``.keras`` file says of its BatchNormalization layers; neither Keras nor a framework runs.
+
+Keras stores a layer's variables under a path made of class names: ``layers/batch_normalization_1``
+is the second layer of that class in its model, whatever it is called. :func:`_children` counts as
+Keras does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import h5py
+import numpy as np
+
+from truenorm._errors import ArchiveError
+from truenorm._moments import Array
+from truenorm._records.archives import StoredLayer, StoredModel, StoredStatistics
+from truenorm._records.sites import Left
+from truenorm.archive._container import CONFIG, METADATA, WEIGHTS, opened, read_json, weights
+
+MOST_CHANNELS = 2**24
+
+
+def read(path: str | os.PathLike[str]) -> StoredModel:
+    """Every BatchNormalization layer of a ``.keras`` file, read without making the model.
+
+    Only the configuration and the variables of these layers are read: nothing is imported, no class
+    of the file is looked up and no code in it can run. So it is the way to look at a file that one
+    does not trust. What a layer *does* can only be observed: :func:`truenorm.inspect`.
+
+    Args:
+        path: The ``.keras`` file.
+
+    Returns:
+        The layers with their settings and the state of their moving statistics; prints as a table.
+
+    Raises:
+        ArchiveError: The file is damaged, is not as Keras writes it, or is made to do harm: too
+            many members, too large unpacked or too deeply nested, members twice or outside of the
+            archive, HDF5 links that lead elsewhere, variables missing or of the wrong shape.
+
+    Example:
+        >>> import tempfile, keras, truenorm as tn
+        >>> from truenorm import archive
+        >>> layer = keras.layers.BatchNormalization(name="bn")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     archive.save(keras.Sequential([keras.Input((4,)), layer]), f"{folder}/m.keras")
+        ...     found = archive.read(f"{folder}/m.keras")
+        >>> [(one.path, one.channels, one.statistics.describe()) for one in found.layers]
+        [('bn', 4, 'as initialised')]
+    """
+    with opened(path) as archive:
+        config = read_json(archive, CONFIG)
+        name = _text(_object(config, "config", CONFIG).get("name", "model"), "name")
+        about = _about(archive)
+        with weights(archive) as variables:
+            reader = _Reader(variables)
+            reader.look(config, "", "")
+    return StoredModel(name, *about, tuple(reader.layers), tuple(reader.hidden))
+
+
+@dataclass
+class _Reader:
+    """Walks a configuration beside the variables that belong to it."""
+
+    variables: h5py.File
+    layers: list[StoredLayer] = field(default_factory=list[StoredLayer])
+    hidden: list[Left] = field(default_factory=list[Left])
+    stored_at: dict[int, str] = field(default_factory=dict[int, str])
+
+    def look(self, entry: Mapping[str, Any], path: str, store: str) -> None:
+        """Read one layer, and the ones inside it."""
+        kind = _text(entry.get("class_name"), path or CONFIG)
+        package = _package(entry)
+        if package is None:
+            self.hidden.append(Left(path or "the model", f"of a class that is not Keras's: {kind}"))
+        elif kind == "BatchNormalization":
+            self.layers.append(self._layer(entry, path, store, package))
+        else:
+            for child, below in _children(entry, path):
+                own = _object(child, "config", path).get("name", child.get("name"))
+                name = _text(own, f"{path}/{below}")
+                self.look(child, f"{path}/{name}" if path else name, f"{store}{below}/")
+
+    def _layer(self, entry: Mapping[str, Any], path: str, store: str, package: str) -> StoredLayer:
+        config = _object(entry, "config", path)
+        mean, variance = self._statistics(entry, config, path, store)
+        momentum = config.get("momentum", 0.99)
+        return StoredLayer(
+            path=path,
+            layer=f"{package}.BatchNormalization",
+            axis=_axis(config.get("axis", -1), path),
+            channels=len(mean),
+            momentum=None if momentum is None else _number(momentum, f"{path}: momentum"),
+            epsilon=_number(config.get("epsilon", 1e-3), f"{path}: epsilon"),
+            trainable=_kind(config.get("trainable", True), bool, f"{path}: trainable"),
+            dtype=_dtype(config.get("dtype"), path),
+            statistics=_summary(mean, variance),
+        )
+
+    def _statistics(
+        self, entry: Mapping[str, Any], config: Mapping[str, Any], path: str, store: str
+    ) -> tuple[Array, Array]:
+        """Moving mean and variance; all the variables must be there and of one length."""
+        identity = entry.get("shared_object_id")
+        if isinstance(identity, int):  # a layer in two models is stored where it comes first
+            store = self.stored_at.setdefault(identity, store)
+        flags = [_kind(config.get(key, True), bool, f"{path}: {key}") for key in _LEARNED]
+        first = sum(flags)
+        values = [self._variable(f"{store}vars/{index}", path) for index in range(first + 2)]
+        lengths = {len(value) for value in values} | _declared(entry, config, path)
+        if len(lengths) != 1:
+            raise ArchiveError(
+                "The variables of this layer do not fit each other",
+                where=path,
+                expected="one value per channel in each",
+                received=f"lengths {sorted(lengths)}",
+            )
+        return values[first], values[first + 1]
+
+    def _variable(self, name: str, path: str) -> Array:
+        found = self.variables.get(name)
+        if not isinstance(found, h5py.Dataset):
+            raise ArchiveError(
+                "A variable of this layer is missing",
+                where=path,
+                expected=f"{WEIGHTS}/{name}",
+                remedy="save the file again from the model",
+            )
+        is_bfloat16 = found.attrs.get("dtype") == "bfloat16"
+        shape = cast(tuple[int, ...], found.shape or ())
+        if len(shape) != 1 or shape[0] > MOST_CHANNELS or not _is_float(found, is_bfloat16):
+            raise ArchiveError(
+                "A variable of this layer is not one number per channel",
+                where=path,
+                expected=f"a float vector of {MOST_CHANNELS} channels at most",
+                received=f"shape {shape}, dtype {found.dtype}",
+            )
+        values = np.asarray(found[()])
+        if is_bfloat16:  # the upper half of a float32
+            values = (values.view("<u2").astype("<u4") << 16).view("<f4")
+        return values.astype(np.float64)
+
+
+_LEARNED = ("scale", "center")
+
+
+def _children(entry: Mapping[str, Any], path: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The layers inside a model or a wrapper, each with the place of its variables."""
+    config = entry.get("config")
+    if not isinstance(config, dict):
+        return
+    config = cast(dict[str, Any], config)
+    if isinstance(config.get("layer"), dict):  # TimeDistributed and other wrappers
+        yield config["layer"], "layer"
+    counts: Counter[str] = Counter()
+    for child in cast(list[Any], _kind(config.get("layers", []), list, f"{path}: layers")):
+        child = _kind(child, dict, f"{path}: layers")
+        name = _snake_case(_text(child.get("class_name"), f"{path}: layers"))
+        if not _text(child.get("module") or "", path).startswith("keras.src.ops"):
+            number, counts[name] = counts[name], counts[name] + 1
+            yield child, f"layers/{name}_{number}" if number else f"layers/{name}"
+
+
+def _snake_case(name: str) -> str:
+    """A class's name as Keras makes a path of it (``keras.src.utils.naming``)."""
+    name = re.sub(r"\W+", "", name)
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+def _package(entry: Mapping[str, Any]) -> str | None:
+    """Keras's or ours; None for a class of somebody else."""
+    module = entry.get("module")
+    package = module.split(".")[0] if isinstance(module, str) else None
+    return package if package in ("keras", "truenorm") else None
+
+
+def _about(archive: zipfile.ZipFile) -> tuple[str | None, str | None]:
+    """Who wrote the file and when, as it says itself."""
+    if METADATA not in archive.namelist():
+        return None, None
+    metadata = read_json(archive, METADATA)
+    version, date = (metadata.get(key) for key in ("keras_version", "date_saved"))
+    return (
+        version if isinstance(version, str) else None,
+        date if isinstance(date, str) else None,
+    )
+
+
+def _declared(entry: Mapping[str, Any], config: Mapping[str, Any], path: str) -> set[int]:
+    """The number of channels by the shape that the layer was built for, if the file has it."""
+    build = entry.get("build_config")
+    shape = cast(dict[str, Any], build).get("input_shape") if isinstance(build, dict) else None
+    axis = _axis(config.get("axis", -1), path)
+    if not isinstance(shape, list) or not -len(shape) <= axis < len(shape):
+        return set()
+    channels = cast(list[Any], shape)[axis]
+    return {channels} if isinstance(channels, int) else set()
+
+
+def _summary(mean: Array, variance: Array) -> StoredStatistics:
+    finite = np.isfinite(mean) & np.isfinite(variance)
+    means, variances = np.abs(mean[np.isfinite(mean)]), variance[np.isfinite(variance)]
+    return StoredStatistics(
+        initial=bool((mean == 0).all() and (variance == 1).all()),
+        negative=int((variance < 0).sum()),
+        non_finite=int((~finite).sum()),
+        largest_mean=float(means.max()) if means.size else None,
+        least_variance=float(variances.min()) if variances.size else None,
+        largest_variance=float(variances.max()) if variances.size else None,
+    )
+
+
+def _is_float(variable: h5py.Dataset, is_bfloat16: bool) -> bool:
+    return variable.dtype.itemsize == 2 if is_bfloat16 else variable.dtype.kind == "f"
+
+
+def _axis(value: Any, path: str) -> int:
+    if isinstance(value, list) and len(cast(list[Any], value)) == 1:  # as tf.keras wrote it
+        value = cast(list[Any], value)[0]
+    return _kind(value, int, f"{path}: axis")
+
+
+def _dtype(value: Any, path: str) -> str:
+    """The name of a dtype policy, which may be written as an object."""
+    if value is None:
+        return "float32"
+    if isinstance(value, dict):
+        inner = _object(cast(dict[str, Any], value), "config", f"{path}: dtype")
+        value = inner.get("name", cast(dict[str, Any], value).get("class_name"))
+    return _text(value, f"{path}: dtype")
+
+
+def _object(entry: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    return _kind(entry.get(key), dict, f"{where}: {key}")
+
+
+def _text(value: Any, where: str) -> str:
+    return _kind(value, str, where)
+
+
+def _number(value: Any, where: str) -> float:
+    return float(value) if type(value) is int else _kind(value, float, where)
+
+
+def _kind(value: Any, kind: type, where: str) -> Any:
+    """A part of the configuration, if it is of the kind that Keras writes there."""
+    if not isinstance(value, kind):
+        raise ArchiveError(
+            "The configuration in the file is not as Keras writes it",
+            where=where,
+            expected=f"a value of type {kind.__name__}",
+            received=repr(value)[:100],
+        )
+    return value

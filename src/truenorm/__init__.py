@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from truenorm._diagnosis import diagnose
     from truenorm._errors import (
         ArchiveError,
         DataError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from truenorm._observation import observe
     from truenorm._placement import place
     from truenorm._population import collect, recalibrate
+    from truenorm._records.findings import Diagnosis, Finding
     from truenorm._records.rewrites import Rewrite
     from truenorm._records.sites import Freezing, Inspection, Observation, Site
     from truenorm._records.statistics import Population, Recalibration
@@ -50,6 +52,7 @@ _HOMES = {
         "TruenormError",
         "VerificationError",
     ),
+    "_diagnosis": ("diagnose",),
     "_folding": ("fold",),
     "_freezing": ("freeze", "unfreeze"),
     "_inspection": ("inspect",),
@@ -58,6 +61,7 @@ _HOMES = {
     "_observation": ("observe",),
     "_placement": ("place",),
     "_population": ("collect", "recalibrate"),
+    "_records.findings": ("Diagnosis", "Finding"),
     "_records.rewrites": ("Rewrite",),
     "_records.sites": ("Freezing", "Inspection", "Observation", "Site"),
     "_records.statistics": ("Population", "Recalibration"),
@@ -71,6 +75,8 @@ __all__ = [
     "ArchiveError",
     "BatchNormalization",
     "DataError",
+    "Diagnosis",
+    "Finding",
     "Freezing",
     "Inspection",
     "MissingDependencyError",
@@ -88,6 +94,7 @@ __all__ = [
     "TruenormError",
     "VerificationError",
     "collect",
+    "diagnose",
     "fold",
     "freeze",
     "inspect",

@@ -86,29 +86,35 @@ def fold(model: Any, *, probe: Any = None) -> Rewrite:
     return Rewrite(new, "fold", changed, left, *errors)
 
 
+def why_not_folded(call: Call) -> str | None:
+    """Why this site can be folded into neither of its neighbours; None if it can."""
+    if is_own_class(call.operation):
+        return f"its class {type(call.operation).__name__} is somebody's own"
+    if call.shared:
+        return "it is called more than once"
+    if call.training:
+        return "it is called with training=True"
+    if not all(np.isfinite(values).all() for values in _affine(call.operation)):
+        return "its moving statistics, gamma or beta are not finite numbers"
+    before, after = _why_not_backward(call), _why_not_forward(call)
+    return f"{before}; {after}" if before and after else None
+
+
 def _fold_one(call: Call, weights: dict[Any, list[Array]]) -> Change | Left:
     """Fold one site into ``weights`` (layer -> kernels and bias, float64), or say why not."""
-    if is_own_class(call.operation):
-        return Left(call.path, f"its class {type(call.operation).__name__} is somebody's own")
-    if call.shared:
-        return Left(call.path, "it is called more than once")
-    if call.training:
-        return Left(call.path, "it is called with training=True")
-    before, after = _why_not_backward(call), _why_not_forward(call)
+    reason = why_not_folded(call)
+    if reason is not None:
+        return Left(call.path, reason)
     scale, shift = _affine(call.operation)
-    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
-        return Left(call.path, "its moving statistics, gamma or beta are not finite numbers")
-    if before is None:
+    if _why_not_backward(call) is None:
         producer: Any = call.only_producer
         layer = producer.operation
         weights[layer] = _scaled_outputs(layer, weights.get(layer) or _float64(layer), scale, shift)
         return Change(call.path, f"folded into {producer.label()} before it")
-    if after is None:
-        consumer: Any = call.only_consumer
-        layer = consumer.operation
-        weights[layer] = _scaled_inputs(weights.get(layer) or _float64(layer), scale, shift)
-        return Change(call.path, f"folded into {consumer.label()} after it")
-    return Left(call.path, f"{before}; {after}")
+    consumer: Any = call.only_consumer
+    layer = consumer.operation
+    weights[layer] = _scaled_inputs(weights.get(layer) or _float64(layer), scale, shift)
+    return Change(call.path, f"folded into {consumer.label()} after it")
 
 
 def _why_not_backward(call: Call) -> str | None:

@@ -1,0 +1,149 @@
+"""Rules about gamma, beta and what feeds them: TN201 to TN206."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from truenorm._diagnosis.facts import Facts
+from truenorm._diagnosis.rule import Fault
+from truenorm._moments import Array
+from truenorm._probe import as_float64
+from truenorm._sites import fused_activation, is_linear
+
+DEAD = 1e-2
+"""|gamma| over the layer's root mean square gamma below which a channel is as good as constant: its
+output varies a hundred times less than its neighbours'. (Channels are pruned by |gamma|: Liu et
+al., 2017, "Learning Efficient Convolutional Networks through Network Slimming", arXiv:1708.06519.)
+"""
+
+CONSTANT = 1e-2
+"""variance / (variance + epsilon) below which epsilon is what normalises: the output's standard
+deviation is then less than a tenth of gamma."""
+
+MANY = 0.05
+"""Share of constant channels from which a layer loses width that anyone would notice."""
+
+LARGEST_SCALE = 100.0
+"""gamma / sqrt(moving_variance + epsilon): at the stock epsilon of 1e-3 a constant channel with
+gamma 1 has 31.6; above 100 a channel that hardly varied in training is amplified so much that any
+deviation in inference decides the output."""
+
+
+def dead_gamma(facts: Facts) -> Iterator[Fault]:
+    """TN201."""
+    for layer, path in facts.layers.items():
+        gamma = _gamma(layer)
+        size = float(np.sqrt(np.mean(np.square(gamma))))
+        dead = np.abs(gamma) < DEAD * size
+        if dead.any():
+            evidence = {
+                "channels": f"{int(dead.sum())} of {dead.size}",
+                "least_gamma": float(np.abs(gamma).min()),
+                "typical_gamma": size,
+            }
+            yield Fault(path, evidence, f"filters={int((~dead).sum())}, or a lower regularization")
+
+
+def constant_input(facts: Facts) -> Iterator[Fault]:
+    """TN202."""
+    population = None if facts.lacks("data") else facts.seen.training
+    for layer, path in facts.layers.items():
+        variance = as_float64(layer.moving_variance)
+        if population is not None and path in population.sites:
+            variance = population.sites[path].variance
+        with np.errstate(invalid="ignore", divide="ignore"):
+            constant = (variance >= 0) & (variance / (variance + layer.epsilon) < CONSTANT)
+        if constant.mean() >= MANY:
+            evidence = {
+                "channels": f"{int(constant.sum())} of {constant.size}",
+                "largest_std_of_these": float(np.sqrt(variance[constant].max())),
+                "epsilon": float(layer.epsilon),
+            }
+            yield Fault(path, evidence, "keras.layers.BatchNormalization(epsilon=1e-5)")
+
+
+def exploding_scale(facts: Facts) -> Iterator[Fault]:
+    """TN203."""
+    for layer, path in facts.layers.items():
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scale = np.abs(_gamma(layer)) / np.sqrt(
+                as_float64(layer.moving_variance) + layer.epsilon
+            )
+        large = scale > LARGEST_SCALE
+        if large.any():
+            evidence = {
+                "channels": f"{int(large.sum())} of {large.size}",
+                "largest_scale": float(scale[large].max()),
+                "median_scale": float(np.nanmedian(scale)),
+            }
+            yield Fault(path, evidence, "tn.recalibrate(model, data)")
+
+
+def weight_decay(facts: Facts) -> Iterator[Fault]:
+    """TN204."""
+    decay = float(getattr(facts.optimizer, "weight_decay", None) or 0.0)
+    for layer, path in facts.layers.items():
+        names = [n for n in ("gamma", "beta") if getattr(layer, n) is not None]
+        regularized = [n for n in names if getattr(layer, f"{n}_regularizer") is not None]
+        if regularized:
+            remedy = ", ".join(f"{n}_regularizer=None" for n in regularized)
+            evidence = {"regularizer_on": " and ".join(regularized)}
+            yield Fault(path, evidence, f"keras.layers.BatchNormalization({remedy})")
+        decayed = [n for n in names if decay and _is_decayed(facts.optimizer, getattr(layer, n))]
+        if decayed:
+            yield Fault(
+                path,
+                {"decay_of": " and ".join(decayed), "weight_decay": decay},
+                'optimizer.exclude_from_weight_decay(var_names=["gamma", "beta"])',
+            )
+
+
+def zero_gamma(facts: Facts) -> Iterator[Fault]:
+    """TN205."""
+    for layer, path in facts.layers.items():
+        if layer.gamma is not None:
+            began = isinstance(layer.gamma_initializer, keras.initializers.Zeros)
+            is_zero = not _gamma(layer).any()
+            if began or is_zero:
+                evidence = {"gamma_now": "all zero" if is_zero else "learned"}
+                remedy = 'keras.layers.BatchNormalization(gamma_initializer="ones")'
+                yield Fault(path, evidence, remedy)
+
+
+def redundant_bias(facts: Facts) -> Iterator[Fault]:
+    """TN206."""
+    for site in facts.sites:
+        producer = site.only_producer
+        if (
+            producer is not None
+            and is_linear(producer)
+            and producer.operation.use_bias
+            and not fused_activation(producer)
+            and producer.only_consumer is site
+        ):
+            bias = producer.operation.bias
+            evidence = {
+                "weights": int(bias.shape[0]),
+                "largest_bias": float(np.abs(as_float64(bias)).max()),
+            }
+            name = type(producer.operation).__name__
+            yield Fault(site.path, evidence, f"keras.layers.{name}(…, use_bias=False)")
+
+
+def _gamma(layer: Any) -> Array:
+    if layer.gamma is None:
+        return np.ones(layer.moving_mean.shape)
+    return as_float64(layer.gamma)
+
+
+def _is_decayed(optimizer: Any, variable: Any) -> bool:
+    """Whether weight decay takes hold of a variable: Keras's rule, which has no public name."""
+    excluded = getattr(optimizer, "_exclude_from_weight_decay", None) or ()
+    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+    if not variable.trainable or optimizer._var_key(variable) in excluded:
+        return False
+    return pattern is None or pattern.search(variable.name) is None

@@ -1,0 +1,181 @@
+"""Rules about where BatchNormalization is, and how it is trained: TN301 to TN310."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from truenorm._diagnosis.facts import Facts, is_site, nearby
+from truenorm._diagnosis.rule import Fault
+from truenorm._diagnosis.statistics import SKEW, output_error
+from truenorm._graph import Call
+from truenorm._moments import Moments
+from truenorm._sites import channel_axis, is_activation, is_linear, position
+
+MOST = 0.5
+"""Share of the hidden convolution and dense layers that must have a BatchNormalization for one
+without it to look forgotten."""
+
+SMALLEST_RATE = 0.1
+"""Dropout rate from which the variance shift is told: the variance that BatchNormalization sees in
+inference is then (1 - rate) of that in training (at mean 0), its output 5 % off in scale."""
+
+_DROPOUT = (keras.layers.Dropout, keras.layers.GaussianDropout)
+
+
+def without(facts: Facts) -> Iterator[Fault]:
+    """TN301."""
+    hidden = [call for call in facts.calls if is_linear(call) and not _is_head(call)]
+    lacking = [call for call in hidden if not _meets_batch_normalization(call)]
+    if hidden and len(hidden) - len(lacking) > MOST * len(hidden):
+        for call in lacking:
+            evidence = {"layers_with_it": f"{len(hidden) - len(lacking)} of {len(hidden)}"}
+            yield Fault(call.path, evidence, "tn.BatchNormalization()(x) after it")
+
+
+def after_dropout(facts: Facts) -> Iterator[Fault]:
+    """TN302."""
+    for site in facts.sites:
+        for call in nearby(site, stop=is_site):
+            rate = _rate(call.operation)
+            if rate >= SMALLEST_RATE:
+                evidence = {"dropout": call.path, "rate": rate, "variance_kept": 1 - rate}
+                yield Fault(site.path, evidence, "keras.layers.Dropout after the last of them")
+                break
+
+
+def twice(facts: Facts) -> Iterator[Fault]:
+    """TN303."""
+    for site in facts.sites:
+        before = site.only_producer
+        if before is not None and is_site(before):
+            name = before.path
+            yield Fault(
+                site.path, {"follows": name}, f'tn.place(model, "none", where="{site.path}")'
+            )
+
+
+def on_output(facts: Facts) -> Iterator[Fault]:
+    """TN304."""
+    for site in facts.sites:
+        last = site.consumers[0] if len(site.consumers) == 1 else None
+        squashed = last is not None and last.is_output and _activation(last) in _SQUASHING
+        if site.is_output or squashed:
+            evidence = {"output": "its own" if last is None else f"{_activation(last)} of it"}
+            yield Fault(site.path, evidence, _remove(site))
+
+
+_SQUASHING = ("softmax", "sigmoid")
+
+
+def wrong_axis(facts: Facts) -> Iterator[Fault]:
+    """TN305."""
+    for site in facts.sites:
+        axis = channel_axis(site.operation)
+        neighbours = (
+            _neighbour(site, lambda c: c.only_producer),
+            _neighbour(site, lambda c: c.only_consumer),
+        )
+        expected = {_channel_axis_of(n, site) for n in neighbours if n is not None} - {None}
+        if expected and axis not in expected:
+            right = sorted(expected)[0]
+            evidence = {"axis": axis, "channel_axis": right}
+            yield Fault(site.path, evidence, f"keras.layers.BatchNormalization(axis={right})")
+
+
+def shared(facts: Facts) -> Iterator[Fault]:
+    """TN306."""
+    for calls in _shared(facts).values():
+        evidence = {
+            "calls": len(calls),
+            "steps_of_the_moving_average_per_batch": len(calls),
+        }
+        yield Fault(calls[0].path, evidence, "keras.layers.BatchNormalization() for each use")
+
+
+def shared_by_unlike(facts: Facts) -> Iterator[Fault]:
+    """TN307."""
+    for layer, path in facts.layers.items():
+        calls = facts.seen.calls.get(path, ())
+        merged = facts.seen.training.sites.get(path, Moments.zero(1))
+        errors = [output_error(layer, merged.mean, merged.variance, one) for one in calls]
+        if len(calls) > 1 and max(errors) > SKEW:
+            evidence = {"calls": len(calls), "output_error": max(errors)}
+            yield Fault(path, evidence, "keras.layers.BatchNormalization() for each use")
+
+
+def gradient_accumulation(facts: Facts) -> Iterator[Fault]:
+    """TN308."""
+    steps = getattr(facts.optimizer, "gradient_accumulation_steps", None) or 1
+    if steps > 1:
+        momentum = {layer.momentum for layer in facts.layers} - {None}
+        evidence = {
+            "batches_per_step": steps,
+            "statistics_of": "one batch each",
+            "momentum_per_step": min((float(np.power(m, steps)) for m in momentum), default=0.0),
+        }
+        yield Fault(facts.model.name, evidence, "model.fit(x, y, batch_size=…) with larger batches")
+
+
+def mixed_positions(facts: Facts) -> Iterator[Fault]:
+    """TN309."""
+    positions = [position(site) for site in facts.sites]
+    counts = {p: positions.count(p) for p in ("before_activation", "after_activation")}
+    if all(counts.values()):
+        more = max(counts, key=lambda p: counts[p])
+        yield Fault(facts.model.name, counts, f'tn.place(model, "{more}")')
+
+
+# --- walking -----------------------------------------------------------------------------------
+
+
+def _meets_batch_normalization(call: Call) -> bool:
+    """Whether its output comes to a BatchNormalization before the next such layer."""
+    return any(map(is_site, nearby(call, back=False, stop=is_linear)))
+
+
+def _is_head(call: Call) -> bool:
+    """Whether no convolution or dense layer and no BatchNormalization comes after it."""
+    return not any(is_linear(one) or is_site(one) for one in nearby(call, back=False))
+
+
+def _remove(site: Call) -> str:
+    return f'tn.place(model, "none", where="{site.path}")'
+
+
+def _rate(layer: Any) -> float:
+    """Of a dropout that changes variances; 0 for any other layer, and for stochastic depth."""
+    if not isinstance(layer, _DROPOUT) or getattr(layer, "noise_shape", None) is not None:
+        return 0.0
+    return float(layer.rate)
+
+
+def _activation(call: Call) -> str | None:
+    function = getattr(call.operation, "activation", None)
+    if isinstance(call.operation, keras.layers.Softmax):
+        return "softmax"
+    return getattr(function, "__name__", None) if is_activation(call) else None
+
+
+def _neighbour(site: Call, step: Callable[[Call], Call | None]) -> Call | None:
+    """The nearest convolution or dense layer on one side, past activations and dropout."""
+    call = step(site)
+    while call is not None and (is_activation(call) or isinstance(call.operation, _DROPOUT)):
+        call = step(call)
+    return call if is_linear(call) else None
+
+
+def _channel_axis_of(neighbour: Call, site: Call) -> int:
+    first = getattr(neighbour.operation, "data_format", None) == "channels_first"
+    return 1 if first else site.operation.input_spec.ndim - 1
+
+
+def _shared(facts: Facts) -> dict[Any, list[Call]]:
+    found: dict[Any, list[Call]] = {}
+    for site in facts.sites:
+        if site.shared:
+            found.setdefault(site.operation, []).append(site)
+    return found

@@ -4,7 +4,7 @@
 the BatchNormalization layers. :func:`load` makes the model, after the file has been looked through.
 """
 
-from truenorm.archive._loading import load, save
+from truenorm.archive._loading import MOST_PARAMETERS, load, save
 from truenorm.archive._reading import read
 
-__all__ = ["load", "read", "save"]
+__all__ = ["MOST_PARAMETERS", "load", "read", "save"]

@@ -179,26 +179,37 @@ def _depth(text: bytes) -> int:
 
 
 def _check_links(archive: zipfile.ZipFile, file: h5py.File) -> None:
-    links = 0
+    """Refuse variables that are elsewhere: h5py would follow links to other files of this machine.
 
-    def check_link(name: str, link: Any) -> None:
-        nonlocal links
-        links += 1
-        if links > MOST_OBJECTS:
-            raise _refused(archive, WEIGHTS, f"{MOST_OBJECTS} objects at most", "more")
-        if not isinstance(link, h5py.HardLink):
-            raise _refused(archive, f"{WEIGHTS}/{name}", "data", type(link).__name__)
+    Not by ``visititems``: an error inside it, as a damaged file makes, breaks h5py's own lock.
+    """
+    groups: list[Any] = [file]
+    seen: set[int] = set()
+    objects = 0
+    while groups:
+        group = groups.pop()
+        for key in group:
+            where = f"{WEIGHTS}{group.name.rstrip('/')}/{key}"
+            objects += 1
+            if objects > MOST_OBJECTS:
+                raise _refused(archive, where, f"{MOST_OBJECTS} objects at most", "more")
+            link = group.get(key, getlink=True)
+            if not isinstance(link, h5py.HardLink):
+                raise _refused(archive, where, "data in the file itself", type(link).__name__)
+            value = group[key]
+            if isinstance(value, h5py.Dataset):
+                _check_dataset(archive, value, where)
+            elif isinstance(value, h5py.Group):
+                address = cast(Any, h5py).h5o.get_info(value.id).addr
+                if address not in seen:  # a group can be its own member
+                    seen.add(address)
+                    groups.append(value)
 
-    def check_object(name: str, value: Any) -> None:
-        if not isinstance(value, h5py.Dataset):
-            return
-        where = f"{WEIGHTS}/{name}"
-        if value.external or value.is_virtual:
-            raise _refused(archive, where, "data", "data that is kept elsewhere")
-        declared = math.prod(value.shape or ()) * value.dtype.itemsize
-        stored = value.id.get_storage_size()
-        if declared > ALLOWANCE and stored < declared * STORED_AT_LEAST:
-            raise _refused(archive, where, f"{declared} bytes, as declared", f"{stored} stored")
 
-    cast(Any, file).visititems_links(check_link)
-    cast(Any, file).visititems(check_object)
+def _check_dataset(archive: zipfile.ZipFile, value: Any, where: str) -> None:
+    if value.external or value.is_virtual:
+        raise _refused(archive, where, "data in the file itself", "data that is kept elsewhere")
+    declared = math.prod(value.shape or ()) * value.dtype.itemsize
+    stored = value.id.get_storage_size()
+    if declared > ALLOWANCE and stored < declared * STORED_AT_LEAST:
+        raise _refused(archive, where, f"{declared} bytes, as declared", f"{stored} stored")

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from truenorm._errors import ArchiveError, OptionError, OutputError
 from truenorm._files import replacing
+from truenorm._tables import printable
 from truenorm.archive._container import CONFIG, opened, read_json, verify_checksums, weights
 
 MOST_PARAMETERS = 500_000_000
@@ -201,7 +202,7 @@ class _Classes:
         import keras
 
         known = keras.saving.get_custom_objects()
-        name = entry["class_name"]
+        name = entry["class_name"] if isinstance(entry["class_name"], str) else "?"
         names = [n for n in (name, entry.get("registered_name"), entry.get("config"))
                  if isinstance(n, str)]  # fmt: skip
         custom = [known[n] for n in names if n in known]
@@ -236,7 +237,7 @@ def _is_kerass(entry: Mapping[str, Any]) -> bool:
     module = entry.get("module")
     if module is None:
         return not entry.get("registered_name")  # Keras then looks in its own tables only
-    if module == "keras" or (entry["class_name"] == "function" and module == "builtins"):
+    if module == "keras" or (entry.get("class_name") == "function" and module == "builtins"):
         return True
     if not isinstance(module, str):
         return False
@@ -277,5 +278,5 @@ def _counting(limit: int) -> Generator[_Asked]:
 
 def _short(error: BaseException) -> str:
     """The beginning of a message; Keras puts whole configurations into its own."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:300]}…"
+    text = printable(" ".join(str(error).split()).rsplit("Exception encountered: ", 1)[-1])
+    return text.rstrip(".") if len(text) <= 300 else f"{text[:300]}…"

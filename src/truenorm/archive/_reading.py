@@ -76,7 +76,7 @@ class _Reader:
 
     def look(self, entry: Mapping[str, Any], path: str, store: str) -> None:
         """Read one layer, and the ones inside it."""
-        kind = _text(entry.get("class_name"), path or CONFIG)
+        kind = _text(entry.get("class_name"), f"{path or CONFIG}: class_name")
         package = _package(entry)
         if package is None:
             self.hidden.append(Left(path or "the model", f"of a class that is not Keras's: {kind}"))
@@ -85,7 +85,7 @@ class _Reader:
         else:
             for child, below in _children(entry, path):
                 own = _object(child, "config", path).get("name", child.get("name"))
-                name = _text(own, f"{path}/{below}")
+                name = _text(own, f"{path or CONFIG}: name of {below}")
                 self.look(child, f"{path}/{name}" if path else name, f"{store}{below}/")
 
     def _layer(self, entry: Mapping[str, Any], path: str, store: str, package: str) -> StoredLayer:
@@ -153,6 +153,7 @@ _LEARNED = ("scale", "center")
 
 def _children(entry: Mapping[str, Any], path: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     """The layers inside a model or a wrapper, each with the place of its variables."""
+    where = f"{path or CONFIG}: layers"
     config = entry.get("config")
     if not isinstance(config, dict):
         return
@@ -160,10 +161,10 @@ def _children(entry: Mapping[str, Any], path: str) -> Iterator[tuple[Mapping[str
     if isinstance(config.get("layer"), dict):  # TimeDistributed and other wrappers
         yield config["layer"], "layer"
     counts: Counter[str] = Counter()
-    for child in cast(list[Any], _kind(config.get("layers", []), list, f"{path}: layers")):
-        child = _kind(child, dict, f"{path}: layers")
-        name = _snake_case(_text(child.get("class_name"), f"{path}: layers"))
-        if not _text(child.get("module") or "", path).startswith("keras.src.ops"):
+    for child in cast(list[Any], _kind(config.get("layers", []), list, where)):
+        child = _kind(child, dict, where)
+        name = _snake_case(_text(child.get("class_name"), where))
+        if not _text(child.get("module") or "", where).startswith("keras.src.ops"):
             number, counts[name] = counts[name], counts[name] + 1
             yield child, f"layers/{name}_{number}" if number else f"layers/{name}"
 
@@ -239,7 +240,7 @@ def _dtype(value: Any, path: str) -> str:
 
 
 def _object(entry: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    return _kind(entry.get(key), dict, f"{where}: {key}")
+    return _kind(entry.get(key), dict, f"{where or CONFIG}: {key}")
 
 
 def _text(value: Any, where: str) -> str:

@@ -1,0 +1,44 @@
+"""The ``truenorm`` command: a thin shell over the library.
+
+Nothing heavy is imported before a command needs it, so that ``--help`` and ``inspect --static``
+answer at once; and the backend is chosen before Keras is imported, which fixes it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from truenorm._errors import TruenormError
+from truenorm._tables import printable
+
+try:
+    import typer
+except ImportError:
+    sys.exit(
+        'The truenorm command needs Typer, which is not installed: pip install "truenorm[cli]"'
+    )
+
+from truenorm.cli.demo import demo
+from truenorm.cli.models import fold, inspect, place, recalibrate, replace
+
+app = typer.Typer(
+    name="truenorm",
+    help="The batch-normalization toolkit for Keras 3: where it goes, which mode it is in, "
+    "whether its statistics are true.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (inspect, place, fold, replace, recalibrate, demo):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command; an error that is truenorm's own becomes one line, Ctrl-C exit code 130."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except TruenormError as error:
+        print(f"truenorm: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,139 @@
+"""The commands on one model in a file: inspect, place, fold, replace, recalibrate."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import truenorm as tn
+from truenorm import archive
+from truenorm.archive import MOST_PARAMETERS
+from truenorm.cli._data import read_data
+from truenorm.cli._shell import (
+    AsJson,
+    File,
+    Imports,
+    MaxParameters,
+    OnBackend,
+    Out,
+    model_of,
+    show,
+    write,
+)
+
+
+class Position(StrEnum):
+    """Where BatchNormalization can be put."""
+
+    before_activation = "before_activation"
+    after_activation = "after_activation"
+    none = "none"
+
+
+class Layer(StrEnum):
+    """Whose BatchNormalization."""
+
+    truenorm = "truenorm"
+    keras = "keras"
+
+
+class Upstream(StrEnum):
+    """Which statistics the layers before a layer use while its own are taken."""
+
+    batch = "batch"
+    population = "population"
+    moving = "moving"
+
+
+def inspect(
+    file: File,
+    static: Annotated[
+        bool, typer.Option("--static", help="Read the file only: no Keras, no model, no code.")
+    ] = False,
+    as_json: AsJson = False,
+    backend: OnBackend = None,
+    max_parameters: MaxParameters = MOST_PARAMETERS,
+    imports: Imports = None,
+) -> None:
+    """Show every BatchNormalization of a model: where it is, and what it does in each mode."""
+    if static:
+        show(archive.read(file), as_json=as_json)
+    else:
+        show(tn.inspect(model_of(file, backend, max_parameters, imports)), as_json=as_json)
+
+
+def place(
+    file: File,
+    position: Annotated[Position, typer.Argument(help="Where to.", show_default=False)],
+    out: Out,
+    where: Annotated[
+        str | None, typer.Option(help="Only sites whose path matches: 'block1/*'.")
+    ] = None,
+    as_json: AsJson = False,
+    backend: OnBackend = None,
+    max_parameters: MaxParameters = MOST_PARAMETERS,
+    imports: Imports = None,
+) -> None:
+    """Move every BatchNormalization before or after its activation, or remove it."""
+    model = model_of(file, backend, max_parameters, imports)
+    _finish(tn.place(model, position.value, where=where), out, as_json=as_json)
+
+
+def fold(
+    file: File,
+    out: Out,
+    as_json: AsJson = False,
+    backend: OnBackend = None,
+    max_parameters: MaxParameters = MOST_PARAMETERS,
+    imports: Imports = None,
+) -> None:
+    """Fold every BatchNormalization into a convolution or dense layer, for inference."""
+    model = model_of(file, backend, max_parameters, imports)
+    _finish(tn.fold(model), out, as_json=as_json)
+
+
+def replace(
+    file: File,
+    to: Annotated[Layer, typer.Option(help="Whose layer to put in.", show_default=False)],
+    out: Out,
+    as_json: AsJson = False,
+    backend: OnBackend = None,
+    max_parameters: MaxParameters = MOST_PARAMETERS,
+    imports: Imports = None,
+) -> None:
+    """Swap every BatchNormalization for truenorm's or Keras's, weights and outputs kept."""
+    model = model_of(file, backend, max_parameters, imports)
+    _finish(tn.replace(model, to=to.value), out, as_json=as_json)
+
+
+def recalibrate(
+    file: File,
+    data: Annotated[
+        Path, typer.Option(help="The inputs: a .npy, .npz or .csv file.", show_default=False)
+    ],
+    out: Out,
+    upstream: Annotated[
+        Upstream, typer.Option(help="Statistics of the layers before each layer meanwhile.")
+    ] = Upstream.batch,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Samples per batch; that of training is right.")
+    ] = 32,
+    as_json: AsJson = False,
+    backend: OnBackend = None,
+    max_parameters: MaxParameters = MOST_PARAMETERS,
+    imports: Imports = None,
+) -> None:
+    """Set the moving statistics to the mean and variance of a whole data set."""
+    arrays = read_data(data)
+    model = model_of(file, backend, max_parameters, imports)
+    done = tn.recalibrate(model, arrays, upstream=upstream.value, batch_size=batch_size)
+    show(done, as_json=as_json)
+    write(model, out, as_json=as_json)
+
+
+def _finish(rewrite: tn.Rewrite, out: Path, *, as_json: bool) -> None:
+    show(rewrite, as_json=as_json)
+    write(rewrite.model, out, as_json=as_json)

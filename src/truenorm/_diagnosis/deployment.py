@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Fault
 from truenorm._folding import why_not_folded
+from truenorm._sites import position
 
 
 def not_foldable(facts: Facts) -> Iterator[Fault]:
@@ -14,4 +15,11 @@ def not_foldable(facts: Facts) -> Iterator[Fault]:
     for site in facts.sites:
         reason = why_not_folded(site)
         if reason is not None:
-            yield Fault(site.path, {"reason": reason}, 'tn.place(model, "before_activation")')
+            for call in (*site.producers, *site.consumers):
+                if call is not None:  # a class is enough here: many sites share the reason then
+                    reason = reason.replace(call.label(), type(call.operation).__name__)
+            behind = position(site) == "after_activation"
+            remedy = (
+                'tn.place(model, "before_activation")' if behind else "tn.fold(model): the rest"
+            )
+            yield Fault(site.path, {"reason": reason}, remedy)

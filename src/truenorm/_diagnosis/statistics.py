@@ -113,8 +113,7 @@ def never_updated(facts: Facts) -> Iterator[Fault]:
 
 def warming_up(facts: Facts) -> Iterator[Fault]:
     """TN102."""
-    for layer, path in _off(facts):
-        share = _initial_share(layer, facts.seen.training.sites[path])
+    for path, layer, share in _explained(facts):
         if share is not None:
             evidence = {"initial_share": share, **_distance(facts, layer, path)}
             yield Fault(path, evidence, RECALIBRATE)
@@ -123,16 +122,16 @@ def warming_up(facts: Facts) -> Iterator[Fault]:
 def stale(facts: Facts) -> Iterator[Fault]:
     """TN103."""
     first = _first(facts)
-    for layer, path in _off(facts):
-        if layer not in first and _initial_share(layer, facts.seen.training.sites[path]) is None:
+    for path, layer, share in _explained(facts):
+        if share is None and layer not in first:
             yield Fault(path, _distance(facts, layer, path), RECALIBRATE)
 
 
 def other_domain(facts: Facts) -> Iterator[Fault]:
     """TN104."""
     first = _first(facts)
-    for layer, path in _off(facts):
-        if layer in first and _initial_share(layer, facts.seen.training.sites[path]) is None:
+    for path, layer, share in _explained(facts):
+        if share is None and layer in first:
             yield Fault(path, _distance(facts, layer, path), RECALIBRATE)
 
 
@@ -236,13 +235,22 @@ def _noticeable(facts: Facts) -> float:
     return max(OFF, SAMPLING / np.sqrt(facts.seen.training.samples))
 
 
-def _off(facts: Facts) -> Iterator[tuple[Any, str]]:
-    """The layers whose moving statistics are not the population's, and once were set."""
+def _explained(facts: Facts) -> Iterator[tuple[str, Any, float | None]]:
+    """The layers whose moving statistics are not the population's, and their initial share.
+
+    A moving average that has just begun has begun everywhere: if the initial values explain nothing
+    in a layer that comes first, they explain nothing in those after it.
+    """
+    shares: dict[str, tuple[Any, float | None]] = {}
     for layer, path in facts.layers.items():
         if path in facts.seen.training.sites and not is_untouched(layer):
             moments = facts.seen.training.sites[path]
             if output_error(layer, *stored(layer), moments) > _noticeable(facts):
-                yield layer, path
+                shares[path] = layer, _initial_share(layer, moments)
+    first = _first(facts)
+    otherwise = any(layer in first and share is None for layer, share in shares.values())
+    for path, (layer, share) in shares.items():
+        yield path, layer, None if otherwise else share
 
 
 def _distance(facts: Facts, layer: Any, path: str) -> dict[str, float]:

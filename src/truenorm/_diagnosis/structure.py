@@ -28,7 +28,7 @@ _DROPOUT = (keras.layers.Dropout, keras.layers.GaussianDropout)
 
 def without(facts: Facts) -> Iterator[Fault]:
     """TN301."""
-    hidden = [call for call in facts.calls if is_linear(call) and not _is_head(call)]
+    hidden = [c for c in facts.calls if is_linear(c) and not _is_head(c) and not _is_gate(c)]
     lacking = [call for call in hidden if not _meets_batch_normalization(call)]
     if hidden and len(hidden) - len(lacking) > MOST * len(hidden):
         for call in lacking:
@@ -140,6 +140,12 @@ def _meets_batch_normalization(call: Call) -> bool:
 def _is_head(call: Call) -> bool:
     """Whether no convolution or dense layer and no BatchNormalization comes after it."""
     return not any(is_linear(one) or is_site(one) for one in nearby(call, back=False))
+
+
+def _is_gate(call: Call) -> bool:
+    """Whether it makes a factor for something else, as in squeeze-and-excitation: left without."""
+    onward = nearby(call, back=False, stop=is_site)
+    return any(type(one.operation).__name__ == "Multiply" for one in onward)
 
 
 def _remove(site: Call) -> str:

@@ -116,7 +116,7 @@ def _measured(evidence: Sequence[Evidence]) -> str:
         if isinstance(first, str):
             parts.append(f"{name} {first}")
             continue
-        values = sorted({number(float(one[name]), 4) for one in evidence}, key=float)
+        values = sorted({number(float(one[name])) for one in evidence}, key=float)
         parts.append(f"{name} {'…'.join(dict.fromkeys((values[0], values[-1])))}")
     return ", ".join(parts).replace("_", " ")
 

@@ -172,7 +172,7 @@ def test_a_mask_that_does_not_fit() -> None:
         (
             {"momentum": 1.5},
             "The momentum of BatchNormalization is the weight of the old moving statistics. "
-            "Expected: a number from 0 to 1. Received: 1.5.",
+            "Expected: a number from 0 to 1, or None for the mean over all batches. Received: 1.5.",
         ),
         (
             {"epsilon": -1.0},
@@ -195,42 +195,6 @@ def test_momentum_zero_and_one() -> None:
     np.testing.assert_allclose(array(forgets.moving_mean), x.mean(axis=0), rtol=1e-6)
     assert array(keeps.moving_mean).tolist() == [0.0] * 3
     assert array(keeps.moving_variance).tolist() == [1.0] * 3
-
-
-def test_renorm_is_the_stock_layers() -> None:
-    x = tensor(np.random.default_rng(0).normal(3, 2, (16, 3)))
-    options = {"renorm": True, "renorm_clipping": {"rmax": 2.0, "dmax": 1.0}, "momentum": 0.9}
-    layers = [BatchNormalization(**options), keras.layers.BatchNormalization(**options)]
-    ours, stocks = (array(layer(x, training=True)) for layer in layers)
-    assert (ours == stocks).all()
-    for ours, stocks in zip(*(layer.weights for layer in layers), strict=True):
-        assert ours.name == stocks.name
-        assert (array(ours) == array(stocks)).all()
-
-
-@pytest.mark.parametrize(("shape", "axis"), [((2, 3, 4), 1), ((2, 4, 1), -1)])
-def test_renorm_refuses_a_mask_that_the_stock_layer_would_take_wrongly(
-    shape: tuple[int, ...], axis: int
-) -> None:
-    layer = BatchNormalization(axis=axis, renorm=True, name="bn")
-    x, mask = tensor(np.ones(shape)), tensor(np.ones((2, 4)), "bool")
-    with pytest.raises(DataError) as caught:
-        layer(x, training=True, mask=mask)
-    assert (
-        "With renorm or synchronized this BatchNormalization cannot take this mask (at 'bn'). "
-        "Expected: the channel axis last, with two channels or more, or no mask. "
-        f"Received: channel axis {axis % 3} of an input of shape {shape}. "
-        "Remedy: use neither option, or move the channels to the end before the layer."
-    ) in str(caught.value)
-    assert layer(x, training=False, mask=mask).shape == shape  # where the mask decides nothing
-
-
-def test_renorm_with_a_mask_counts_what_is_valid() -> None:
-    x, valid = np.random.default_rng(0).normal(3, 2, (4, 5, 2)), np.arange(5) < 3
-    mask = np.broadcast_to(valid, (4, 5))
-    layer = BatchNormalization(renorm=True, momentum=0.0)
-    layer(tensor(x), training=True, mask=tensor(mask, "bool"))
-    np.testing.assert_allclose(array(layer.moving_mean), x[mask].mean(axis=0), rtol=1e-5)
 
 
 def test_statistics_are_wide_and_counts_stay_integers() -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast, get_args
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import keras
 
-from truenorm import kernels
+from truenorm import _moving, kernels
 from truenorm._errors import DataError, OptionError
+from truenorm._options import (
+    FreezePolicy,
+    check_average,
+    check_ghosts,
+    check_policy,
+    check_renorm,
+)
 
 ops: Any = keras.ops
-
-FreezePolicy = Literal["none", "all", "statistics", "affine"]
 
 
 @keras.saving.register_keras_serializable(package="truenorm")
@@ -32,13 +39,16 @@ class BatchNormalization(keras.layers.BatchNormalization):
     channel with NaN or infinity does not enter them, a batch of one value per channel has no
     variance to give. They are float32 at least, also under 16-bit dtype policies.
 
-    With ``renorm`` or ``synchronized``, training mode is the stock layer's own code: a batch with
-    NaN or infinity does ruin the moving statistics, and a mask needs the channel axis last and two
-    channels or more.
+    Options that the stock layer does not have are off by default, and in the config only where they
+    are used: ``momentum=None``, ``freeze``, ``virtual_batch_size``, ``bessel_correction`` and
+    ``activation``; ``synchronized`` works on every backend.
 
     Args:
         axis: Index of the channel axis, a positive or negative integer.
-        momentum: Weight of the old moving statistics in each step, from 0 to 1.
+        momentum: Weight of the old moving statistics in each step, from 0 to 1. None: they are the
+            mean over all batches so far, with unbiased variances. How many these are is kept in a
+            further weight, ``batches_seen``, of shape ``(2, channels)``: those that gave a mean,
+            those that gave a variance.
         epsilon: Added to the variance, 0 or more, in units of the input squared.
         center: Whether there is a ``beta``.
         scale: Whether there is a ``gamma``.
@@ -52,14 +62,25 @@ class BatchNormalization(keras.layers.BatchNormalization):
         gamma_regularizer: Optional regularizer of ``gamma``.
         beta_constraint: Optional constraint of ``beta``.
         gamma_constraint: Optional constraint of ``gamma``.
-        renorm: Batch renormalization, the stock layer's.
+        renorm: Batch renormalization: in training the batch's statistics are corrected toward
+            moving ones.
         renorm_clipping: Dict of ``rmin``, ``rmax``, ``dmax``; only with ``renorm``.
         renorm_momentum: Momentum of the renormalization's statistics; only with ``renorm``.
-        synchronized: Statistics over all replicas, the stock layer's (TensorFlow only).
+        synchronized: Whether a batch is that of all replicas together: of a ``tf.distribute``
+            strategy, of the processes of ``torch.distributed``; under ``keras.distribution`` on JAX
+            it is in any case. Each replica counts by its number of values. Nothing in a run that is
+            not distributed.
         freeze: What does not learn in training: ``"none"`` of it; ``"all"``, which is
             ``trainable=False``; ``"statistics"``: the moving statistics normalise and stay, gamma
             and beta learn; ``"affine"``: the batch's statistics normalise and move the moving ones,
             gamma and beta stay. See :attr:`freeze`.
+        virtual_batch_size: Number of samples of a ghost batch, or None. In training each ghost
+            batch is normalised with its own statistics; the moving ones take one step toward their
+            average. See :mod:`truenorm.kernels._ghosts`.
+        bessel_correction: Whether the moving variance is of unbiased batch variances, times
+            n / (n - 1), as PyTorch's is.
+        activation: Function that follows, by name or itself; ReLU is part of the same pass where
+            the backend can.
         **kwargs: ``name``, ``dtype``, ``trainable``.
 
     Call arguments:
@@ -73,8 +94,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         A tensor of the shape of ``inputs``, in the layer's compute dtype.
 
     Raises:
-        OptionError: A constructor argument has an impossible value.
-        DataError: The mask does not fit the input, or ``renorm`` or ``synchronized``.
+        OptionError: A constructor argument has an impossible value, or does not go with another.
+        DataError: The mask does not fit the input.
 
     Example:
         >>> import keras
@@ -108,7 +129,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def __init__(
         self,
         axis: int = -1,
-        momentum: float = 0.99,
+        momentum: float | None = 0.99,
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
@@ -125,24 +146,18 @@ class BatchNormalization(keras.layers.BatchNormalization):
         renorm_momentum: float = 0.99,
         synchronized: bool = False,
         freeze: FreezePolicy = "none",
+        virtual_batch_size: int | None = None,
+        bessel_correction: bool = False,
+        activation: Any = None,
         **kwargs: Any,
     ) -> None:
-        self._check_policy(freeze)
-        if not 0 <= momentum <= 1:
-            raise OptionError(
-                "The momentum of BatchNormalization is the weight of the old moving statistics",
-                expected="a number from 0 to 1",
-                received=repr(momentum),
-            )
-        if not epsilon >= 0:
-            raise OptionError(
-                "The epsilon of BatchNormalization is added to a variance",
-                expected="a number of 0 or more",
-                received=repr(epsilon),
-            )
+        check_average(momentum, epsilon)
+        check_renorm(renorm, renorm_clipping)
+        check_ghosts(virtual_batch_size, {"renorm": renorm, "synchronized": synchronized})
+        check_policy(freeze)
         super().__init__(
             axis=axis,
-            momentum=momentum,
+            momentum=0.0 if momentum is None else momentum,
             epsilon=epsilon,
             center=center,
             scale=scale,
@@ -157,9 +172,16 @@ class BatchNormalization(keras.layers.BatchNormalization):
             renorm=renorm,
             renorm_clipping=renorm_clipping,
             renorm_momentum=renorm_momentum,
-            synchronized=synchronized,
             **kwargs,
         )
+        if momentum is None:
+            self.momentum = None
+        self.synchronized = synchronized  # Keras's constructor takes it on TensorFlow only.
+        self.virtual_batch_size = virtual_batch_size
+        self.bessel_correction = bessel_correction
+        activation = keras.activations.get(activation)
+        self.activation = None if activation is keras.activations.linear else activation
+        self.batches_seen: Any = None
         self._policy: FreezePolicy = "none" if freeze == "all" else freeze
         if freeze == "all":
             self.trainable = False
@@ -196,7 +218,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     @freeze.setter
     def freeze(self, policy: FreezePolicy) -> None:
-        self._check_policy(policy)
+        check_policy(policy)
         if policy != "all":
             self._policy = policy
         self._set_trainable(policy != "all")
@@ -220,25 +242,38 @@ class BatchNormalization(keras.layers.BatchNormalization):
             if weight is not None and self._policy == "affine":
                 weight.trainable = False
 
-    @staticmethod
-    def _check_policy(policy: Any) -> None:
-        if policy not in get_args(FreezePolicy):
-            raise OptionError(
-                "There is no such freeze policy of BatchNormalization",
-                where="freeze",
-                expected="one of " + ", ".join(map(repr, get_args(FreezePolicy))),
-                received=repr(policy),
-            )
-
     def build(self, input_shape: Any) -> None:
-        """As the stock layer's."""
+        """As the stock layer's; its weights come first."""
+        if self.virtual_batch_size is not None and self.axis % len(input_shape) == 0:
+            raise OptionError(
+                "Ghost batches are parts of the first axis, and here that holds the channels",
+                where=self.path,
+                expected="another channel axis than 0, or no virtual_batch_size",
+                received=f"axis={self.axis}, virtual_batch_size={self.virtual_batch_size}",
+            )
         super().build(input_shape)
+        if self.momentum is None:
+            self.batches_seen = self.add_weight(
+                shape=(2, input_shape[self.axis]),
+                name="batches_seen",
+                initializer="zeros",
+                trainable=False,
+                autocast=False,
+            )
         self._hold_affine()  # Only now: Keras orders weights by what they are when made.
 
     def get_config(self) -> dict[str, Any]:
         """The stock layer's config, and of the options beyond it those that are used."""
         config = super().get_config()
-        return config if self._policy == "none" else {**config, "freeze": self._policy}
+        if self._policy != "none":
+            config["freeze"] = self._policy
+        if self.virtual_batch_size is not None:
+            config["virtual_batch_size"] = self.virtual_batch_size
+        if self.bessel_correction:
+            config["bessel_correction"] = True
+        if self.activation is not None:
+            config["activation"] = keras.activations.serialize(self.activation)
+        return config
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
         """As ``keras.layers.Layer.add_weight``; statistics are float32 at least.
@@ -257,40 +292,51 @@ class BatchNormalization(keras.layers.BatchNormalization):
             return self._normalize_batch(inputs, mask)
         # Stock operations, so that converters recognise an inference graph. (No mask: it decides
         # nothing here.)
-        return super().call(inputs, training=False)
+        return self._activate(super().call(inputs, training=False))
 
     def _normalize_batch(self, inputs: Any, mask: Any) -> Any:
         """Training mode: called exactly when the batch's own statistics normalise."""
-        if self.renorm or self.synchronized:
-            self._check_stock_mask(inputs, mask)
-            return super().call(inputs, training=True, mask=mask)
-        if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(inputs.dtype)):
-            inputs = ops.cast(inputs, kernels.statistics_dtype(inputs.dtype))
+        wide = kernels.statistics_dtype(inputs.dtype)
+        if self.renorm or not keras.backend.is_float_dtype(
+            keras.backend.standardize_dtype(inputs.dtype)
+        ):
+            inputs = ops.cast(inputs, wide)
+        gamma, beta = (None if w is None else w.value for w in cast(Any, (self.gamma, self.beta)))
+        rectifies = self.activation is keras.activations.relu and not self.renorm
         moving_mean, moving_variance = cast(Any, (self.moving_mean, self.moving_variance))
-        result = kernels.normalize(
+        batch = self._kernel()(
             inputs,
-            None if self.gamma is None else self.gamma.value,
-            None if self.beta is None else self.beta.value,
+            *(() if self.renorm else (gamma, beta)),
             axis=self.axis,
             epsilon=self.epsilon,
             mask=mask,
             fallback=(moving_mean.value, moving_variance.value),
+            relu=rectifies,
         )
-        self._update_moving(result)
-        return ops.cast(result.output, self.compute_dtype)
+        output = self._renormalize(batch, gamma, beta) if self.renorm else batch.output
+        _moving.step(self, batch)
+        output = ops.cast(output, self.compute_dtype)
+        return output if rectifies else self._activate(output)
 
-    def _update_moving(self, batch: kernels.Normalized) -> None:
-        """One step of the moving averages, where the batch has something to say."""
-        known = ops.isfinite(batch.mean) & ops.isfinite(batch.variance)
-        steps = (
-            (self.moving_mean, batch.mean, known & (batch.count > 0)),
-            (self.moving_variance, batch.variance, known & (batch.count > 1)),
-        )
-        for variable, value, counts in cast(Any, steps):
-            old = variable.value
-            value = ops.cast(value, variable.dtype)
-            new = old * self.momentum + value * (1.0 - self.momentum)
-            variable.assign(ops.where(counts, new, old))
+    def _kernel(self) -> Callable[..., kernels.Normalized]:
+        if self.virtual_batch_size is not None:
+            return partial(kernels.normalize_ghosts, size=self.virtual_batch_size)
+        return kernels.normalize_synchronized if self.synchronized else kernels.normalize
+
+    def _renormalize(self, batch: kernels.Normalized, gamma: Any, beta: Any) -> Any:
+        r"""Batch renormalization: :math:`(\hat x r + d) \gamma + \beta`."""
+        shape = [1] * len(batch.output.shape)
+        shape[self.axis] = -1
+        r, d = (ops.reshape(part, shape) for part in _moving.correction(self, batch))
+        output = batch.output * r + d
+        if gamma is not None:
+            output = output * ops.reshape(ops.cast(gamma, output.dtype), shape)
+        if beta is not None:
+            output = output + ops.reshape(ops.cast(beta, output.dtype), shape)
+        return output
+
+    def _activate(self, output: Any) -> Any:
+        return output if self.activation is None else self.activation(output)
 
     def _check_mask(self, inputs: Any, mask: Any) -> None:
         if mask is None:
@@ -309,17 +355,4 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 where=self.path,
                 expected=f"shape {tuple(expected)}, that of the input without axis {self.axis}",
                 received=f"shape {tuple(received)} for an input of shape {tuple(shape)}",
-            )
-
-    def _check_stock_mask(self, inputs: Any, mask: Any) -> None:
-        """The stock layer's code takes the last axis of a masked input for several channels."""
-        shape = tuple(inputs.shape)
-        channel = self.axis % len(shape)
-        if mask is not None and (channel != len(shape) - 1 or shape[channel] == 1):
-            raise DataError(
-                "With renorm or synchronized this BatchNormalization cannot take this mask",
-                where=self.path,
-                expected="the channel axis last, with two channels or more, or no mask",
-                received=f"channel axis {channel} of an input of shape {shape}",
-                remedy="use neither option, or move the channels to the end before the layer",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal
 
 import keras
@@ -15,6 +16,7 @@ from truenorm._records.rewrites import Change, Rewrite
 from truenorm._records.sites import Left
 from truenorm._sites import apply, is_own_class
 
+_OF_EVERY_LAYER = ("name", "trainable", "dtype")
 _CLASSES: dict[str, Any] = {
     "truenorm": BatchNormalization,
     "keras": keras.layers.BatchNormalization,
@@ -25,7 +27,8 @@ def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) 
     """Swap every BatchNormalization for truenorm's or for Keras's, weights and outputs kept.
 
     The function of the model stays: outputs are compared on a probe before the new model is
-    returned. The model given is not changed.
+    returned. The model given is not changed. A layer with an option that Keras's does not have is
+    left, with its reason in the receipt.
 
     Args:
         model: A functional or built Sequential ``keras.Model``, nested ones included.
@@ -65,6 +68,9 @@ def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) 
             return Left(call.path, f"it is {to}'s already")
         if is_own_class(layer):
             return Left(call.path, f"its class {type(layer).__name__} is somebody's own")
+        option = _only_ours(layer) if to == "keras" else None
+        if option is not None:
+            return Left(call.path, f"Keras's layer has nothing like its {option}")
         edit[layer] = [Piece(target.from_config(layer.get_config()), layer)]
         return Change(call.path, f"now {to}'s BatchNormalization")
 
@@ -72,3 +78,16 @@ def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) 
     new = rebuild(model, edit)
     errors = verify(model, new, make_inputs(model) if probe is None else probe, "Replacing")
     return Rewrite(new, f"replace to {to}", changed, left, *errors)
+
+
+def _only_ours(layer: Any) -> str | None:
+    """An option in use that Keras's layer does not have, on this backend; None if there is none."""
+    known = inspect.signature(keras.layers.BatchNormalization).parameters
+    for option, value in layer.get_config().items():
+        if option not in known and option not in _OF_EVERY_LAYER:
+            return option
+        if option == "momentum" and value is None:
+            return option
+        if option == "synchronized" and value and keras.config.backend() != "tensorflow":
+            return option
+    return None

@@ -10,9 +10,14 @@ A kernel is a function ``normalize`` with exactly the signature of :func:`normal
 * ``mask``: booleans in the shape of ``x`` without its channel axis (axes of size 1 stretch), or
   None. False: the value does not count in the statistics. It is normalised all the same.
 * ``fallback``: mean and variance that normalise if the mask leaves no value.
+* ``relu``: whether negative outputs become 0, in the same pass where the backend can.
 
 It returns :class:`Normalized`. It computes in float32 at least; its output differentiates through
 the statistics, right to the second order at least, with respect to ``x``, ``gamma`` and ``beta``.
+
+Two more have the same signature: ``normalize_synchronized``, whose statistics are of the batches of
+all replicas of a distributed run together, and ``normalize_ghosts`` (``_ghosts.py``), which takes
+the ``size`` of a ghost batch besides.
 
 Only the files named after a framework import one, and only that of the backend in use is loaded.
 """
@@ -22,14 +27,23 @@ from __future__ import annotations
 import keras
 
 from truenorm.kernels._contract import Normalized, statistics_dtype
+from truenorm.kernels._ghosts import normalize_ghosts
 
 if keras.config.backend() == "jax":
-    from truenorm.kernels._jax import normalize
+    from truenorm.kernels._jax import normalize, normalize_synchronized
 elif keras.config.backend() == "tensorflow":
-    from truenorm.kernels._tensorflow import normalize
+    from truenorm.kernels._tensorflow import normalize, normalize_synchronized
 elif keras.config.backend() == "torch":
-    from truenorm.kernels._torch import normalize
+    from truenorm.kernels._torch import normalize, normalize_synchronized
 else:
     from truenorm.kernels._composite import normalize
 
-__all__ = ["Normalized", "normalize", "statistics_dtype"]
+    normalize_synchronized = normalize
+
+__all__ = [
+    "Normalized",
+    "normalize",
+    "normalize_ghosts",
+    "normalize_synchronized",
+    "statistics_dtype",
+]

@@ -10,10 +10,18 @@ mean :math:`s`, and let the deviations :math:`d_i = x_i - s` correct both moment
 In exact arithmetic :math:`\delta = 0`; in float32 it is the rounding error of :math:`s`, which for
 a mean of 1000 and a standard deviation of 0.05 would cost three digits of the output. None of the
 moments depends on :math:`s`, so it is a constant for the derivatives.
+
+Over several replicas (``gather``), each has its own :math:`n_r, s_r, \delta_r, \sigma_r^2`. These
+are merged by the law of total variance around a common :math:`s`, with
+:math:`o_r = (s_r - s) + \delta_r`:
+
+.. math:: \delta = \tfrac1n \sum_r n_r o_r, \qquad
+          \sigma^2 = \tfrac1n \sum_r n_r \left( \sigma_r^2 + (o_r - \delta)^2 \right) .
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -21,6 +29,9 @@ import keras
 from truenorm.kernels._contract import Normalized, statistics_dtype
 
 ops: Any = keras.ops
+
+Gather = Callable[[Any], Any]
+"""From a vector to those of all replicas, one per row; differentiable."""
 
 
 def normalize(
@@ -32,27 +43,57 @@ def normalize(
     epsilon: float,
     mask: Any = None,
     fallback: tuple[Any, Any] | None = None,
+    relu: bool = False,
+    gather: Gather | None = None,
 ) -> Normalized:
-    """See :func:`truenorm.kernels.normalize`."""
+    """See :mod:`truenorm.kernels`; with ``gather``, of the batches of all replicas together."""
+    channel = axis % len(x.shape)
+    valid = None if mask is None else ops.expand_dims(ops.cast(mask, "bool"), channel)
+    result = normalize_apart(
+        x, gamma, beta, (channel,), epsilon, valid, fallback, relu=relu, gather=gather
+    )
+    return Normalized(
+        result.output,
+        ops.reshape(result.mean, [-1]),
+        ops.reshape(result.variance, [-1]),
+        ops.reshape(result.count, []),
+    )
+
+
+def normalize_apart(
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    kept: tuple[int, ...],
+    epsilon: float,
+    valid: Any = None,
+    fallback: tuple[Any, Any] | None = None,
+    *,
+    relu: bool = False,
+    gather: Gather | None = None,
+) -> Normalized:
+    """Statistics for each index of the axes ``kept``, of which the last holds the channels.
+
+    ``valid`` is the mask in a shape that stretches to that of ``x``, of size 1 for the channels;
+    the statistics and their count come in shapes that stretch to that of ``x``, too.
+    """
     dtype = statistics_dtype(x.dtype)
     values = ops.cast(x, dtype)
-    channel = axis % len(x.shape)
-    reduced = [a for a in range(len(x.shape)) if a != channel]
+    reduced = [a for a in range(len(x.shape)) if a not in kept]
     shape = ops.shape(x)
-    rows = 1
-    for a in reduced:
-        rows = rows * shape[a]
     broadcast = [1] * len(x.shape)
-    broadcast[channel] = shape[channel]
+    broadcast[kept[-1]] = shape[kept[-1]]
 
-    if mask is None:
-        valid = None
+    if valid is None:
+        rows = 1
+        for a in reduced:
+            rows = rows * shape[a]
         count = ops.cast(rows, dtype)
     else:
         row_shape = list(shape)
-        row_shape[channel] = 1
-        valid = ops.broadcast_to(ops.expand_dims(ops.cast(mask, "bool"), channel), row_shape)
-        count = ops.sum(ops.cast(valid, dtype))
+        row_shape[kept[-1]] = 1
+        valid = ops.broadcast_to(valid, row_shape)
+        count = ops.sum(ops.cast(valid, dtype), axis=reduced, keepdims=True)
     share = 1.0 / ops.where(count > 0, count, 1.0)
 
     def average(terms: Any) -> Any:
@@ -64,8 +105,11 @@ def normalize(
     deviations = values - shift
     delta = average(deviations)
     variance = average(ops.square(deviations)) - ops.square(delta)
+    if gather is not None:
+        count, shift, delta, variance = _merged(count, shift, delta, variance, gather)
+        deviations = values - shift
     variance = ops.where(variance < 0, 0.0, variance)  # Not maximum: it is float32 on PyTorch.
-    if valid is not None and fallback is not None:
+    if fallback is not None and (valid is not None or gather is not None):
         # No valid value: normalise with the statistics given, shifted as the deviations are.
         given_mean, given_variance = (
             ops.reshape(ops.cast(value, dtype), broadcast) for value in fallback
@@ -80,8 +124,24 @@ def normalize(
     if beta is not None:
         output = output + ops.reshape(ops.cast(beta, dtype), broadcast)
     return Normalized(
-        ops.cast(output, x.dtype),
-        ops.stop_gradient(ops.reshape(shift + delta, [-1])),
-        ops.stop_gradient(ops.reshape(variance, [-1])),
+        ops.cast(ops.relu(output) if relu else output, x.dtype),
+        ops.stop_gradient(shift + delta),
+        ops.stop_gradient(variance),
         count,
     )
+
+
+def _merged(count: Any, shift: Any, delta: Any, variance: Any, gather: Gather) -> tuple[Any, ...]:
+    """Count, shift, delta and variance of all replicas together; one collective."""
+    shape = ops.shape(delta)
+    vectors = (ops.reshape(part, [-1]) for part in (count, shift, delta, variance))
+    rows = gather(ops.concatenate(list(vectors)))
+    counts, parts = rows[:, :1], ops.reshape(rows[:, 1:], [rows.shape[0], 3, -1])
+    total = ops.sum(counts)
+    weights = counts / ops.where(total > 0, total, 1.0)
+    shifts, deltas, variances = parts[:, 0], parts[:, 1], parts[:, 2]
+    shift = ops.stop_gradient(ops.sum(weights * shifts, axis=0))
+    offsets = (ops.stop_gradient(shifts) - shift) + deltas
+    delta = ops.sum(weights * offsets, axis=0)
+    variance = ops.sum(weights * (variances + ops.square(offsets - delta)), axis=0)
+    return total, *(ops.reshape(part, shape) for part in (shift, delta, variance))

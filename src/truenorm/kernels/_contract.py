@@ -18,12 +18,14 @@ class Normalized:
         variance: Population (biased) variance per channel, as ``mean``.
         count: Number of values per channel that the statistics are of: a scalar tensor, or a number
             where it is known.
+        batches: Number of (ghost) batches that the statistics are the average of.
     """
 
     output: Any
     mean: Any
     variance: Any
     count: Any
+    batches: Any = 1
 
 
 def statistics_dtype(dtype: Any) -> str:

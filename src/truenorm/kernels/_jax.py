@@ -35,11 +35,12 @@ def normalize(
     epsilon: float,
     mask: Any = None,
     fallback: tuple[Any, Any] | None = None,
+    relu: bool = False,
 ) -> Normalized:
     """See :mod:`truenorm.kernels`. Masks take the composite."""
     if mask is not None:
         return _composite.normalize(
-            x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, fallback=fallback
+            x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, fallback=fallback, relu=relu
         )
     channel = axis % x.ndim
     channels = x.shape[channel]
@@ -48,7 +49,7 @@ def normalize(
     scale = jnp.ones(channels, dtype) if gamma is None else gamma.astype(dtype)
     offset = jnp.zeros(channels, dtype) if beta is None else beta.astype(dtype)
     rows = x.reshape((before, channels, after) if after != 1 else (before, channels))
-    output, mean, variance = cast(Any, _normalize(epsilon, rows, scale, offset))
+    output, mean, variance = cast(Any, _normalize(epsilon, relu, rows, scale, offset))
     return Normalized(
         output.reshape(x.shape),
         jax.lax.stop_gradient(mean),
@@ -57,12 +58,16 @@ def normalize(
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normalize(epsilon: float, rows: Any, gamma: Any, beta: Any) -> Any:
-    return _forward(epsilon, rows, gamma, beta)[0]
+normalize_synchronized = normalize
+"""The same: a program that ``keras.distribution`` spreads over devices sees the whole batch."""
 
 
-def _forward(epsilon: float, rows: Any, gamma: Any, beta: Any) -> Any:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _normalize(epsilon: float, relu: bool, rows: Any, gamma: Any, beta: Any) -> Any:
+    return _forward(epsilon, relu, rows, gamma, beta)[0]
+
+
+def _forward(epsilon: float, relu: bool, rows: Any, gamma: Any, beta: Any) -> Any:
     values = rows.astype(gamma.dtype)
     share = 1.0 / max(rows.size // max(rows.shape[1], 1), 1)
     shift = jax.lax.stop_gradient(_total(values) * share)
@@ -72,13 +77,18 @@ def _forward(epsilon: float, rows: Any, gamma: Any, beta: Any) -> Any:
     rstd = jax.lax.rsqrt(variance + epsilon)
     output = (deviations - _spread(delta, rows)) * _spread(rstd * gamma, rows)
     output = (output + _spread(beta, rows)).astype(rows.dtype)
-    return (output, shift + delta, variance), (rows, gamma, shift, delta, rstd)
+    if relu:
+        output = jnp.where(output < 0, 0, output)  # Not maximum: a NaN stays.
+    kept = (rows, gamma, shift, delta, rstd, output if relu else None)
+    return (output, shift + delta, variance), kept
 
 
-def _backward(epsilon: float, kept: Any, cotangents: Any) -> Any:
+def _backward(epsilon: float, relu: bool, kept: Any, cotangents: Any) -> Any:
     del epsilon  # It is in rstd.
-    rows, gamma, shift, delta, rstd = kept
+    rows, gamma, shift, delta, rstd, output = kept
     gradient = cotangents[0].astype(gamma.dtype)
+    if relu:
+        gradient = jnp.where(output > 0, gradient, 0)
     share = 1.0 / max(rows.size // max(rows.shape[1], 1), 1)
     deviations = (rows.astype(gamma.dtype) - _spread(shift, rows)) - _spread(delta, rows)
     normalized = deviations * _spread(rstd, rows)

@@ -33,12 +33,13 @@ def normalize(
     epsilon: float,
     mask: Any = None,
     fallback: tuple[Any, Any] | None = None,
+    relu: bool = False,
 ) -> Normalized:
     """See :mod:`truenorm.kernels`. Masks take the composite."""
     x = tf.convert_to_tensor(x)
     if mask is not None:
         return _composite.normalize(
-            x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, fallback=fallback
+            x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, fallback=fallback, relu=relu
         )
     channel = axis % len(x.shape)
     channels = x.shape[channel]
@@ -50,7 +51,7 @@ def normalize(
     after = 1 if last else tf.reduce_prod(shape[channel + 1 :])
     before = tf.reduce_prod(shape[:channel])
     rows = tf.reshape(x, (before, channels) if last else (before, channels, after))
-    kernel = _kernel(epsilon, 2 if last else 3, x.dtype.name, dtype)
+    kernel = _kernel(epsilon, relu, 2 if last else 3, x.dtype.name, dtype)
     output, mean, variance = kernel(rows, scale, offset)
     output = tf.reshape(output, shape)
     output.set_shape(x.shape)
@@ -60,55 +61,74 @@ def normalize(
     return Normalized(output, tf.stop_gradient(mean), tf.stop_gradient(variance), count)
 
 
+def normalize_synchronized(
+    x: Any, gamma: Any = None, beta: Any = None, **options: Any
+) -> Normalized:
+    """See :mod:`truenorm.kernels`: over the replicas of the ``tf.distribute`` strategy."""
+    replica = tf.distribute.get_replica_context()
+    replicas = getattr(replica, "num_replicas_in_sync", 1)  # None between replicas
+    if replicas == 1:
+        return normalize(x, gamma, beta, **options)
+
+    def gather(vector: Any) -> Any:
+        # As a sum, every strategy has it, and TensorFlow its gradient.
+        own = tf.one_hot(replica.replica_id_in_sync_group, replicas, True, False, dtype=tf.bool)
+        rows = tf.where(own[:, None], vector[None, :], tf.zeros_like(vector))
+        return replica.all_reduce(tf.distribute.ReduceOp.SUM, rows)
+
+    return _composite.normalize(x, gamma, beta, gather=gather, **options)
+
+
 @lru_cache(maxsize=64)
-def _kernel(epsilon: float, rank: int, x_dtype: str, dtype: str) -> Callable[..., Any]:
-    """The kernel for one epsilon, rank of the rows and pair of dtypes.
+def _kernel(epsilon: float, relu: bool, rank: int, x_dtype: str, dtype: str) -> Callable[..., Any]:
+    """The kernel for one epsilon, with ReLU or not, one rank of the rows and pair of dtypes.
 
     Its functions are traced once, for any size, so that new shapes never retrace.
     """
     rows_spec = tf.TensorSpec([None] * rank, x_dtype)
     channel_spec = tf.TensorSpec([None], dtype)
     forward = tf.function(
-        _forward(epsilon, dtype),
+        _forward(epsilon, dtype, relu),
         input_signature=(rows_spec, channel_spec, channel_spec),
         jit_compile=True,
         autograph=False,
     )
     backward = tf.function(
         _backward,
-        input_signature=(rows_spec, rows_spec, *[channel_spec] * 4),
+        input_signature=(rows_spec, rows_spec, *[channel_spec] * 4, *[rows_spec] * relu),
         jit_compile=True,
         autograph=False,
     )
 
     @tf.custom_gradient
     def differentiable_backward(
-        gradient: Any, rows: Any, gamma: Any, shift: Any, delta: Any, rstd: Any
+        gradient: Any, rows: Any, gamma: Any, shift: Any, delta: Any, rstd: Any, *rectified: Any
     ) -> Any:
         def second(*cotangents: Any) -> Any:
             # The statistics depend on the rows, which their captured values would hide.
             with tf.GradientTape() as tape:
                 tape.watch((gradient, rows, gamma))
-                _, *kept = _forward(epsilon, dtype)(rows, gamma, gamma)
-                first = _backward(gradient, rows, gamma, kept[0], kept[1], kept[3])
+                _, shift, delta, _, rstd = _forward(epsilon, dtype, relu)(rows, gamma, gamma)
+                first = _backward(gradient, rows, gamma, shift, delta, rstd, *rectified)
             seconds = tape.gradient(first, (gradient, rows, gamma), output_gradients=cotangents)
-            return (*seconds, None, None, None)
+            return (*seconds, None, None, None, *[None] * relu)
 
-        return backward(gradient, rows, gamma, shift, delta, rstd), second
+        return backward(gradient, rows, gamma, shift, delta, rstd, *rectified), second
 
     @tf.custom_gradient
     def kernel(rows: Any, gamma: Any, beta: Any) -> Any:
         output, shift, delta, variance, rstd = forward(rows, gamma, beta)
 
         def first(gradient: Any, *_: Any) -> Any:
-            return differentiable_backward(gradient, rows, gamma, shift, delta, rstd)
+            kept = (rows, gamma, shift, delta, rstd, *[output] * relu)
+            return differentiable_backward(gradient, *kept)
 
         return (output, shift + delta, variance), first
 
     return kernel
 
 
-def _forward(epsilon: float, dtype: str) -> Callable[..., Any]:
+def _forward(epsilon: float, dtype: str, relu: bool) -> Callable[..., Any]:
     def forward(rows: Any, gamma: Any, beta: Any) -> Any:
         values = tf.cast(rows, dtype)
         share = _share(rows, dtype)
@@ -119,12 +139,18 @@ def _forward(epsilon: float, dtype: str) -> Callable[..., Any]:
         rstd = tf.math.rsqrt(variance + epsilon)
         output = (deviations - _spread(delta, rows)) * _spread(rstd * gamma, rows)
         output = tf.cast(output + _spread(beta, rows), rows.dtype)
+        if relu:
+            output = tf.nn.relu(output)
         return output, shift, delta, variance, rstd
 
     return forward
 
 
-def _backward(gradient: Any, rows: Any, gamma: Any, shift: Any, delta: Any, rstd: Any) -> Any:
+def _backward(
+    gradient: Any, rows: Any, gamma: Any, shift: Any, delta: Any, rstd: Any, *rectified: Any
+) -> Any:
+    for output in rectified:
+        gradient = tf.where(output > 0, gradient, tf.zeros_like(gradient))
     share = _share(rows, gamma.dtype)
     gradient = tf.cast(gradient, gamma.dtype)
     deviations = (tf.cast(rows, gamma.dtype) - _spread(shift, rows)) - _spread(delta, rows)

@@ -20,6 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import distributed
 
 from truenorm.kernels import _composite
 from truenorm.kernels._contract import Normalized
@@ -38,6 +39,7 @@ def normalize(
     epsilon: float,
     mask: Any = None,
     fallback: tuple[Any, Any] | None = None,
+    relu: bool = False,
 ) -> Normalized:
     """See :mod:`truenorm.kernels`.
 
@@ -52,7 +54,7 @@ def normalize(
         or torch.compiler.is_compiling()
     ):
         return _composite.normalize(
-            x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, fallback=fallback
+            x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, fallback=fallback, relu=relu
         )
     dtype = torch.promote_types(x.dtype, torch.float32)
     after = math.prod(x.shape[axis % x.dim() + 1 :])
@@ -61,34 +63,41 @@ def normalize(
     offset = _parameter(beta, 0.0, channels, dtype, x.device)
     mean, variance = _moments(rows.detach().to(dtype))
     if x.device.type == "cpu" and _near_zero(mean, variance, epsilon):
-        output = _Normalize.apply(rows, scale, offset, mean, variance, epsilon)
+        output = _Normalize.apply(rows, scale, offset, mean, variance, epsilon, relu)
     else:
         shift = mean
         rows = rows.to(dtype) - (shift if after == 1 else shift[:, None])
         delta, variance = _moments(rows.detach())
         mean = shift + delta
-        output = _Normalize.apply(rows, scale, offset, delta, variance, epsilon)
+        output = _Normalize.apply(rows, scale, offset, delta, variance, epsilon, relu)
     return Normalized(output.reshape(x.shape).to(x.dtype), mean, variance, count)
 
 
 class _Normalize(torch.autograd.Function):
-    """Normalise rows with their own statistics, which come along as constants."""
+    """Normalise rows with their own statistics, which come along as constants.
+
+    ReLU works in place, and its derivative reads the output, which the next layer keeps anyway.
+    """
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows: Any, gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float
+        rows: Any, gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float, relu: bool
     ) -> Any:
-        return torch.native_batch_norm(rows, gamma, beta, mean, variance, False, 0.0, epsilon)[0]
+        output = torch.native_batch_norm(rows, gamma, beta, mean, variance, False, 0.0, epsilon)[0]
+        return output.relu_() if relu else output
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
-        rows, gamma, _, mean, variance, epsilon = inputs
-        ctx.save_for_backward(rows, gamma, mean, torch.rsqrt(variance + epsilon))
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        rows, gamma, _, mean, variance, epsilon, relu = inputs
+        rstd = torch.rsqrt(variance + epsilon)
+        ctx.save_for_backward(rows, gamma, mean, rstd, *[output] * relu)
         ctx.epsilon = epsilon
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, gamma, mean, rstd = ctx.saved_tensors
+        rows, gamma, mean, rstd, *rectified = ctx.saved_tensors
+        for output in rectified:
+            gradient = torch.ops.aten.threshold_backward(gradient, output, 0)
         gradients = torch.ops.aten.native_batch_norm_backward(
             gradient.contiguous(),
             rows,
@@ -101,7 +110,40 @@ class _Normalize(torch.autograd.Function):
             ctx.epsilon,
             list(ctx.needs_input_grad[:3]),
         )
-        return (*gradients, None, None, None)
+        return (*gradients, None, None, None, None)
+
+
+def normalize_synchronized(
+    x: Any, gamma: Any = None, beta: Any = None, **options: Any
+) -> Normalized:
+    """See :mod:`truenorm.kernels`: over the processes of ``torch.distributed``."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return normalize(x, gamma, beta, **options)
+    if distributed.get_world_size() == 1:
+        return normalize(x, gamma, beta, **options)
+
+    def gather(vector: Any) -> Any:
+        # As a sum of rows, each from one process: every communication backend has it.
+        rows = vector.new_zeros(distributed.get_world_size(), len(vector))
+        own = torch.zeros_like(rows, dtype=torch.bool)
+        own[distributed.get_rank()] = True
+        return _Sum.apply(torch.where(own, vector, rows))
+
+    return _composite.normalize(x, gamma, beta, gather=gather, **options)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; so is its derivative, to any order."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Any) -> Any:  # noqa: ARG004
+        total = values.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:  # noqa: ARG004  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Sum.apply(gradient)
 
 
 def _moments(rows: Any) -> tuple[Any, Any]:

@@ -1,0 +1,71 @@
+"""What the constructor of the layer refuses, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from truenorm._errors import OptionError
+
+FreezePolicy = Literal["none", "all", "statistics", "affine"]
+
+_CLIPPING = ("rmin", "rmax", "dmax")
+
+
+def check_average(momentum: Any, epsilon: Any) -> None:
+    """Refuse a momentum that is no weight, and an epsilon below 0."""
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise OptionError(
+            "The momentum of BatchNormalization is the weight of the old moving statistics",
+            expected="a number from 0 to 1, or None for the mean over all batches",
+            received=repr(momentum),
+        )
+    if not epsilon >= 0:
+        raise OptionError(
+            "The epsilon of BatchNormalization is added to a variance",
+            expected="a number of 0 or more",
+            received=repr(epsilon),
+        )
+
+
+def check_renorm(renorm: bool, clipping: Mapping[str, float | None] | None) -> None:
+    """Refuse limits of the correction that are unknown or contradict each other."""
+    given = {name: value for name, value in (clipping or {}).items() if value is not None}
+    lowest, highest = given.get("rmin", 0.0), given.get("rmax", float("inf"))
+    fits = set(given) <= set(_CLIPPING) and lowest <= highest and given.get("dmax", 0.0) >= 0
+    if renorm and not fits:
+        raise OptionError(
+            "The renorm_clipping of BatchNormalization limits the correction r, d",
+            expected="rmin and rmax with rmin <= rmax, and dmax of 0 or more; each may be missing",
+            received=repr(clipping),
+        )
+
+
+def check_ghosts(size: Any, others: Mapping[str, bool]) -> None:
+    """Refuse a size that is none, and options that ask for other statistics than ghost batches."""
+    if size is None:
+        return
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise OptionError(
+            "The virtual_batch_size of BatchNormalization is a number of samples",
+            expected="an integer of 1 or more, or None",
+            received=repr(size),
+        )
+    for name, chosen in others.items():
+        if chosen:
+            raise OptionError(
+                f"BatchNormalization has both virtual_batch_size and {name}",
+                expected="one of the two: they ask for different statistics of the same batch",
+                received=f"virtual_batch_size={size}, {name}=True",
+            )
+
+
+def check_policy(policy: Any) -> None:
+    """Refuse what is no freeze policy."""
+    if policy not in get_args(FreezePolicy):
+        raise OptionError(
+            "There is no such freeze policy of BatchNormalization",
+            where="freeze",
+            expected="one of " + ", ".join(map(repr, get_args(FreezePolicy))),
+            received=repr(policy),
+        )

@@ -1,0 +1,74 @@
+"""Ghost batches: each part of a batch normalised with its own statistics.
+
+Hoffer, Hubara and Soudry (2017), "Train longer, generalize better", arXiv:1705.08741. As in
+``tf.keras`` 2 (``virtual_batch_size``), sample i is in ghost batch i mod g, and the statistics to
+remember are the ghost batches' average. There the size had to divide the batch. Here a batch of n
+samples makes max(1, n // size) ghost batches, whose sizes differ by one at most and are below the
+size asked for only if the whole batch is; and the average is weighted by count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from truenorm.kernels._composite import normalize_apart
+from truenorm.kernels._contract import Normalized
+
+ops: Any = keras.ops
+
+
+def normalize_ghosts(
+    x: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    *,
+    size: int,
+    axis: int,
+    epsilon: float,
+    mask: Any = None,
+    fallback: tuple[Any, Any] | None = None,
+    relu: bool = False,
+) -> Normalized:
+    """See :mod:`truenorm.kernels`; ``size`` is the number of samples in a ghost batch."""
+    channel = axis % len(x.shape)
+    samples, *inner = ops.shape(x)
+    static = isinstance(samples, int)
+    groups = max(1, samples // size) if static else ops.maximum(1, samples // size)
+    rows = -(-samples // groups)
+    padding = rows * groups - samples
+
+    def split(values: Any) -> Any:
+        # What fills up the last row is any of the values: it does not count.
+        padded = ops.concatenate([values, values[:padding]])
+        return ops.reshape(padded, [rows, groups, *ops.shape(values)[1:]])
+
+    valid = None
+    if mask is not None or not static or padding:
+        row_shape = [samples, *inner]
+        row_shape[channel] = 1
+        given = ops.ones(row_shape, "bool") if mask is None else ops.expand_dims(mask, channel)
+        given = ops.broadcast_to(ops.cast(given, "bool"), row_shape)
+        inside = ops.reshape(ops.arange(rows * groups) < samples, [rows, groups, *[1] * len(inner)])
+        valid = ops.logical_and(split(given), inside)
+    result = normalize_apart(
+        split(x), gamma, beta, (1, channel + 1), epsilon, valid, fallback, relu=relu
+    )
+    output = ops.reshape(result.output, [rows * groups, *inner])[:samples]
+    return Normalized(output, *_pooled(result, groups))
+
+
+def _pooled(ghosts: Normalized, groups: Any) -> tuple[Any, Any, Any, Any]:
+    """Mean, variance, count, and number of ghost batches with values, over all of them."""
+    ones = ops.ones([1, groups, *[1] * (len(ghosts.mean.shape) - 2)], ghosts.mean.dtype)
+    counts = ghosts.count * ones
+    total = ops.sum(counts)
+    weights = counts / ops.where(total > 0, total, 1.0)
+
+    def average(statistic: Any) -> Any:
+        terms = ops.where(counts > 0, weights * statistic, 0.0)
+        return ops.reshape(ops.sum(terms, axis=1), [-1])
+
+    filled = ops.sum(ops.cast(counts > 0, counts.dtype))
+    return average(ghosts.mean), average(ghosts.variance), total, filled

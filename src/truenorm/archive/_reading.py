@@ -72,7 +72,6 @@ class _Reader:
     variables: h5py.File
     layers: list[StoredLayer] = field(default_factory=list[StoredLayer])
     hidden: list[Left] = field(default_factory=list[Left])
-    stored_at: dict[int, str] = field(default_factory=dict[int, str])
 
     def look(self, entry: Mapping[str, Any], path: str, store: str) -> None:
         """Read one layer, and the ones inside it."""
@@ -80,6 +79,8 @@ class _Reader:
         package = _package(entry)
         if package is None:
             self.hidden.append(Left(path or "the model", f"of a class that is not Keras's: {kind}"))
+        elif kind == "BatchNormalization" and self._is_stored_elsewhere(entry, store):
+            self.hidden.append(Left(path, "stored with another model that shares it"))
         elif kind == "BatchNormalization":
             self.layers.append(self._layer(entry, path, store, package))
         else:
@@ -87,6 +88,10 @@ class _Reader:
                 own = _object(child, "config", path).get("name", child.get("name"))
                 name = _text(own, f"{path or CONFIG}: name of {below}")
                 self.look(child, f"{path}/{name}" if path else name, f"{store}{below}/")
+
+    def _is_stored_elsewhere(self, entry: Mapping[str, Any], store: str) -> bool:
+        """Whether this is a later occurrence of a shared layer (Keras cannot load such a file)."""
+        return "shared_object_id" in entry and f"{store}vars" not in self.variables
 
     def _layer(self, entry: Mapping[str, Any], path: str, store: str, package: str) -> StoredLayer:
         config = _object(entry, "config", path)
@@ -108,9 +113,6 @@ class _Reader:
         self, entry: Mapping[str, Any], config: Mapping[str, Any], path: str, store: str
     ) -> tuple[Array, Array]:
         """Moving mean and variance; all the variables must be there and of one length."""
-        identity = entry.get("shared_object_id")
-        if isinstance(identity, int):  # a layer in two models is stored where it comes first
-            store = self.stored_at.setdefault(identity, store)
         flags = [_kind(config.get(key, True), bool, f"{path}: {key}") for key in _LEARNED]
         first = sum(flags)
         values = [self._variable(f"{store}vars/{index}", path) for index in range(first + 2)]

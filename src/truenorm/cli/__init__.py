@@ -19,7 +19,7 @@ except ImportError:
     )
 
 from truenorm.cli.demo import demo
-from truenorm.cli.models import fold, inspect, place, recalibrate, replace
+from truenorm.cli.models import diagnose, fold, inspect, place, recalibrate, replace
 
 app = typer.Typer(
     name="truenorm",
@@ -29,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (inspect, place, fold, replace, recalibrate, demo):
+for command in (inspect, diagnose, place, fold, replace, recalibrate, demo):
     app.command()(command)
 
 

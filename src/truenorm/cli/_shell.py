@@ -34,6 +34,9 @@ Imports = Annotated[
         show_default=False,
     ),
 ]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Samples per batch; that of training is right.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -1,4 +1,4 @@
-"""The commands on one model in a file: inspect, place, fold, replace, recalibrate."""
+"""The commands on one model in a file: inspect, diagnose, place, fold, replace, recalibrate."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from truenorm.archive import MOST_PARAMETERS
 from truenorm.cli._data import read_data
 from truenorm.cli._shell import (
     AsJson,
+    BatchSize,
     File,
     Imports,
     MaxParameters,
@@ -63,6 +64,31 @@ def inspect(
         show(archive.read(file), as_json=as_json)
     else:
         show(tn.inspect(model_of(file, backend, max_parameters, imports)), as_json=as_json)
+
+
+def diagnose(
+    file: File,
+    data: Annotated[
+        Path | None, typer.Option(help="Training inputs, or x and y: .npy, .npz or .csv.")
+    ] = None,
+    select: Annotated[
+        list[str] | None, typer.Option(help="Only rules whose code begins so: TN1; repeatable.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="No rule whose code begins so: TN302; repeatable.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    as_json: AsJson = False,
+    backend: OnBackend = None,
+    max_parameters: MaxParameters = MOST_PARAMETERS,
+    imports: Imports = None,
+) -> None:
+    """Look for what is wrong with BatchNormalization; exit code 1 if more than notes is found."""
+    arrays = None if data is None else read_data(data)
+    model = model_of(file, backend, max_parameters, imports)
+    found = tn.diagnose(model, arrays, select=select, ignore=ignore, batch_size=batch_size)
+    show(found, as_json=as_json)
+    raise typer.Exit(0 if found.clean else 1)
 
 
 def place(
@@ -118,9 +144,7 @@ def recalibrate(
     upstream: Annotated[
         Upstream, typer.Option(help="Statistics of the layers before each layer meanwhile.")
     ] = Upstream.batch,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Samples per batch; that of training is right.")
-    ] = 32,
+    batch_size: BatchSize = 32,
     as_json: AsJson = False,
     backend: OnBackend = None,
     max_parameters: MaxParameters = MOST_PARAMETERS,

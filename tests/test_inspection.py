@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import dense, inputs_for, nested, residual, shake, snapshot, two_towers
+from models import dense, inputs_for, nested, residual, shake, snapshot, subclassed, two_towers
 
 import truenorm as tn
 
@@ -124,3 +124,166 @@ def test_a_training_flag_written_into_the_model_is_seen_to_lose(kind: str) -> No
     assert modes_of(model, "residual/stem_bn") == HEALTHY
     base.trainable = False
     assert modes_of(model, "residual/stem_bn") == FROZEN
+
+
+# --- surprises, each with its cause ------------------------------------------------------------
+
+
+def codes(model: Any, *data: Any) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for surprise in tn.inspect(model, *data).surprises:
+        found.setdefault(surprise.path, []).append(surprise.code)
+    return found
+
+
+def test_a_model_that_does_what_one_expects_has_no_surprises() -> None:
+    assert codes(residual("truenorm")) == {}
+    assert codes(nested()) == {}
+
+
+def test_the_causes_that_are_flags() -> None:
+    """Traps 11 and 12."""
+    model = nested("truenorm")
+    model.compile("sgd", "mse")
+    backbone = model.get_layer("backbone")
+    backbone.trainable = False
+    backbone.get_layer("b_bn").trainable = True
+    model.get_layer("head_model").get_layer("bn").freeze = "affine"
+    inspection = tn.inspect(model)
+    assert codes(model) == {
+        "backbone/stem_bn": ["changed_after_compile", "frozen_parent"],
+        "backbone/a_bn": ["changed_after_compile", "frozen_parent"],
+        "backbone/b_bn": ["parent_frozen_child_updates"],
+        "backbone/c_bn": ["changed_after_compile", "frozen_parent"],
+        "head_model/bn": ["policy"],
+    }
+    child = next(s for s in inspection.surprises if s.path == "backbone/b_bn")
+    assert child.explanation == (
+        "'backbone' is frozen, but this layer inside was made trainable again: its statistics "
+        "move, gamma and beta are not learned"
+    )
+    assert "policy" in str(inspection)
+    assert inspection.surprises[-1].explanation.endswith("gamma and beta stay as they are")
+    single = residual()
+    single.get_layer("a_bn").trainable = False
+    assert codes(single) == {"a_bn": ["frozen"]}
+    tn.freeze(model)
+    assert "changed_after_compile" not in str(codes(model))
+
+
+def test_the_causes_that_are_written_into_the_graph() -> None:
+    """Trap 9, at the layer's own call and at that of a model around it."""
+    inputs = keras.Input((6, 6, 3))
+    off, on, after = (keras.layers.BatchNormalization(name=n) for n in ("off", "on", "after"))
+    x = after(on(off(inputs, training=False), training=True))
+    model = keras.Model(inputs, keras.layers.Dense(1)(residual()(x, training=False)))
+    inspection = tn.inspect(model)
+    assert codes(model) == {
+        "off": ["baked_false_ignored"],
+        "on": ["baked_true"],
+        "after": ["bare_call_trains"],  # trap 19: the flag of the layer before it
+        **{f"residual/{n}_bn": ["baked_false_ignored"] for n in ("stem", "a", "b", "c")},
+    }
+    off_cause, on_cause, after_cause, inner_cause = inspection.surprises[:4]
+    assert off_cause.explanation.startswith("training=False is written into the model at its call")
+    assert on_cause.explanation.endswith("so the batch normalises in model(x)")
+    assert "'on' (BatchNormalization) before it has training=True" in after_cause.explanation
+    assert "at the call of 'residual'" in inner_cause.explanation
+
+
+def test_a_bare_call_behind_a_preprocessing_layer() -> None:
+    """Trap 19."""
+    model = keras.Sequential(
+        [keras.Input((8, 8, 3)), keras.layers.Resizing(4, 4, name="resize"),
+         keras.layers.BatchNormalization(name="bn")]
+    )  # fmt: skip
+    inspection = tn.inspect(model)
+    assert inspection.modes["model(x)"][0].describe() == "batch + updates"
+    (surprise,) = inspection.surprises
+    assert surprise.code == "bare_call_trains"
+    assert "'resize' (Resizing) before it has training=True" in surprise.explanation
+
+
+class Forgetful(keras.Model):
+    """Trap 10: its call has no ``training``."""
+
+    def __init__(self) -> None:
+        super().__init__(name="forgetful")
+        self.bn = keras.layers.BatchNormalization(name="bn")
+        self.drop = keras.layers.Dropout(0.5, name="drop")
+        self.head = keras.layers.Dense(1, name="head")
+        self.seen = keras.metrics.Mean(name="seen")
+
+    def call(self, x: Any) -> Any:
+        return self.head(self.drop(self.bn(x)))
+
+
+@pytest.fixture(scope="module")
+def forgetful() -> Any:
+    model = Forgetful()
+    model.compile(keras.optimizers.Adam(), "mse", metrics=["mae"])
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    model.fit(x, x[:, :1], verbose=0)
+    model.predict(x, verbose=0)
+    model.seen.update_state(3.0)
+    return model
+
+
+def test_a_subclassed_model_that_forgets_training(forgetful: Any) -> None:
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    inspection = tn.inspect(forgetful, x)
+    assert {e: m[0].describe() for e, m in inspection.modes.items()} == {
+        **dict.fromkeys(HEALTHY, "moving"), "fit": "moving + learns"
+    }  # fmt: skip
+    (surprise,) = inspection.surprises
+    assert surprise.code == "call_without_training"
+    assert "call() of Forgetful takes no argument 'training'" in surprise.explanation
+    (site,) = inspection.sites
+    assert (site.path, site.producer, site.consumers, site.channels) == ("bn", None, (), 3)
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_a_subclassed_model_is_put_back_to_the_last_byte(
+    forgetful: Any, error: type[BaseException] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+
+    def everything() -> Any:
+        of_metrics = [v for metric in forgetful.metrics for v in metric.variables]
+        state = [*forgetful.variables, *forgetful.optimizer.variables, *of_metrics]
+        values = [np.array(keras.ops.convert_to_numpy(v)).tobytes() for v in state]
+        layers = forgetful._flatten_layers()
+        attributes = [{k: id(v) for k, v in vars(layer).items()} for layer in layers]
+        lists = [{k: list(map(id, v)) for k, v in vars(layer).items() if isinstance(v, list)}
+                 for layer in layers]  # fmt: skip
+        gradients = [getattr(v.value, "grad", None) for v in forgetful.variables]
+        return snapshot(forgetful)[:5], values, attributes, lists, list(map(id, gradients))
+
+    before = everything()
+    if error is None:
+        tn.inspect(forgetful, x)
+        tn.inspect(forgetful, x, x[:, :1])
+    else:
+
+        def interrupted(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(forgetful), "predict", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                tn.inspect(forgetful, x)
+    assert everything() == before
+
+
+def test_a_subclassed_model_needs_data_and_variables() -> None:
+    with pytest.raises(tn.DataError, match=r"^A subclassed model does not say what its inputs are"):
+        tn.inspect(subclassed())
+    with pytest.raises(tn.ModelError, match=r"has no variables yet.*build the model, or call it"):
+        tn.inspect(Forgetful(), np.ones((2, 3)))
+
+
+def test_inside_a_wrapper_it_is_watched_too() -> None:
+    inputs = keras.Input((4, 3))
+    layer = keras.layers.BatchNormalization(name="in")
+    model = keras.Model(inputs, keras.layers.TimeDistributed(layer, name="steps")(inputs))
+    assert modes_of(model, "steps/in") == HEALTHY

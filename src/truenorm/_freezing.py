@@ -10,8 +10,9 @@ from typing import Any, cast
 import keras
 
 from truenorm._errors import ModelError, OptionError
-from truenorm._layer import BatchNormalization, FreezePolicy
+from truenorm._layer import BatchNormalization
 from truenorm._observation import FUNCTIONS
+from truenorm._options import FreezePolicy, check_policy
 from truenorm._rebuilding import numbers
 from truenorm._records.sites import Freezing, Frozen
 from truenorm._sites import batch_normalizations, policy_of
@@ -158,7 +159,7 @@ def _is_meant(wanted: Any, layer: Any, path: str) -> bool:
 
 def _require_able(chosen: dict[Any, str], policy: str) -> None:
     """Refuse before anything is changed."""
-    BatchNormalization._check_policy(policy)  # pyright: ignore[reportPrivateUsage]
+    check_policy(policy)
     for layer, path in chosen.items():
         if policy in ("statistics", "affine") and not isinstance(layer, BatchNormalization):
             raise ModelError(
@@ -166,7 +167,7 @@ def _require_able(chosen: dict[Any, str], policy: str) -> None:
                 where=path,
                 expected="truenorm's BatchNormalization, or the policy 'all' or 'none'",
                 received=f"{type(layer).__module__.split('.')[0]}.{type(layer).__name__}",
-                remedy="put truenorm's layer in its place first: truenorm.replace(model).model",
+                remedy="put truenorm's layer in its place first: replace(model, to='truenorm').model",
             )
 
 

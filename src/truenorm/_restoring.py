@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 from truenorm._rebuilding import numbers
 
@@ -45,12 +45,21 @@ def _elements(container: Any) -> Any:
 
 def _refill(container: Any, elements: Any) -> None:
     """Past the container's own methods: Keras's would track or refuse the change."""
-    if isinstance(container, list):
-        list[Any].clear(container)
-        list[Any].extend(container, elements)
-    elif isinstance(container, dict):
-        dict[Any, Any].clear(container)
-        dict[Any, Any].update(container, elements)
+    if _identities(container) == _identities(elements):
+        return  # as nearly always
+    inner = getattr(container, "__wrapped__", container)  # TensorFlow puts dicts into a proxy
+    if isinstance(inner, list):
+        list[Any].clear(inner)
+        list[Any].extend(inner, elements)
+    elif isinstance(inner, dict):
+        dict[Any, Any].clear(inner)
+        dict[Any, Any].update(inner, elements)
     else:
-        set[Any].clear(container)
-        set[Any].update(container, elements)
+        set[Any].clear(inner)
+        set[Any].update(inner, elements)
+
+
+def _identities(container: Any) -> Any:
+    if isinstance(container, dict):
+        return [(key, id(value)) for key, value in cast(dict[Any, Any], container).items()]
+    return [*map(id, container)]

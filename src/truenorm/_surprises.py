@@ -60,8 +60,8 @@ def _learning(case: _Case) -> Iterator[tuple[str, str]]:
             "truenorm's freeze and unfreeze",
         )
     if policy in ("statistics", "affine"):
-        kept = "moving statistics are" if policy == "statistics" else "gamma and beta are"
-        yield "policy", f"its freeze policy is '{policy}': the {kept} kept"
+        kept = "the moving statistics" if policy == "statistics" else "gamma and beta"
+        yield "policy", f"its freeze policy is '{policy}': {kept} stay as they are"
     elif policy == "all" and parent is not None:
         yield (
             "frozen_parent",
@@ -80,6 +80,12 @@ def _learning(case: _Case) -> Iterator[tuple[str, str]]:
             "call_without_training",
             f"no training value reaches it in fit: call() of {type(case.model).__name__} takes no "
             "argument 'training', or a layer on the way does not pass it on",
+        )
+    elif fit.statistics == "moving" and False in fit.training and case.written is None:
+        yield (
+            "inference_mode_in_fit",
+            "training=False reaches it in fit: it is called with it, or a layer before it is, "
+            f"which Keras {keras.__version__} hands on to the layers called after it",
         )
     elif fit.statistics == "batch" and not fit.learned and layer.trainable_variables:
         yield "no_gradient", "gamma and beta did not change in fit: no gradient reached them"
@@ -111,30 +117,31 @@ def _inference(case: _Case) -> Iterator[tuple[str, str]]:
     """Where a bare call runs in training mode without being asked to."""
     if case.modes["model(x)"].statistics != "batch" or (case.written and case.written[1]):
         return
-    culprit = _called_in_training_mode_by_default(case.model)
+    culprit = next(_in_training_mode_by_itself(case.model), None)
     yield (
         "bare_call_trains",
         "model(x) without training= runs it in training mode"
         + (
-            f": '{culprit.name}' ({type(culprit).__name__}) before it has training=True as its "
-            f"default, which Keras {keras.__version__} passes on. Call model(x, training=False)"
+            f": '{culprit.name}' ({type(culprit).__name__}) before it has training=True, written "
+            f"or as its default, which Keras {keras.__version__} hands on to the layers called "
+            "after it. Call model(x, training=False)"
             if culprit is not None
             else ""
         ),
     )
 
 
-def _called_in_training_mode_by_default(model: Any) -> Any | None:
-    layers = (
-        model._flatten_layers(include_self=False)
-        if graph_of(model) is None
-        else (call.operation for call in calls(model))
-    )
-    for layer in layers:
+def _in_training_mode_by_itself(model: Any) -> Iterator[Any]:
+    """The layers that run in training mode where nobody asks for it, in the order of calls."""
+    if graph_of(model) is None:
+        its_calls = ((layer, None) for layer in model._flatten_layers(include_self=False))
+    else:
+        its_calls = ((call.operation, call.written) for call in calls(model))
+    for layer, written in its_calls:
         argument = inspect.signature(type(layer).call).parameters.get("training")
-        if argument is not None and argument.default is True:
-            return layer
-    return None
+        default = argument is not None and argument.default is True
+        if written[1] if written is not None else default:
+            yield layer
 
 
 def _parents(model: Any, layer: Any) -> list[Any]:

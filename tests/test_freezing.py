@@ -1,0 +1,186 @@
+"""freeze and unfreeze: what learns afterwards, at once on every backend, and the way back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from models import inputs_for, nested, residual, snapshot, subclassed
+
+import truenorm as tn
+
+AFFINE, STATISTICS = {"gamma", "beta"}, {"moving_mean", "moving_variance"}
+LEARNS = {"none": AFFINE | STATISTICS, "all": set(), "statistics": AFFINE, "affine": STATISTICS}
+
+
+def compiled(model: Any, optimizer: Any = None) -> Any:
+    model.compile(optimizer or keras.optimizers.Adam(1e-2), "mse")
+    return model
+
+
+def fit(model: Any) -> None:
+    x = inputs_for(model, 8)
+    y = np.random.default_rng(0).normal(size=(8, *model.output_shape[1:])).astype("float32")
+    model.fit(x, y, batch_size=4, epochs=1, verbose=0)
+
+
+def values(thing: Any) -> dict[str, bytes]:
+    return {v.path: np.array(keras.ops.convert_to_numpy(v)).tobytes() for v in thing.variables}
+
+
+def what_fit_changes(model: Any, name: str) -> set[str]:
+    layer = model.get_layer(name)
+    before = values(layer)
+    fit(model)
+    return {path.split("/")[-1] for path, value in values(layer).items() if value != before[path]}
+
+
+@pytest.fixture(scope="module")
+def trained() -> Any:
+    """A trained model, compiled once for all tests that undo what they do."""
+    model = compiled(residual("truenorm"))
+    fit(model)
+    return model
+
+
+@pytest.mark.parametrize("policy", LEARNS)
+def test_a_policy_holds_at_once_after_fit_and_is_undone(trained: Any, policy: str) -> None:
+    """Trap 11: without freeze, TensorFlow goes on as before and JAX raises an error."""
+    frozen = tn.freeze(trained, policy, layers="a_bn")  # pyright: ignore[reportArgumentType]
+    assert [(one.path, one.before, one.after) for one in frozen.layers] == [
+        ("a_bn", "none", policy)
+    ]
+    assert what_fit_changes(trained, "a_bn") == LEARNS[policy]
+    frozen.undo()
+    assert what_fit_changes(trained, "a_bn") == LEARNS["none"]
+
+
+def test_freeze_and_undo_leave_every_byte(trained: Any) -> None:
+    before = snapshot(trained)[:2], values(trained.optimizer)
+    optimizer = trained.optimizer
+    frozen = tn.freeze(trained, "affine")
+    assert len(trained.optimizer.variables) < len(before[1])
+    frozen.undo()
+    assert (snapshot(trained)[:2], values(trained.optimizer)) == before
+    assert trained.optimizer is optimizer
+
+
+def test_undo_restores_flags_of_single_variables_and_policies_that_were_hidden() -> None:
+    model = residual("truenorm")
+    layer, other = model.get_layer("a_bn"), model.get_layer("b_bn")
+    layer.beta.trainable = False
+    other.freeze, other.trainable = "statistics", False
+    tn.freeze(model, "affine").undo()
+    assert (layer.gamma.trainable, layer.beta.trainable) == (True, False)
+    assert other.freeze == "all"
+    other.trainable = True
+    assert other.freeze == "statistics"
+
+
+def test_the_optimizer_keeps_what_it_knows_of_the_rest(trained: Any) -> None:
+    def momentum(name: str) -> Any:
+        (found,) = (v for v in trained.optimizer.variables if name in v.path and "moment" in v.path)
+        return np.array(keras.ops.convert_to_numpy(found))
+
+    kernel, steps = momentum("head_kernel"), int(trained.optimizer.iterations)
+    assert np.abs(kernel).max() > 0
+    trained.optimizer.learning_rate = 0.125
+    frozen = tn.freeze(trained, "all")
+    np.testing.assert_array_equal(momentum("head_kernel"), kernel)
+    assert int(trained.optimizer.iterations) == steps
+    assert float(trained.optimizer.learning_rate) == 0.125
+    frozen.undo()
+    trained.optimizer.learning_rate = 0.01
+
+
+def test_unfreezing_after_fit_gives_the_optimizer_the_new_variables() -> None:
+    """The other direction of trap 11: every backend of Keras fails or ignores it."""
+    model = residual()
+    model.get_layer("a_bn").trainable = False
+    fit(compiled(model))
+    tn.unfreeze(model, layers=[model.get_layer("a_bn")])
+    assert what_fit_changes(model, "a_bn") == LEARNS["none"]
+
+
+def test_an_optimizer_with_loss_scaling_stays_the_users_object() -> None:
+    inner = keras.optimizers.SGD(0.1, momentum=0.9)
+    model = compiled(residual(), keras.optimizers.LossScaleOptimizer(inner))
+    model.optimizer.build(model.trainable_variables)
+    tn.freeze(model)
+    assert model.optimizer.inner_optimizer is inner
+    assert len(inner._trainable_variables) == len(model.trainable_variables)
+
+
+def test_keras_alone_does_not_obey_after_fit() -> None:
+    """So that a new version that does is noticed: then freeze may become simpler."""
+    model = compiled(residual())
+    fit(model)
+    model.get_layer("a_bn").trainable = False
+    backend = keras.backend.backend()
+    if backend == "jax":
+        with pytest.raises(ValueError, match="trainable_variables"):
+            fit(model)
+    else:
+        expected = set() if backend == "torch" else LEARNS["none"]
+        assert what_fit_changes(model, "a_bn") == expected
+
+
+@pytest.mark.parametrize("policy", ["statistics", "affine"])
+def test_what_kerass_layer_cannot_do_is_refused_and_nothing_changed(policy: Any) -> None:
+    model = nested()
+    before = snapshot(model)
+    message = (
+        rf"^Keras's BatchNormalization cannot be frozen in part \(policy '{policy}'\) \(at "
+        r"'backbone/stem_bn'\)\. Expected: truenorm's BatchNormalization, or the policy 'all' or "
+        r"'none'\. Received: keras\.BatchNormalization\. Remedy: put truenorm's layer in its place "
+        r"first: replace\(model, to='truenorm'\)\.model\.$"
+    )
+    with pytest.raises(tn.ModelError, match=message):
+        tn.freeze(model, policy)
+    assert snapshot(model) == before
+    replaced = tn.replace(model, to="truenorm").model
+    assert {one.after for one in tn.freeze(replaced, policy).layers} == {policy}
+
+
+@pytest.mark.parametrize(
+    ("layers", "paths"),
+    [
+        (None, ["backbone/stem_bn", "backbone/a_bn", "backbone/b_bn", "backbone/c_bn",
+                "head_model/bn"]),
+        ("backbone/?_bn", ["backbone/a_bn", "backbone/b_bn", "backbone/c_bn"]),
+        (lambda layer: layer.moving_mean.shape[0] == 4 and layer.name == "bn", ["head_model/bn"]),
+        (["head_model/*", "*/stem_bn"], ["backbone/stem_bn", "head_model/bn"]),
+    ],
+)  # fmt: skip
+def test_layers_are_chosen_by_path_predicate_or_list(layers: Any, paths: list[str]) -> None:
+    assert [one.path for one in tn.freeze(nested(), layers=layers).layers] == paths
+
+
+def test_a_layer_that_contains_others_stands_for_them() -> None:
+    model = nested()
+    frozen = tn.freeze(model, layers=[model.get_layer("head_model")])
+    assert [one.path for one in frozen.layers] == ["head_model/bn"]
+    assert "head_model/bn │ none │ all" in str(frozen)
+
+
+def test_wrong_choices_are_refused() -> None:
+    with pytest.raises(tn.OptionError, match=r"^No BatchNormalization of the model is meant"):
+        tn.freeze(residual(), layers="backbone/*")
+    with pytest.raises(tn.OptionError, match=r"There is no such freeze policy.*'frozen'\.$"):
+        tn.freeze(residual(), "frozen")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_child_of_a_frozen_parent_is_noted() -> None:
+    """Trap 12."""
+    model = nested()
+    model.get_layer("backbone").trainable = False
+    (note,) = tn.unfreeze(model, layers="backbone/a_bn").notes
+    assert note.startswith("'backbone' is frozen: gamma and beta of the 1 layers inside")
+
+
+def test_a_subclassed_model_is_frozen_too() -> None:
+    model = subclassed()
+    assert [one.after for one in tn.freeze(model).layers] == ["all"]
+    assert model.bn.trainable is False

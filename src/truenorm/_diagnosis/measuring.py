@@ -140,7 +140,9 @@ class Runner(keras.Model):
                 *(None if w is None else ops.cast(w, dtype) for w in (layer.beta, layer.gamma)),
                 layer.epsilon,
             )
-            return ops.cast(outputs, layer.compute_dtype)
+            outputs = ops.cast(outputs, layer.compute_dtype)
+            activation = getattr(layer, "activation", None)  # truenorm's layers may have one inside
+            return outputs if activation is None else activation(outputs)
 
         with intercepted(layers, handle):
             outputs = self.model(inputs, training=False)
@@ -207,16 +209,17 @@ class _Sum:
 
 
 def ask(runner: Runner, batches: Batches, population: Population, judge: Any) -> Answers:
-    """A second reading of the data: the model's outputs and scores in all three modes."""
+    """A second reading of the data: the outputs, and what the judge, if any, says of them."""
     runner.give(population)
     sums: list[_Sum] = []
-    scores: dict[Mode, dict[str, list[float]]] = {m: defaultdict(list) for m in MODES}
+    scores: dict[Mode, dict[str, list[float]]] = {mode: {} for mode in MODES}
     sizes: list[int] = []
     for inputs, labels in batches():
         size = len(keras.tree.flatten(inputs)[0])
         if not size:
             continue
-        outputs = {mode: runner.run(mode, inputs)[0] for mode in MODES}
+        modes = MODES if judge is not None else MODES[1:]
+        outputs: dict[Mode, Any] = {mode: runner.run(mode, inputs)[0] for mode in modes}
         both = (keras.tree.flatten(outputs[mode]) for mode in ("moving", "population"))
         pairs = zip(*both, strict=True)
         for index, pair in enumerate(pairs):
@@ -224,10 +227,9 @@ def ask(runner: Runner, batches: Batches, population: Population, judge: Any) ->
                 sums.append(_Sum())
             sums[index].add(*pair)
         sizes.append(size)
-        if judge is not None:
-            for mode in MODES:
-                for name, value in _scores(judge, outputs[mode], labels).items():
-                    scores[mode][name].append(value)
+        for mode, made in outputs.items() if judge is not None else ():
+            for name, value in _scores(judge, made, labels).items():
+                scores[mode].setdefault(name, []).append(value)
     return Answers(
         max((s.change for s in sums), default=0.0),
         {m: {name: np.asarray(v) for name, v in of.items()} for m, of in scores.items() if of},

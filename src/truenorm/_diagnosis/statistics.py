@@ -206,7 +206,7 @@ def skew(facts: Facts) -> Iterator[Fault]:
                 yield Fault(path, {"input_differs_by": error}, RECALIBRATE)
 
 
-def worse_in_inference(facts: Facts) -> Iterator[Fault]:
+def otherwise_in_inference(facts: Facts) -> Iterator[Fault]:
     """TN110."""
     answers = facts.answers
     if len(answers.sizes) > 1 and answers.scores:

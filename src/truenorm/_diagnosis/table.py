@@ -45,8 +45,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "TN110",
         "warning",
-        "the model is worse in inference than in training mode",
-        statistics.worse_in_inference,
+        "the model does otherwise in inference than in training mode",
+        statistics.otherwise_in_inference,
         ("data",),
     ),
     # parameters

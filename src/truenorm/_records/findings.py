@@ -116,8 +116,9 @@ def _measured(evidence: Sequence[Evidence]) -> str:
         if isinstance(first, str):
             parts.append(f"{name} {first}")
             continue
-        values = sorted({number(float(one[name])) for one in evidence}, key=float)
-        parts.append(f"{name} {'…'.join(dict.fromkeys((values[0], values[-1])))}")
+        values = sorted((one[name] for one in evidence), key=float)
+        ends = (str(v) if isinstance(v, int) else number(float(v)) for v in (values[0], values[-1]))
+        parts.append(f"{name} {'…'.join(dict.fromkeys(ends))}")
     return ", ".join(parts).replace("_", " ")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import re
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,8 +73,8 @@ def load(
 
     Raises:
         ArchiveError: The file is damaged or made to do harm; it holds code (``Lambda``) or names a
-            class that is not allowed; it asks for too many parameters; Keras cannot load it; or
-            the process is in Keras's unsafe mode.
+            class that is not allowed; it asks for too many parameters; Keras cannot load it, or
+            TensorFlow not run it; or the process is in Keras's unsafe mode.
         OptionError: A module in ``imports`` cannot be imported.
 
     Example:
@@ -118,6 +119,8 @@ def load(
         raise ArchiveError(
             "There is no model in this file", where=str(path), received=type(model).__name__
         )
+    if keras.backend.backend() == "tensorflow":
+        _check_scopes(model, str(path))
     return model
 
 
@@ -274,6 +277,20 @@ def _counting(limit: int) -> Generator[_Asked]:
         yield asked
     finally:
         kind.__init__ = original
+
+
+def _check_scopes(model: Any, path: str) -> None:
+    """Refuse names of layers that TensorFlow would stop at, as soon as it compiles the model."""
+    from truenorm._graph import layer_paths
+
+    for layer in layer_paths(model):
+        if not re.fullmatch(r"[A-Za-z0-9_.\\/>-]*", layer.name):
+            raise ArchiveError(
+                "TensorFlow cannot run a model with a layer of this name",
+                where=f"{path}: {layer.name}",
+                expected="letters, digits, and _ . / > -",
+                remedy="use another backend (--backend), or rename the layer",
+            )
 
 
 def _short(error: BaseException) -> str:

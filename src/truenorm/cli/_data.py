@@ -49,8 +49,8 @@ def _npy(path: Path) -> Array:
 
 def _npz(path: Path) -> Any:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
+            arrays = {name: members[name] for name in members.files}
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
     checked = {name: _checked(values, f"{path}: {name}") for name, values in arrays.items()}
@@ -70,7 +70,8 @@ def _csv(path: Path) -> Array:
         raise _unreadable(path, error) from error
     if not rows:
         raise DataError("There are no numbers in this file", where=str(path))
-    return _checked(np.asarray(rows, "float32"), str(path))
+    with np.errstate(over="ignore"):  # infinity is refused below
+        return _checked(np.asarray(rows, "float32"), str(path))
 
 
 def _numbers(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator[list[float]]:

@@ -88,6 +88,11 @@ class Facts:
         return getattr(optimizer, "inner_optimizer", optimizer)
 
     @cached_property
+    def steps(self) -> int:
+        """How often the optimizer has stepped; 0 if there is none."""
+        return 0 if self.optimizer is None else int(self.optimizer.iterations)
+
+    @cached_property
     def inspection(self) -> Inspection:
         """What every site does in each entry point."""
         if self.data is None:

@@ -34,9 +34,12 @@ SAMPLING = 3.0
 """Standard errors of the data's own mean: over N samples it is off by at most 1 / sqrt(N) standard
 deviations (one sigma), however the values within a sample hang together."""
 
-WARMING = 0.8
+WARMING = 0.9
 """Cosine between 'population to initial value' and 'population to moving statistics' above which
-the initial values are what the moving statistics still hold: it then explains 64 % of the gap."""
+the initial values are what the moving statistics still hold: they then explain 81 % of the gap."""
+
+PLAIN_SHARE = 0.1
+"""Initial share above which it can be told from noise in other layers too."""
 
 EFFECTIVE = 12
 """Independent values per batch below which batches are too small. ImageNet error of ResNet50 with
@@ -238,18 +241,27 @@ def _noticeable(facts: Facts) -> float:
 def _explained(facts: Facts) -> Iterator[tuple[str, Any, float | None]]:
     """The layers whose moving statistics are not the population's, and their initial share.
 
-    A moving average that has just begun has begun everywhere: if the initial values explain nothing
-    in a layer that comes first, they explain nothing in those after it.
+    A moving average that has just begun has begun everywhere; new layers come after old ones. So
+    initial values explain nothing if they do not explain the first layer's gap, or if the layers
+    after it hold nothing of theirs: then it is the data that is another.
     """
-    shares: dict[str, tuple[Any, float | None]] = {}
+    off: dict[str, tuple[Any, float | None]] = {}
+    first, after = _first(facts), list[float]()
     for layer, path in facts.layers.items():
         if path in facts.seen.training.sites and not is_untouched(layer):
             moments = facts.seen.training.sites[path]
+            share, explains = _initial_share(facts, layer, moments)
+            if layer not in first:
+                after.append(share)
             if output_error(layer, *stored(layer), moments) > _noticeable(facts):
-                shares[path] = layer, _initial_share(layer, moments)
-    first = _first(facts)
-    otherwise = any(layer in first and share is None for layer, share in shares.values())
-    for path, (layer, share) in shares.items():
+                off[path] = layer, share if explains else None
+    of_first = [share for layer, share in off.values() if layer in first]
+    otherwise = any(
+        share is None
+        or (share > PLAIN_SHARE and after != [] and float(np.median(after)) < share / 2)
+        for share in of_first
+    )
+    for path, (layer, share) in off.items():
         yield path, layer, None if otherwise else share
 
 
@@ -261,15 +273,17 @@ def _distance(facts: Facts, layer: Any, path: str) -> dict[str, float]:
     return {"mean_off_by_std": gap.mean, "scale_off_by_doublings": gap.scale, "output_error": error}
 
 
-def _initial_share(layer: Any, moments: Moments) -> float | None:
-    r"""The share of the initial values in the moving statistics, if these explain the gap.
+def _initial_share(facts: Facts, layer: Any, moments: Moments) -> tuple[float, bool]:
+    r"""The share of the initial values in the moving statistics, and whether it explains the gap.
 
     A moving average that began with :math:`s_0` and averages :math:`s` holds
-    :math:`w s_0 + (1 - w) s`, with one :math:`w` for all channels: the least-squares solution.
+    :math:`w s_0 + (1 - w) s`, with one :math:`w` for all channels: here the least-squares solution.
+    After :math:`n` steps it is momentum to the power of :math:`n`; the optimizer knows at least so
+    many.
     """
     began = _initial(layer)
-    if began is None:
-        return None
+    if began is None or layer.momentum is None:
+        return 0.0, False
     scale = np.sqrt(moments.variance + layer.epsilon)
 
     def away(mean: Array, variance: Array) -> Array:
@@ -278,11 +292,12 @@ def _initial_share(layer: Any, moments: Moments) -> float | None:
         )
 
     origin, now = away(*began), away(*stored(layer))
-    lengths = float(np.linalg.norm(origin) * np.linalg.norm(now))
-    if not lengths > 0 or float(origin @ now) < WARMING * lengths:
-        return None
-    share = float(origin @ now) / float(origin @ origin)
-    return share if share < 1 else None  # beyond 1 it is no average with the initial values
+    product, length = float(origin @ now), float(np.linalg.norm(origin))
+    if not length > 0:
+        return 0.0, False
+    share = product / length**2
+    most = min(1.0, 2 * layer.momentum**facts.steps)
+    return share, share < most and product > WARMING * length * float(np.linalg.norm(now))
 
 
 def _first(facts: Facts) -> set[Any]:

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from truenorm import callbacks
     from truenorm._diagnosis import diagnose
     from truenorm._errors import (
         ArchiveError,
@@ -69,6 +70,7 @@ _HOMES = {
     "_replacement": ("replace",),
     "_study": ("study",),
 }
+_MODULES = ("callbacks",)
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
@@ -93,6 +95,7 @@ __all__ = [
     "StudyError",
     "TruenormError",
     "VerificationError",
+    "callbacks",
     "collect",
     "diagnose",
     "fold",
@@ -108,6 +111,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"truenorm.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'truenorm' has no attribute '{name}'")
     value = getattr(import_module(f"truenorm.{_HOME_OF[name]}"), name)

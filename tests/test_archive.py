@@ -335,6 +335,11 @@ def huge(config: Any) -> None:
     layer_named(config, "hidden")["config"]["units"] = 5_000_000_000
 
 
+def huge_batch(config: Any) -> None:
+    layer = config["config"]["layers"][0]["config"]
+    layer["batch_shape"] = [5_000_000_000, *layer["batch_shape"][1:]]
+
+
 def a_lambda(config: Any) -> None:
     code = {"class_name": "__lambda__", "config": {"code": "4wAA", "defaults": None}}
     layer_named(config, "relu").update(
@@ -372,6 +377,7 @@ def one_layer(config: Any) -> None:
     [
         (huge, "Expected: 500000000 parameters at most. Received: 25000000000 or more. Remedy: if "
                "it is right so, allow more: max_parameters (--max-parameters)."),
+        (huge_batch, "Expected: 65536 samples at most. Received: 5000000000."),
         (a_lambda, "evil.keras: relu'). Expected: layers of Keras or truenorm that are described "
                    "by their settings. Received: Lambda."),
         (hidden_lambda, "Received: __lambda__."),

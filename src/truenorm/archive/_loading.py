@@ -23,6 +23,8 @@ from truenorm._tables import printable
 from truenorm.archive._container import CONFIG, opened, read_json, verify_checksums, weights
 
 MOST_PARAMETERS = 500_000_000
+MOST_BATCH = 65_536
+"""Largest batch that a model may be fixed to: stateful layers hold a state for each sample."""
 
 AREAS = frozenset(
     {"activations", "constraints", "dtype_policies", "initializers", "layers", "losses", "metrics",
@@ -193,6 +195,7 @@ class _Classes:
             config = entry.get("config")
             if isinstance(config, dict):
                 where = str(cast(dict[str, Any], config).get("name", where))
+            self._check_batch(entry, where)
             if "class_name" in entry:
                 self._check_entry(entry, where)
             for inner in entry.values():
@@ -200,6 +203,18 @@ class _Classes:
         elif isinstance(value, list):
             for inner in cast(list[Any], value):
                 self.check(inner, where)
+
+    def _check_batch(self, entry: Mapping[str, Any], where: str) -> None:
+        """Keras allocates a stateful layer's states at once, and not as variables."""
+        for shape in (entry.get("batch_shape"), entry.get("input_shape")):
+            batch = cast(list[Any], shape)[0] if isinstance(shape, list) and shape else None
+            if isinstance(batch, int | float) and batch > MOST_BATCH:
+                raise ArchiveError(
+                    "The model is fixed to batches of a size that is not allowed",
+                    where=f"{self.path}: {where}",
+                    expected=f"{MOST_BATCH} samples at most",
+                    received=str(batch)[:20],
+                )
 
     def _check_entry(self, entry: Mapping[str, Any], where: str) -> None:
         import keras

@@ -106,6 +106,7 @@ def test_every_site_is_found_with_its_mode(name: str) -> None:
     assert len(inspection.sites) == expected.sites
     assert {m.describe() for m in inspection.modes["predict"]} == {"moving"}
     assert {(m.statistics, m.updated) for m in inspection.modes["fit"]} == {("batch", True)}
+    assert len(str(inspection).splitlines()) < 50  # alike sites are one line
     named = [s for s in inspection.sites if s.position in ("before_activation", "before_layer")]
     assert len(named) == expected.movable
 
@@ -116,3 +117,32 @@ def test_the_position_costs_foldable_sites(name: str) -> None:
     rewrite = tn.fold(moved)
     assert rewrite.left
     assert relative_error(rewrite.model, moved, images(moved, 3)) <= 1e-4
+
+
+def test_the_classical_fine_tuning_recipe(name: str) -> None:
+    """A new head, then the top of the backbone, with every BatchNormalization kept frozen."""
+    base = tn.replace(model_of(name), to="keras").model  # a copy
+    model = keras.Sequential([base, keras.layers.Dense(2, activation="softmax", name="head")])
+    y = np.arange(4) % 2
+    x = images(base, 4) + y[:, None, None, None]
+
+    def fit() -> set[str]:
+        """Train, and give the layers that changed."""
+        before = {w.path: w.numpy().tobytes() for w in base.weights}
+        model.compile(keras.optimizers.SGD(1e-2), "sparse_categorical_crossentropy")
+        head = model.get_layer("head").kernel.numpy().tobytes()
+        model.fit(x, y, batch_size=4, verbose=0)
+        assert model.get_layer("head").kernel.numpy().tobytes() != head
+        return {w.path.split("/")[0] for w in base.weights if w.numpy().tobytes() != before[w.path]}
+
+    base.trainable = False
+    assert fit() == set()
+    base.trainable = True
+    top = {layer.name for layer in base.layers[-20:]}
+    for layer in base.layers:
+        layer.trainable = layer.name in top
+    tn.freeze(model)
+    kernels = {w.path.split("/")[0] for w in base.trainable_weights}
+    assert kernels
+    assert fit() == kernels
+    assert not any("bn" in layer or "batch" in layer for layer in kernels)

@@ -184,3 +184,37 @@ def test_a_subclassed_model_is_frozen_too() -> None:
     model = subclassed()
     assert [one.after for one in tn.freeze(model).layers] == ["all"]
     assert model.bn.trainable is False
+
+
+# --- FreezeStatistics --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["statistics", "all"])
+def test_the_callback_freezes_from_its_epoch_on_and_gives_back(policy: Any) -> None:
+    model = compiled(residual("truenorm"))
+    x, y = inputs_for(model, 8), np.ones((8, 3), "float32")
+    late = tn.callbacks.FreezeStatistics(after_epoch=1, policy=policy, layers="a_bn")
+    snapshots: list[dict[str, bytes]] = []
+    look = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda *_: snapshots.append(values(model.get_layer("a_bn")))
+    )
+    model.fit(x, y, epochs=3, callbacks=[late, look], verbose=0)
+    first, second, third = snapshots
+    changed = {path.split("/")[-1] for path in first if first[path] != third[path]}
+    assert changed == (AFFINE if policy == "statistics" else set())
+    assert second.keys() == third.keys()
+    assert model.get_layer("a_bn").freeze == "none"
+    assert what_fit_changes(model, "a_bn") == LEARNS["none"]
+
+
+def test_the_callback_refuses_at_the_start_of_fit() -> None:
+    model = compiled(residual())
+    x, y = inputs_for(model, 8), np.ones((8, 3), "float32")
+    with pytest.raises(
+        tn.ModelError, match=r"^Keras's BatchNormalization cannot be frozen in part"
+    ):
+        model.fit(x, y, callbacks=[tn.callbacks.FreezeStatistics(after_epoch=100)], verbose=0)
+    with pytest.raises(
+        tn.OptionError, match=r"Expected: an integer of 0 or more\. Received: -1\.$"
+    ):
+        tn.callbacks.FreezeStatistics(after_epoch=-1)

@@ -57,7 +57,7 @@ def test_no_framework_beyond_kerass_own_is_imported() -> None:
 
 
 MODULES = ["_folding", "_layer", "_observation", "_placement", "_population", "_replacement",
-           "_study.runner", "report"]  # fmt: skip
+           "_study.runner", "archive._loading", "archive._reading", "report"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", MODULES)

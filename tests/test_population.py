@@ -63,7 +63,8 @@ def test_the_population_is_that_of_the_whole_set(kind: str, upstream: Any, size:
     population = tn.collect(model, (x, np.zeros(100)), upstream=upstream, batch_size=size)
     assert snapshot(model) == before
     assert (population.samples, population.batches) == (100, -(-100 // size))
-    assert population.passes == (2 if upstream == "population" else 1)
+    # Two layers: never more passes than that and two, and no second one of a single batch's sample.
+    assert population.passes in ({2, 3, 4} if upstream == "population" else {1})
     for path, values in by_hand(model, x, size, upstream).items():
         moments = population.sites[path]
         assert moments.count.tolist() == [100.0] * values.shape[1]
@@ -300,14 +301,15 @@ def test_the_data_is_not_cast_to_a_global_policy() -> None:
     np.testing.assert_allclose(moments.variance, x.var(), rtol=1e-4)
 
 
-def test_a_layer_out_of_sight_is_refused_where_its_upstream_matters() -> None:
+def test_a_layer_out_of_sight_is_settled_too() -> None:
     inputs = keras.Input((4, 3))
     x = keras.layers.TimeDistributed(keras.layers.BatchNormalization(name="in"), name="t")(inputs)
     model = keras.Model(inputs, keras.layers.BatchNormalization(name="bn")(x))
-    data = np.ones((8, 4, 3), "float32")
-    assert list(tn.collect(model, data).sites) == ["t/in", "bn"]
-    with pytest.raises(tn.ModelError, match=r"cannot be seen \(at 't/in'\).*upstream='batch'"):
-        tn.collect(model, data, upstream="population")
+    data = np.random.default_rng(0).normal(size=(8, 4, 3)).astype("float32")
+    population = tn.collect(model, data, upstream="population", batch_size=4)
+    assert list(population.sites) == ["t/in", "bn"]
+    assert population.agreement is not None
+    assert population.agreement < 2e-6
 
 
 def test_an_interrupted_writing_puts_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,9 @@ def make_records(path: str = "backbone/conv1_bn") -> tuple[Record, ...]:
     population = Population({path: Moments.of(np.arange(12.0).reshape(6, 2))}, 6, 1, "batch", 1)
     return (
         Inspection(path, (site,), {"fit": (mode,)}),
-        Recalibration(population, (Gap(path, 0.125, 0.0625),), lambda: None),
+        Recalibration(
+            population, (Gap(path, 0.125, 0.0625),), (Gap(path, 0.0, 0.0),), lambda: None
+        ),
         population,
         Rewrite(None, f"place {path}", (Change(path, "moved"),), (Left(path, path),), 1e-7, 2e-7),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral
 from typing import Any, cast
@@ -16,6 +18,50 @@ def input_batches(model: Any, data: Any, batch_size: int) -> Iterator[Any]:
     """The model's inputs, batch by batch; labels and sample weights are dropped."""
     for inputs, _ in labelled_batches(model, data, batch_size):
         yield inputs
+
+
+def limited(
+    batches: Iterable[Any], max_batches: int | None = None, max_samples: int | None = None
+) -> Iterator[Any]:
+    """The first batches, the last one cut where the samples are enough; endless data ends here."""
+    left = math.inf if max_samples is None else max_samples
+    for inputs in itertools.islice(batches, max_batches):
+        size = len(keras.tree.flatten(inputs)[0])
+        if size > left:
+            inputs = keras.tree.map_structure(lambda a, n=int(left): a[:n], inputs)
+        yield inputs
+        left -= size
+        if left <= 0:
+            return
+
+
+def check_limits(data: Any, max_batches: int | None, max_samples: int | None) -> None:
+    """Refuse limits that are no numbers, and endless data without one."""
+    for name, limit in (("max_batches", max_batches), ("max_samples", max_samples)):
+        if limit is not None:
+            require_positive(name, limit)
+    # What a tf.data.Dataset and a PyDataset say of themselves; others cannot.
+    cardinality: Any = getattr(data, "cardinality", None)
+    endless = callable(cardinality) and int(cast(Any, cardinality())) == -1
+    if isinstance(data, keras.utils.PyDataset):
+        endless = cast(Any, data).num_batches is None
+    if endless and max_batches is None and max_samples is None:
+        raise DataError(
+            "This data has no end",
+            where="data",
+            remedy="say how much of it: max_batches or max_samples; or until='converged'",
+        )
+
+
+def require_positive(name: str, value: Any) -> None:
+    """Refuse an option that is not an integer of 1 or more."""
+    if type(value) is bool or not isinstance(value, Integral) or value < 1:
+        raise OptionError(
+            "This option is a number of batches or samples",
+            where=name,
+            expected="an integer of 1 or more",
+            received=repr(value),
+        )
 
 
 def labelled_batches(

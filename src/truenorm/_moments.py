@@ -58,16 +58,30 @@ class Moments:
         m2 = np.square(values - mean).sum(axis=0)
         return cls(np.full(values.shape[-1], float(len(values))), mean, m2)
 
+    @classmethod
+    def from_sums(cls, count: Any, shift: Array, first: Array, second: Array) -> Moments:
+        r"""Moments from sums about a shift s near the mean.
+
+        With :math:`S = \sum (x_i - s)` and :math:`Q = \sum (x_i - s)^2`:
+        :math:`\bar x = s + S / n` and :math:`M_2 = Q - S^2 / n`.
+        """
+        counts = np.broadcast_to(np.asarray(count, dtype=np.float64), shift.shape).copy()
+        delta = np.divide(first, counts, out=np.zeros_like(first), where=counts > 0)
+        with np.errstate(over="ignore", invalid="ignore"):  # non-finite data stays non-finite
+            m2 = second - first * delta
+        return cls(counts, shift + delta, np.where(m2 < 0, 0.0, m2))
+
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of values together; commutative and associative up to rounding."""
         count = self.count + other.count
         share = np.divide(other.count, count, out=np.zeros_like(count), where=count > 0)
-        delta = other.mean - self.mean
-        return Moments(
-            count,
-            self.mean + delta * share,
-            self.m2 + other.m2 + np.square(delta) * self.count * share,
-        )
+        with np.errstate(over="ignore", invalid="ignore"):  # non-finite data stays non-finite
+            delta = other.mean - self.mean
+            return Moments(
+                count,
+                self.mean + delta * share,
+                self.m2 + other.m2 + np.square(delta) * self.count * share,
+            )
 
     @property
     def variance(self) -> Array:
@@ -82,3 +96,92 @@ class Moments:
     def to_dict(self) -> dict[str, list[float]]:
         """Plain lists, ready for JSON."""
         return {"count": self.count.tolist(), "mean": self.mean.tolist(), "m2": self.m2.tolist()}
+
+    def __getitem__(self, channels: slice) -> Moments:
+        """The moments of some of the channels."""
+        return Moments(self.count[channels], self.mean[channels], self.m2[channels])
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    r"""How much batches differ, from which follows how far a sample's statistics may be off.
+
+    The values of one sample hang together (neighbouring pixels), so the root of their number says
+    nothing; batches that were drawn at random are independent. With :math:`B` batches of
+    :math:`n_b` values, :math:`N` in all, the standard error of the mean, and that of the variance
+    with :math:`\sigma_b^2` for :math:`\mu_b`, is
+
+    .. math:: \mathrm{SE}^2 = \frac{1}{N (B - 1)} \sum_b n_b (\mu_b - \mu)^2 .
+
+    Args:
+        batches: Batches that had a value, per channel, shape ``(channels,)``.
+        means: Moments of the batch means, each weighted by its count of values.
+        variances: Moments of the batch variances, likewise.
+    """
+
+    batches: Array
+    means: Moments
+    variances: Moments
+
+    @classmethod
+    def of(cls, batch: Moments) -> Spread:
+        """The spread of one batch: none."""
+        zero = np.zeros_like(batch.mean)
+        return cls(
+            (batch.count > 0).astype(np.float64),
+            Moments(batch.count, batch.mean, zero),
+            Moments(batch.count, batch.variance, zero),
+        )
+
+    def merge(self, other: Spread) -> Spread:
+        """The spread of both sets of batches; commutative and associative up to rounding."""
+        return Spread(
+            self.batches + other.batches,
+            self.means.merge(other.means),
+            self.variances.merge(other.variances),
+        )
+
+    def standard_errors(self, of: Moments) -> tuple[Array, Array]:
+        """Of the mean, in standard deviations, and of the standard deviation, relative to itself.
+
+        Per channel; infinite for a single batch, 0 for a constant channel.
+        """
+        some = (of.variance > 0) & (self.batches > 1)
+        unknown = np.where((of.variance > 0) & (self.batches < 2), np.inf, 0.0)
+        below = of.count * np.maximum(self.batches - 1, 1)
+
+        def error(moments: Moments, unit: Array) -> Array:
+            return np.divide(np.sqrt(moments.m2 / below), unit, out=unknown.copy(), where=some)
+
+        return error(self.means, of.standard_deviation), error(self.variances, 2 * of.variance)
+
+    def standard_error(self, of: Moments) -> float:
+        """One number: the larger of the two, each the root mean square over the channels."""
+        return max(
+            float(np.sqrt(np.square(errors).mean())) if errors.size else 0.0
+            for errors in self.standard_errors(of)
+        )
+
+    def __getitem__(self, channels: slice) -> Spread:
+        """The spread of some of the channels."""
+        return Spread(self.batches[channels], self.means[channels], self.variances[channels])
+
+
+ROWS = 10
+"""Numbers per channel in :func:`to_rows`."""
+
+
+def to_rows(moments: Moments, spread: Spread | None) -> Array:
+    """All numbers as one table, shape ``(ROWS, channels)``; zeros where there is no spread."""
+    own = [moments.count, moments.mean, moments.m2]
+    if spread is not None:
+        own.append(spread.batches)
+        for part in (spread.means, spread.variances):
+            own += [part.count, part.mean, part.m2]
+    return np.stack(own + [np.zeros_like(moments.mean)] * (ROWS - len(own)))
+
+
+def from_rows(rows: Array) -> tuple[Moments, Spread]:
+    """The way back from :func:`to_rows`."""
+    rows = rows.copy()
+    return Moments(*rows[:3]), Spread(rows[3], Moments(*rows[4:7]), Moments(*rows[7:]))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from truenorm._errors import DataError
-from truenorm._moments import Moments
+from truenorm._moments import ROWS, Moments, Spread, from_rows, to_rows
+from truenorm._records import storage
 from truenorm._tables import NOT_DATA, Record, Table, number
 
 
@@ -24,6 +26,10 @@ class Population(Record):
         upstream: Which statistics the layers before a site used: ``batch``, ``population`` or
             ``moving``.
         passes: How often the data was read.
+        spread: How much the batches differ, per layer path: how large the standard errors are.
+        agreement: With ``upstream="population"``, how far these statistics are from what was seen
+            while the layers used them: the largest difference of any mean in standard deviations,
+            or of any variance relative to it.
     """
 
     sites: Mapping[str, Moments]
@@ -31,9 +37,18 @@ class Population(Record):
     batches: int
     upstream: str
     passes: int
+    spread: Mapping[str, Spread] = field(default_factory=dict[str, Spread])
+    agreement: float | None = None
 
     def merge(self, other: Population) -> Population:
-        """The population of both data sets together."""
+        """The population of both data sets together; in any order, up to rounding.
+
+        With ``upstream="population"`` each part was collected with its own population upstream;
+        only processes that collect together use one and the same.
+
+        Raises:
+            DataError: They are not of the same layers, or not of the same upstream.
+        """
         ours, theirs = (
             {path: f"{len(moments.mean)} channels" for path, moments in one.sites.items()}
             | {"upstream": one.upstream}
@@ -47,16 +62,74 @@ class Population(Record):
                 expected=ours.get(differ[0], "no such site"),
                 received=theirs.get(differ[0], "no such site"),
             )
+        both = self.spread.keys() & other.spread.keys()
+        agreements = [a for a in (self.agreement, other.agreement) if a is not None]
         return Population(
             {path: moments.merge(other.sites[path]) for path, moments in self.sites.items()},
             self.samples + other.samples,
             self.batches + other.batches,
             self.upstream,
             max(self.passes, other.passes),
+            {p: one.merge(other.spread[p]) for p, one in self.spread.items() if p in both},
+            max(agreements, default=None),
         )
+
+    def standard_errors(self) -> dict[str, float]:
+        """How far each layer's statistics may be off because the data is only a sample.
+
+        Per layer path, the root mean square over the channels of the standard error of the mean (in
+        standard deviations) or of the standard deviation (relative), whichever is larger. It is
+        estimated from how much batches differ, so it holds for batches drawn at random; infinite
+        for a single batch.
+        """
+        return {
+            path: spread.standard_error(self.sites[path]) for path, spread in self.spread.items()
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one file (NumPy's ``.npz``), bit for bit and whole or not at all.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        description = {name: getattr(self, name) for name in _FACTS}
+        description["sites"] = [[p, len(m.mean), p in self.spread] for p, m in self.sites.items()]
+        values = [to_rows(m, self.spread.get(p)) for p, m in self.sites.items()]
+        storage.write(path, description, np.concatenate([np.zeros((ROWS, 0)), *values], axis=1))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Population:
+        """Read what :meth:`save` wrote; nothing in the file is executed.
+
+        Raises:
+            DataError: The file is not there, not whole, or not a population.
+        """
+        description, values = storage.read(path)
+        try:
+            facts = {name: description[name] for name in _FACTS}
+            listed = [(str(p), int(n), bool(has)) for p, n, has in description["sites"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise storage.unreadable(path, f"{type(error).__name__}: {error}") from error
+        kinds = {"samples": int, "batches": int, "passes": int, "upstream": str}
+        wrong = [name for name, kind in kinds.items() if type(facts[name]) is not kind]
+        if not isinstance(facts["agreement"], float | None):
+            wrong.append("agreement")
+        ends = np.cumsum([0, *(n for _, n, _ in listed)])
+        fits = min((n for _, n, _ in listed), default=0) >= 0
+        if wrong or not fits or values.shape != (ROWS, ends[-1]) or not (values[0] >= 0).all():
+            received = f"{', '.join(wrong) or 'values'} of another kind, shape {values.shape}"
+            raise storage.unreadable(path, received)
+        sites: dict[str, Moments] = {}
+        spread: dict[str, Spread] = {}
+        for (site, _, has), start, end in zip(listed, ends, ends[1:], strict=False):
+            sites[site], own = from_rows(values[:, start:end])
+            if has:
+                spread[site] = own
+        return cls(sites=sites, spread=spread, **facts)
 
     def tables(self) -> Sequence[Table]:
         """One row per site."""
+        errors = self.standard_errors()
         rows = tuple(
             (
                 path,
@@ -65,9 +138,19 @@ class Population(Record):
                 number(float(np.abs(m.mean).max(initial=0))),
                 number(float(m.standard_deviation.min(initial=math.inf))),
                 number(float(m.standard_deviation.max(initial=0))),
+                number(errors.get(path), 2),
             )
             for path, m in self.sites.items()
         )
+        notes = (
+            "Standard error: how far a mean or a standard deviation may be off because the data is "
+            "a sample, in standard deviations (root mean square over the channels).",
+        )
+        if self.agreement is not None:
+            notes += (
+                "Seen again with these statistics in place, they differ by "
+                f"{number(self.agreement, 2)} at most.",
+            )
         return (
             Table(
                 f"Population over {self.samples} samples in {self.batches} batches "
@@ -79,10 +162,15 @@ class Population(Record):
                     "largest |mean|",
                     "least std",
                     "largest std",
+                    "standard error",
                 ),
                 rows,
+                notes,
             ),
         )
+
+
+_FACTS = ("samples", "batches", "upstream", "passes", "agreement")
 
 
 @dataclass(frozen=True)
@@ -109,16 +197,33 @@ class Recalibration(Record):
     Args:
         population: The statistics that the layers have now.
         before: Per layer, the gap between its old statistics and the population.
+        after: Per layer, the gap that is left: rounding to the variables' dtype, and channels of
+            which the data has too few values.
         undo: Call it to put the old statistics back, bit for bit.
     """
 
     population: Population
     before: tuple[Gap, ...]
+    after: tuple[Gap, ...]
     undo: Callable[[], None] = field(repr=False, compare=False, metadata=NOT_DATA)
 
     def tables(self) -> Sequence[Table]:
         """One row per layer."""
-        rows = tuple((g.path, number(g.mean), number(g.scale)) for g in self.before)
+        rows = tuple(
+            (b.path, number(b.mean), number(a.mean, 1), number(b.scale), number(a.scale, 1))
+            for b, a in zip(self.before, self.after, strict=True)
+        )
+        errors = self.population.standard_errors()
         title = f"Recalibrated {len(rows)} layers over {self.population.samples} samples"
-        columns = ("layer", "mean was off by (std)", "scale was off by (doublings)")
-        return (Table(title, columns, rows),)
+        columns = (
+            "layer",
+            "mean was off by (std)",
+            "now",
+            "scale was off by (doublings)",
+            "now",
+        )
+        notes = (
+            f"Largest standard error of the statistics: {number(max(errors.values()), 2)} standard "
+            "deviations.",
+        )
+        return (Table(title, columns, rows, notes if errors else ()),)

@@ -142,8 +142,9 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     Example:
         >>> import tempfile, keras
         >>> from truenorm import archive
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     archive.save(keras.Sequential([keras.Input((4,))]), f"{folder}/model.keras")
+        ...     archive.save(model, f"{folder}/model.keras")
     """
     if Path(path).suffix != ".keras":
         raise OutputError(

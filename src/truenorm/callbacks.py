@@ -6,9 +6,12 @@ from typing import Any
 
 import keras
 
+from truenorm._data import require_positive
 from truenorm._errors import OptionError
 from truenorm._freezing import Layers, freeze
 from truenorm._options import FreezePolicy
+from truenorm._population import recalibrate
+from truenorm._records.statistics import Recalibration
 from truenorm._records.sites import Freezing
 
 
@@ -75,3 +78,77 @@ class FreezeStatistics(keras.callbacks.Callback):
         """Put the policies of before back."""
         if self._frozen is not None:
             self._frozen.undo()
+
+
+class Recalibrate(keras.callbacks.Callback):
+    """Recalibrate the statistics before each validation, and when the training ends.
+
+    So validation judges the model with the statistics of its weights as they are now, not with an
+    average over weights that it had before. Where something replaces the weights, as the averages
+    of ``keras.callbacks.SwapEMAWeights`` or ``SWA`` of your own do, list this callback *after* it:
+    averaged weights have no statistics of their own until they are recalibrated.
+
+    Training goes on with the statistics that validation had: training does not use them.
+
+    Args:
+        data: As in :func:`truenorm.recalibrate`: the training set or a large enough sample of it.
+        every: Recalibrate in every so many epochs (before validation, or at the epoch's end where
+            there is none), and always when the training ends.
+        **options: Those of :func:`truenorm.recalibrate`: ``upstream``, ``batch_size``…
+
+    Attributes:
+        last: The last :class:`truenorm.Recalibration`; None before the first.
+
+    Raises:
+        OptionError: ``every`` is not a number of epochs.
+
+    Example:
+        >>> import keras, numpy as np, truenorm as tn
+        >>> layer = keras.layers.BatchNormalization()
+        >>> model = keras.Sequential([keras.Input((1,)), layer, keras.layers.Dense(1)])
+        >>> model.compile("sgd", "mse")
+        >>> x = np.array([[0.0], [2.0], [4.0], [6.0]], "float32")
+        >>> callback = tn.callbacks.Recalibrate(x)
+        >>> history = model.fit(x, x, epochs=1, callbacks=[callback], verbose=0)
+        >>> float(keras.ops.convert_to_numpy(layer.moving_mean)[0])  # not a hundredth of the way
+        3.0
+
+    Reference:
+        Izmailov et al. (2018), "Averaging Weights Leads to Wider Optima and Better Generalization",
+        section 3.2: batch normalization, arXiv:1803.05407.
+    """
+
+    def __init__(self, data: Any, every: int = 1, **options: Any) -> None:
+        super().__init__()
+        require_positive("every", every)
+        self.data, self.every, self.options = data, every, options
+        self.last: Recalibration | None = None
+        self._due = False
+        self._fitting = False
+
+    def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002
+        """From here on a test is a validation."""
+        self._fitting, self._due = True, False
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """Count."""
+        self._due = (epoch + 1) % self.every == 0
+
+    def on_test_begin(self, logs: Any = None) -> None:  # noqa: ARG002
+        """Before validation."""
+        if self._fitting and self._due:
+            self._recalibrate()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """Where there was no validation."""
+        if self._due:
+            self._recalibrate()
+
+    def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002
+        """The weights may have been replaced by their averages after the last epoch."""
+        self._fitting = False
+        self._recalibrate()
+
+    def _recalibrate(self) -> None:
+        self._due = False
+        self.last = recalibrate(self.model, self.data, **self.options)

@@ -11,8 +11,8 @@ from truenorm._errors import OptionError
 from truenorm._freezing import Layers, freeze
 from truenorm._options import FreezePolicy
 from truenorm._population import recalibrate
-from truenorm._records.statistics import Recalibration
 from truenorm._records.sites import Freezing
+from truenorm._records.statistics import Recalibration
 
 
 class FreezeStatistics(keras.callbacks.Callback):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from truenorm import callbacks
+    from truenorm._adaptation import adapt
     from truenorm._diagnosis import diagnose
     from truenorm._errors import (
         ArchiveError,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "_adaptation": ("adapt",),
     "_errors": (
         "ArchiveError",
         "DataError",
@@ -95,6 +97,7 @@ __all__ = [
     "StudyError",
     "TruenormError",
     "VerificationError",
+    "adapt",
     "callbacks",
     "collect",
     "diagnose",

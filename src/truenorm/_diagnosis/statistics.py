@@ -278,8 +278,8 @@ def _initial_share(facts: Facts, layer: Any, moments: Moments) -> tuple[float, b
 
     A moving average that began with :math:`s_0` and averages :math:`s` holds
     :math:`w s_0 + (1 - w) s`, with one :math:`w` for all channels: here the least-squares solution.
-    After :math:`n` steps it is momentum to the power of :math:`n`; the optimizer knows at least so
-    many.
+    After :math:`n` steps it is momentum to the power of :math:`n`; the optimizer has counted so
+    many at least, and one was made.
     """
     began = _initial(layer)
     if began is None or layer.momentum is None:
@@ -296,7 +296,7 @@ def _initial_share(facts: Facts, layer: Any, moments: Moments) -> tuple[float, b
     if not length > 0:
         return 0.0, False
     share = product / length**2
-    most = min(1.0, 2 * layer.momentum**facts.steps)
+    most = min(1.0, 2 * layer.momentum**facts.steps) if facts.steps else layer.momentum
     return share, share < most and product > WARMING * length * float(np.linalg.norm(now))
 
 

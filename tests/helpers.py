@@ -76,6 +76,7 @@ SHAPES = (
     *(Case((4, 5, 6, 3), axis) for axis in (-1, 1, 2, -4)),
     *(Case((2, 3, 4, 5, 6), axis) for axis in (-1, 1, 3)),
     Case((2, 37, 53, 11)),
+    Case((32, 28, 28, 4)),
     Case((8, 6, 6, 1)),
     Case((8, 1, 6, 6), 1),
 )
@@ -177,10 +178,11 @@ def gradients(
         )
     import torch
 
+    nested = any(a.requires_grad for a in arguments)
     leaves = [a if a.requires_grad else a.detach().requires_grad_() for a in arguments]
     output = function(*leaves)
     found = torch.autograd.grad(
-        output, leaves, upstream, create_graph=True, allow_unused=True, materialize_grads=True
+        output, leaves, upstream, create_graph=nested, allow_unused=True, materialize_grads=True
     )
     return output, list(found)
 

@@ -4,7 +4,7 @@ The corrected two-pass algorithm (Chan, Golub and LeVeque, 1983, equation 1.7): 
 mean :math:`s`, and let the deviations :math:`d_i = x_i - s` correct both moments:
 
 .. math:: \delta = \tfrac1n \sum_i w_i d_i, \qquad \mu = s + \delta, \qquad
-          \sigma^2 = \tfrac1n \sum_i w_i d_i^2 - \delta^2, \qquad
+          \sigma^2 = \tfrac1n \sum_i w_i (d_i - \delta)^2, \qquad
           y_i = \gamma \frac{d_i - \delta}{\sqrt{\sigma^2 + \epsilon}} + \beta .
 
 In exact arithmetic :math:`\delta = 0`; in float32 it is the rounding error of :math:`s`, which for
@@ -101,14 +101,16 @@ def normalize_apart(
             terms = ops.where(valid, terms, 0.0)
         return ops.sum(terms, axis=reduced, keepdims=True) * share
 
+    # A choice between the product and the difference: without it XLA contracts the two in one
+    # place, and rounds the shift in another.
     shift = ops.stop_gradient(average(values))
+    shift = ops.where(ops.isfinite(shift), shift, 0.0)
     deviations = values - shift
     delta = average(deviations)
-    variance = average(ops.square(deviations)) - ops.square(delta)
+    variance = average(ops.square(deviations - delta))
     if gather is not None:
         count, shift, delta, variance = _merged(count, shift, delta, variance, gather)
         deviations = values - shift
-    variance = ops.where(variance < 0, 0.0, variance)  # Not maximum: it is float32 on PyTorch.
     if fallback is not None and (valid is not None or gather is not None):
         # No valid value: normalise with the statistics given, shifted as the deviations are.
         given_mean, given_variance = (

@@ -71,6 +71,7 @@ def _forward(epsilon: float, relu: bool, rows: Any, gamma: Any, beta: Any) -> An
     values = rows.astype(gamma.dtype)
     share = 1.0 / max(rows.size // max(rows.shape[1], 1), 1)
     shift = jax.lax.stop_gradient(_total(values) * share)
+    shift = jnp.where(jnp.isfinite(shift), shift, 0)  # see _composite.py
     deviations = values - _spread(shift, rows)
     delta = _total(deviations) * share
     variance = jnp.maximum(_total(jnp.square(deviations)) * share - jnp.square(delta), 0.0)
@@ -104,7 +105,8 @@ _normalize.defvjp(_forward, _backward)
 
 
 def _total(rows: Any) -> Any:
-    return rows.sum(0) if rows.ndim == 2 else rows.sum((0, 2))
+    # In two steps that XLA does not merge into one: it would add all numbers in sequence.
+    return (rows if rows.ndim == 2 else jax.lax.optimization_barrier(rows.sum(2))).sum(0)
 
 
 def _spread(per_channel: Any, rows: Any) -> Any:

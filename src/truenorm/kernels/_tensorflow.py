@@ -12,6 +12,7 @@ a compiled graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -133,6 +134,7 @@ def _forward(epsilon: float, dtype: str, relu: bool) -> Callable[..., Any]:
         values = tf.cast(rows, dtype)
         share = _share(rows, dtype)
         shift = tf.stop_gradient(_total(values) * share)
+        shift = tf.where(tf.math.is_finite(shift), shift, 0.0)  # see _composite.py
         deviations = values - _spread(shift, rows)
         delta = _total(deviations) * share
         variance = tf.maximum(_total(tf.square(deviations)) * share - tf.square(delta), 0.0)
@@ -170,7 +172,11 @@ def _share(rows: Any, dtype: Any) -> Any:
 
 
 def _total(rows: Any) -> Any:
-    return tf.reduce_sum(rows if len(rows.shape) == 2 else tf.reduce_sum(rows, 2), 0)
+    if len(rows.shape) == 3:
+        # In two steps that XLA does not merge into one: it would add all numbers in sequence.
+        sums = tf.reduce_sum(rows, 2)
+        rows = tf.where(tf.math.is_nan(sums), tf.constant(math.nan, sums.dtype), sums)
+    return tf.reduce_sum(rows, 0)
 
 
 def _spread(per_channel: Any, rows: Any) -> Any:

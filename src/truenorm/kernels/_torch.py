@@ -27,6 +27,7 @@ from truenorm.kernels._contract import Normalized
 
 MOST_GROUPS = 64
 MOST_GROUPED_CHANNELS = 2**15  # Beyond it, PyTorch wakes its threads for the small sums, too.
+MANY_ROWS = 2048  # Beyond them, sums in sequence show in the gradients of gamma and beta.
 LARGEST_RATIO = 8.0
 
 
@@ -98,19 +99,44 @@ class _Normalize(torch.autograd.Function):
         rows, gamma, mean, rstd, *rectified = ctx.saved_tensors
         for output in rectified:
             gradient = torch.ops.aten.threshold_backward(gradient, output, 0)
-        gradients = torch.ops.aten.native_batch_norm_backward(
-            gradient.contiguous(),
-            rows,
-            gamma,
-            None,
-            None,
-            mean,
-            rstd,
-            True,
-            ctx.epsilon,
-            list(ctx.needs_input_grad[:3]),
-        )
+        gradient, needs = gradient.contiguous(), list(ctx.needs_input_grad[:3])
+        kept = (gamma, mean, rstd)
+        groups = _groups(len(rows), len(mean)) if len(rows) >= MANY_ROWS and rows.dim() == 2 else 1
+        # Derivatives of a derivative (create_graph=True) are those of one native call.
+        if groups == 1 or torch.is_grad_enabled() or not any(needs[1:]):
+            gradients = _native_backward(gradient, rows, kept, ctx.epsilon, needs)
+        else:
+            gradients = _grouped_backward(gradient, rows, kept, ctx.epsilon, needs, groups)
         return (*gradients, None, None, None, None)
+
+
+def _native_backward(
+    gradient: Any, rows: Any, kept: tuple[Any, ...], epsilon: float, needs: list[bool]
+) -> tuple[Any, Any, Any]:
+    gamma, mean, rstd = kept
+    return torch.ops.aten.native_batch_norm_backward(
+        gradient, rows, gamma, None, None, mean, rstd, True, epsilon, needs
+    )
+
+
+def _grouped_backward(
+    gradient: Any, rows: Any, kept: tuple[Any, ...], epsilon: float, needs: list[bool], groups: int
+) -> tuple[Any, Any, Any]:
+    """With the sums over the rows in groups, as in :func:`_moments`: one pass more over both."""
+    d_rows, _, _ = _native_backward(gradient, rows, kept, epsilon, [needs[0], False, False])
+    shape = (-1, groups * rows.shape[1])
+    _, *sums = _native_backward(
+        gradient.reshape(shape),
+        rows.reshape(shape),
+        tuple(values.repeat(groups) for values in kept),
+        epsilon,
+        [False, True, True],
+    )
+    wide = torch.float64 if rows.device.type == "cpu" else kept[0].dtype
+    d_gamma, d_beta = (
+        part.reshape(groups, -1).sum(0, dtype=wide).to(kept[0].dtype) for part in sums
+    )
+    return d_rows, d_gamma, d_beta
 
 
 def normalize_synchronized(

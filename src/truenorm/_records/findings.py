@@ -76,7 +76,7 @@ class Diagnosis(Record):
         return self.worst in (None, "note")
 
     def tables(self) -> Sequence[Table]:
-        """One row per code and remedy, the gravest first; sites and evidence put together."""
+        """One row per code, the gravest first; sites and evidence put together; remedies below."""
         counts = [
             f"{n} {severity}{'s' if n > 1 else ''}"
             for severity in reversed(SEVERITIES)
@@ -89,24 +89,25 @@ class Diagnosis(Record):
 
 
 def _table(title: str, findings: Sequence[Finding], notes: tuple[str, ...] = ()) -> Table:
-    """Findings of one code with one remedy and the same words as evidence share a row."""
+    """Findings of one code with the same words as evidence share a row, and codes a remedy."""
     alike: dict[tuple[object, ...], list[Finding]] = {}
+    remedies: dict[str, dict[str, None]] = {}
     for finding in sorted(findings, key=lambda f: -SEVERITIES.index(f.severity)):
         words = tuple(v for v in finding.evidence.values() if isinstance(v, str))
-        key = (finding.code, finding.remedy, tuple(finding.evidence), words)
-        alike.setdefault(key, []).append(finding)
+        alike.setdefault((finding.code, tuple(finding.evidence), words), []).append(finding)
+        remedies.setdefault(finding.remedy, {})[finding.code] = None
     rows = tuple(
         (
             f"{group[0].code} {group[0].severity}",
             group[0].problem,
             _together([f.site for f in group]),
             _measured([f.evidence for f in group]),
-            group[0].remedy,
         )
         for group in alike.values()
     )
-    columns = ("code", "problem", "site", "evidence", "remedy") if rows else ()
-    return Table(title, columns, rows, notes)
+    columns = ("code", "problem", "site", "evidence") if rows else ()
+    mending = (f"Remedy of {', '.join(codes)}: {remedy}" for remedy, codes in remedies.items())
+    return Table(title, columns, rows, (*mending, *notes))
 
 
 def _measured(evidence: Sequence[Evidence]) -> str:

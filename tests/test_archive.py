@@ -32,6 +32,19 @@ CONFIG, WEIGHTS = "config.json", "model.weights.h5"
 EVIL = "<img src=x onerror=alert(1)>\x1b[31m[bold]\n"
 
 
+def nested() -> Any:
+    """A functional model with a layer that is called twice, and a Sequential, in another."""
+    x = inputs = keras.Input((4,))
+    for layer in [keras.layers.BatchNormalization(name="again", momentum=0.9)] * 2:
+        x = layer(x)
+    x = keras.layers.BatchNormalization(name="once", epsilon=1e-5)(x)
+    inner = keras.Model(inputs, x, name="inner")
+    chain = [keras.Input((4,)), tn.BatchNormalization(name="once"), keras.layers.ReLU()]
+    outer = keras.Input((4,))
+    x = keras.Sequential(chain, name="chain")(inner(outer))
+    return keras.Model(outer, keras.layers.BatchNormalization(name="last")(x), name="outer")
+
+
 def timewise() -> Any:
     """A BatchNormalization in a wrapper, in 16 bits and without gamma; one without beta, frozen."""
     layers = [
@@ -93,7 +106,7 @@ def layer_named(config: Any, name: str) -> Any:
     return next(one for one in config["config"]["layers"] if one["config"]["name"] == name)
 
 
-@pytest.mark.parametrize("build", [models.nested, models.two_towers, timewise])
+@pytest.mark.parametrize("build", [nested, timewise])
 def test_reading_finds_what_the_model_has(build: Callable[[], Any], tmp_path: Path) -> None:
     model = build()
     layers = {p: k for k, p in layer_paths(model).items() if is_batch_normalization(k)}
@@ -105,16 +118,17 @@ def test_reading_finds_what_the_model_has(build: Callable[[], Any], tmp_path: Pa
     read = archive.read(tmp_path / "model.keras")
     assert (read.model, read.keras, read.hidden) == (model.name, keras.__version__, ())
     found = {one.path: one for one in read.layers}
-    assert set(layers) <= set(found)
+    assert set(layers) == set(found)
     for path, layer in layers.items():
         mean = np.asarray(keras.ops.convert_to_numpy(layer.moving_mean), "float64")
         variance = np.asarray(keras.ops.convert_to_numpy(layer.moving_variance), "float64")
         one, statistics = found[path], found[path].statistics
-        assert (one.layer, one.channels) == ("keras.BatchNormalization", len(mean))
+        package = type(layer).__module__.split(".")[0]
+        assert (one.layer, one.channels) == (f"{package}.BatchNormalization", len(mean))
         assert (one.momentum, one.epsilon) == (layer.momentum, layer.epsilon)
         assert one.trainable == layer.trainable
         assert one.dtype == layer.dtype_policy.name
-        assert one.axis % 4 == layer.axis % 4 or layer.axis < 4
+        assert one.axis in (layer.axis, -1)
         assert statistics.largest_mean == abs(mean).max()
         assert (statistics.least_variance, statistics.largest_variance) == (
             variance.min(), variance.max())  # fmt: skip

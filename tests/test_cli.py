@@ -166,16 +166,29 @@ def test_a_file_is_read_without_keras_or_a_framework(evil: Path) -> None:
     assert "\x1b" not in done.stdout
 
 
-def test_a_file_saved_on_one_backend_is_inspected_on_another(file: Path) -> None:
-    other = {"jax": "torch", "tensorflow": "torch", "torch": "tensorflow"}[keras.backend.backend()]
-    done = truenorm_command("inspect", str(file), "--backend", other, "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert [site["path"] for site in found["sites"]] == ["bn"]
+def test_a_model_is_inspected_in_each_mode(command: Command, file: Path) -> None:
+    code, output, _ = command("inspect", file, "--json")
+    found = json.loads(output)
+    assert (code, [site["path"] for site in found["sites"]]) == (0, ["bn"])
     observed = {
         entry: modes[0]["calls"][0]["statistics"] for entry, modes in found["modes"].items()
     }
     assert (observed["fit"], observed["predict"]) == ("batch", "moving")
+
+
+def test_a_file_saved_on_one_backend_is_used_on_another(file: Path, tmp_path: Path) -> None:
+    other = {"jax": "torch", "tensorflow": "torch", "torch": "tensorflow"}[keras.backend.backend()]
+    out = tmp_path / "out.keras"
+    done = truenorm_command(
+        "fold", str(file), "--out", str(out), "--backend", other, TF_CPP_MIN_LOG_LEVEL="3"
+    )
+    assert done.returncode == 0, done.stderr
+    model, folded = archive.load(file), archive.load(out)
+    assert [type(layer).__name__ for layer in folded.layers] == ["Dense", "ReLU", "Dense"]
+    x = models.inputs_for(model)
+    np.testing.assert_allclose(
+        models.predict(folded, x)[0], models.predict(model, x)[0], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_rewrite_is_printed_and_saved(command: Command, file: Path, tmp_path: Path) -> None:
@@ -262,6 +275,18 @@ def test_ctrl_c_is_130(command: Command, file: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("truenorm.cli.models.model_of", interrupt)
     assert command("inspect", file)[0] == 130
+
+
+def test_too_little_memory_is_one_line(
+    command: Command, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhaust(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("truenorm.cli.models.model_of", exhaust)
+    code, output, errors = command("inspect", file)
+    assert (code, output) == (2, "")
+    assert errors == "truenorm: There is not enough memory to run this model.\n"
 
 
 def test_a_reader_that_has_gone_ends_an_inspection_quietly(file: Path) -> None:

@@ -4,7 +4,8 @@
 the BatchNormalization layers. :func:`load` makes the model, after the file has been looked through.
 """
 
+from truenorm._records.archives import StoredLayer, StoredModel
 from truenorm.archive._loading import MOST_PARAMETERS, load, save
 from truenorm.archive._reading import read
 
-__all__ = ["MOST_PARAMETERS", "load", "read", "save"]
+__all__ = ["MOST_PARAMETERS", "StoredLayer", "StoredModel", "load", "read", "save"]

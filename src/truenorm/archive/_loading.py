@@ -32,8 +32,11 @@ AREAS = frozenset(
 )  # fmt: skip
 """The parts of Keras that a model is made of; not its file, data and network functions."""
 
-CODE = frozenset({"Lambda", "TorchModuleWrapper", "TFSMLayer", "JaxLayer", "FlaxLayer"})
-"""Keras's classes that hold code, or run what somebody else's program saved."""
+CODE = frozenset(
+    {"Lambda", "TorchModuleWrapper", "TFSMLayer", "JaxLayer", "FlaxLayer", "__lambda__",
+     "__typespec__"}
+)  # fmt: skip
+"""What Keras knows that holds code, or runs what somebody else's program saved."""
 
 VALUES = frozenset(
     {"__keras_tensor__", "__tensor__", "__numpy__", "__bytes__", "__slice__", "__ellipsis__"}
@@ -225,9 +228,7 @@ class _Classes:
         names = [n for n in (name, entry.get("registered_name"), entry.get("config"))
                  if isinstance(n, str)]  # fmt: skip
         custom = [known[n] for n in names if n in known]
-        if custom:
-            allowed = all(_package(one) in self.packages for one in custom)
-        elif name in CODE or name in ("__lambda__", "__typespec__"):
+        if name in CODE:
             raise ArchiveError(
                 "The file holds code, which is not run",
                 where=f"{self.path}: {where}",
@@ -235,6 +236,8 @@ class _Classes:
                 received=str(name),
                 remedy="'truenorm inspect --static' reads the file without running it",
             )
+        if custom:
+            allowed = all(_package(one) in self.packages for one in custom)
         else:
             allowed = name in VALUES or _is_kerass(entry)
         if not allowed:

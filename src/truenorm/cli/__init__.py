@@ -39,6 +39,9 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
+    except MemoryError:
+        print("truenorm: There is not enough memory to run this model.", file=sys.stderr)
+        sys.exit(2)
     except TruenormError as error:
         print(f"truenorm: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)

@@ -197,3 +197,42 @@ def test_it_prints_alike_sites_together_and_goes_to_json(build: Callable[[], Any
     assert first["calls"] == [
         {"training": None, "trainable": True, "policy": "none", "statistics": "moving", "times": 1}
     ]
+
+
+# --- trap 16: how often the statistics move -----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_shared_layer_takes_one_step_per_call_and_is_seen_to(kind: str) -> None:
+    inputs = keras.Input((3,))
+    layer = LAYERS[kind](momentum=0.5, name="bn")
+    model = keras.Model(inputs, layer(layer(inputs)))
+    x = np.random.default_rng(0).normal(4.0, 2.0, size=(64, 3)).astype("float32")
+    with tn.observe(model) as seen:
+        model(x, training=True)
+    assert {path: calls_of(mode) for path, mode in seen.modes.items()} == {
+        "bn": ["1× training=True: batch"],
+        "bn#2": ["1× training=True: batch"],
+    }
+    moving = keras.ops.convert_to_numpy(layer.moving_mean)
+    np.testing.assert_allclose(moving, x.mean(axis=0) / 4, rtol=1e-4, atol=1e-6)  # 0 follows
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_accumulate_but_statistics_move_with_every_micro_batch(kind: str) -> None:
+    """And weights of samples do not count in them."""
+    layer = LAYERS[kind](momentum=0.5, name="bn")
+    model = keras.Sequential([keras.Input((3,)), layer, keras.layers.Dense(1)])
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=4)
+    model.compile(optimizer, "mse")
+    x = np.random.default_rng(0).normal(4.0, 2.0, size=(30, 3)).astype("float32")
+    ignored = np.repeat([0.0, 1.0], 15)
+    with tn.observe(model) as seen:
+        model.fit(x, x[:, 0], sample_weight=ignored, batch_size=10, shuffle=False, verbose=0)
+    mode = seen.modes["bn"]
+    assert calls_of(mode) == ["3× training=True: batch"]
+    assert (mode.updated, mode.learned) == (True, False)
+    means = x.reshape(3, 10, 3).mean(axis=1)
+    expected = means[0] / 8 + means[1] / 4 + means[2] / 2
+    moving = keras.ops.convert_to_numpy(layer.moving_mean)
+    np.testing.assert_allclose(moving, expected, rtol=1e-4)

@@ -11,7 +11,7 @@ import importlib
 import math
 import os
 import re
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,29 +20,10 @@ from typing import Any, cast
 from truenorm._errors import ArchiveError, OptionError, OutputError
 from truenorm._files import replacing
 from truenorm._tables import printable
+from truenorm.archive._classes import Classes
 from truenorm.archive._container import CONFIG, opened, read_json, verify_checksums, weights
 
 MOST_PARAMETERS = 500_000_000
-MOST_BATCH = 65_536
-"""Largest batch that a model may be fixed to: stateful layers hold a state for each sample."""
-
-AREAS = frozenset(
-    {"activations", "constraints", "dtype_policies", "initializers", "layers", "losses", "metrics",
-     "models", "ops", "optimizers", "quantizers", "random", "regularizers"}
-)  # fmt: skip
-"""The parts of Keras that a model is made of; not its file, data and network functions."""
-
-CODE = frozenset(
-    {"Lambda", "TorchModuleWrapper", "TFSMLayer", "JaxLayer", "FlaxLayer", "__lambda__",
-     "__typespec__"}
-)  # fmt: skip
-"""What Keras knows that holds code, or runs what somebody else's program saved."""
-
-VALUES = frozenset(
-    {"__keras_tensor__", "__tensor__", "__numpy__", "__bytes__", "__slice__", "__ellipsis__"}
-)
-"""What Keras writes for values that are not JSON."""
-
 OURS = "truenorm>BatchNormalization"
 """What our layer is registered as."""
 
@@ -104,7 +85,7 @@ def load(
 
     _refuse_unsafe_mode(str(path))
     config = {key: value for key, value in config.items() if key != "compile_config"}
-    _Classes(str(path), _imported(imports)).check(config, str(config.get("class_name")))
+    Classes(str(path), _imported(imports)).check(config, str(config.get("class_name")))
     with _counting(max_parameters) as asked:
         try:
             model = keras.saving.load_model(path, {OURS: BatchNormalization}, compile=False)
@@ -183,88 +164,6 @@ def _imported(names: Collection[str]) -> frozenset[str]:
                 remedy="give a module as Python's import takes it, importable from here",
             ) from error
     return frozenset({"keras", "truenorm", *(name.split(".")[0] for name in names)})
-
-
-@dataclass(frozen=True)
-class _Classes:
-    """Which classes a file may name."""
-
-    path: str
-    packages: Collection[str]
-
-    def check(self, value: Any, where: str) -> None:
-        """Refuse a configuration that names any other, at any depth."""
-        if isinstance(value, dict):
-            entry = cast(dict[str, Any], value)
-            config = entry.get("config")
-            if isinstance(config, dict):
-                where = str(cast(dict[str, Any], config).get("name", where))
-            self._check_batch(entry, where)
-            if "class_name" in entry:
-                self._check_entry(entry, where)
-            for inner in entry.values():
-                self.check(inner, where)
-        elif isinstance(value, list):
-            for inner in cast(list[Any], value):
-                self.check(inner, where)
-
-    def _check_batch(self, entry: Mapping[str, Any], where: str) -> None:
-        """Keras allocates a stateful layer's states at once, and not as variables."""
-        for shape in (entry.get("batch_shape"), entry.get("input_shape")):
-            batch = cast(list[Any], shape)[0] if isinstance(shape, list) and shape else None
-            if isinstance(batch, int | float) and batch > MOST_BATCH:
-                raise ArchiveError(
-                    "The model is fixed to batches of a size that is not allowed",
-                    where=f"{self.path}: {where}",
-                    expected=f"{MOST_BATCH} samples at most",
-                    received=str(batch)[:20],
-                )
-
-    def _check_entry(self, entry: Mapping[str, Any], where: str) -> None:
-        import keras
-
-        known = keras.saving.get_custom_objects()
-        name = entry["class_name"] if isinstance(entry["class_name"], str) else "?"
-        names = [n for n in (name, entry.get("registered_name"), entry.get("config"))
-                 if isinstance(n, str)]  # fmt: skip
-        custom = [known[n] for n in names if n in known]
-        if name in CODE:
-            raise ArchiveError(
-                "The file holds code, which is not run",
-                where=f"{self.path}: {where}",
-                expected="layers of Keras or truenorm that are described by their settings",
-                received=str(name),
-                remedy="'truenorm inspect --static' reads the file without running it",
-            )
-        if custom:
-            allowed = all(_package(one) in self.packages for one in custom)
-        else:
-            allowed = name in VALUES or _is_kerass(entry)
-        if not allowed:
-            raise ArchiveError(
-                "The file needs a class that is not Keras's or truenorm's",
-                where=f"{self.path}: {where}",
-                expected="a class of Keras or truenorm, or of a module that you name",
-                received=f"{entry.get('registered_name') or name} of {entry.get('module')}",
-                remedy="if you trust its code, import it: imports=('module',) (--import module)",
-            )
-
-
-def _package(custom: Any) -> str:
-    return str(getattr(custom, "__module__", "")).split(".")[0]
-
-
-def _is_kerass(entry: Mapping[str, Any]) -> bool:
-    """Whether this is of the parts of Keras that models are made of."""
-    module = entry.get("module")
-    if module is None:
-        return not entry.get("registered_name")  # Keras then looks in its own tables only
-    if module == "keras" or (entry.get("class_name") == "function" and module == "builtins"):
-        return True
-    if not isinstance(module, str):
-        return False
-    parts = [part for part in module.split(".") if part != "src"]
-    return len(parts) > 1 and parts[0] == "keras" and parts[1] in AREAS
 
 
 @dataclass

@@ -77,10 +77,9 @@ def test_pictures_of_another_kind_are_told_from_those_it_learned(
     found = tn.diagnose(model, 2 * x + 0.3, y, select="TN1", ignore="TN107", batch_size=448)
     by_code = {f.code: f for f in found.findings}
     assert {"TN104", "TN110"} <= set(by_code)
-    accuracies = str(by_code["TN110"].evidence["accuracy"]).split(" → ")
-    training, inference, after = map(float, accuracies)
-    assert inference < training - 0.1
-    assert after > inference + 0.1
+    found = by_code["TN110"].evidence
+    assert found["accuracy_in_inference"] < found["accuracy_in_training"] - 0.1
+    assert found["accuracy_recalibrated"] > found["accuracy_in_inference"] + 0.1
 
 
 # --- what runs ---------------------------------------------------------------------------------
@@ -155,6 +154,14 @@ def test_a_class_of_somebodys_own_is_not_run_over_data() -> None:
     diagnosis = tn.diagnose(model, np.zeros((8, 4), "float32"), select=["TN103", "TN202"])
     assert diagnosis.checked == ("TN202",)
     assert diagnosis.skipped[0].reason == "what the class of 'bn' normalises is not known"
+
+
+def test_data_that_is_no_numbers_is_said_and_the_other_rules_run() -> None:
+    data = np.full((8, 5), np.nan, "float32")
+    diagnosis = tn.diagnose(shake(dense()), data, select=["TN1", "TN2"], ignore="TN107")
+    (skipped,) = diagnosis.skipped
+    assert skipped.reason == "the data makes values at 'bn' that are not finite numbers"
+    assert [f.code for f in diagnosis.findings] == ["TN206"]
 
 
 def test_what_cannot_be_diagnosed_is_refused() -> None:

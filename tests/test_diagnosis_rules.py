@@ -130,10 +130,7 @@ def test_statistics_out_of_precisions_reach() -> None:
     set_statistics(model.get_layer("bn1"), [5e3, 0, 0, 0], [1, 1, 1, 1])
     set_statistics(model.get_layer("bn2"), np.zeros(6), [1e13, *[1] * 5])
     found = tn.diagnose(model, select="TN106").findings
-    assert [(f.site, f.evidence["channels"]) for f in found] == [
-        ("bn1", "1 of 4"),
-        ("bn2", "1 of 6"),
-    ]
+    assert [(f.site, f.evidence["out_of_reach"]) for f in found] == [("bn1", 1), ("bn2", 1)]
     assert found[0].evidence["mean_in_std"] == pytest.approx(5e3, rel=1e-3)
     assert not tn.diagnose(chain(), select="TN106").findings
 
@@ -159,9 +156,10 @@ def test_another_input_and_other_answers_in_inference() -> None:
     skewed, worse = tn.diagnose(model, DATA, y, select=["TN109", "TN110"], batch_size=160).findings
     assert (skewed.code, skewed.site) == ("TN109", "bn2")
     assert (worse.code, worse.site) == ("TN110", "chain")
-    training, inference, after = map(float, str(worse.evidence["loss"]).split(" → "))
-    assert inference > 2 * training
-    assert after < inference
+    loss = {key: worse.evidence[f"loss_{key}"] for key in ("in_training", "in_inference")}
+    assert loss["in_inference"] > 2 * loss["in_training"]
+    assert worse.evidence["loss_recalibrated"] < loss["in_inference"]
+    assert worse.evidence["mae_in_inference"] > worse.evidence["mae_recalibrated"]
     good.compile("sgd", "mse")
     assert not tn.diagnose(good, DATA, y, select=["TN109", "TN110"], batch_size=160).findings
     only(tn.diagnose(model, DATA, select="TN110", batch_size=320))  # without labels by the outputs
@@ -316,7 +314,7 @@ def test_a_constant_column_of_the_data_is_seen() -> None:
     data = DATA.copy()
     data[:, 2] = 3.0
     finding = tn.diagnose(chain(), data, select="TN202", batch_size=320).findings[0]
-    assert (finding.site, finding.evidence["channels"]) == ("bn1", "1 of 4")
+    assert (finding.site, finding.evidence["constant"]) == ("bn1", 1)
 
 
 def test_one_layer_shared_by_unlike_inputs() -> None:

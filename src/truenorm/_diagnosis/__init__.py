@@ -10,6 +10,7 @@ from truenorm._diagnosis.rule import Rule
 from truenorm._diagnosis.table import RULES
 from truenorm._errors import OptionError
 from truenorm._records.findings import Diagnosis, Finding, Skipped
+from truenorm._sites import batch_normalizations
 
 Codes = str | Sequence[str] | None
 
@@ -71,8 +72,8 @@ def diagnose(
         has its own.
     """
     wanted = _selection(select, ignore)
+    batch_normalizations(model)  # refuses what there is nothing to say of
     facts = Facts(model, list(data) if isinstance(data, Iterator) else data, y, batch_size)
-    name = facts.model.name if facts.layers else ""
     findings: list[Finding] = []
     checked: list[str] = []
     skipped: dict[str, list[str]] = {}
@@ -84,7 +85,7 @@ def diagnose(
         checked.append(rule.code)
         findings += [Finding(rule.code, rule.severity, rule.problem, *f) for f in rule.check(facts)]
     left = tuple(Skipped(tuple(codes), reason) for reason, codes in skipped.items())
-    return Diagnosis(name, tuple(findings), tuple(checked), left)
+    return Diagnosis(model.name, tuple(findings), tuple(checked), left)
 
 
 def _selection(select: Codes, ignore: Codes) -> Callable[[Rule], bool]:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import keras
+import numpy as np
+
 from truenorm._data import labelled_batches
 from truenorm._diagnosis.measuring import Answers, Runner, Seen, ask, judge_of, look
 from truenorm._graph import Call, calls, graph_of, is_batch_normalization
@@ -22,6 +25,10 @@ FEWEST_BATCHES = 8
 """Of how many batch means a variance is taken at least: it is then known within a factor of two
 (95 % of a chi-squared variable with 7 degrees of freedom is between 0.24 and 2.3 of its mean), and
 the mean over the channels much better."""
+
+
+FEW = 4
+"""Samples that ``inspect`` gets: modes do not depend on the data."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +59,9 @@ class Facts:
         own = [path for layer, path in self.layers.items() if is_own_class(layer)]
         if own:
             return f"what the class of '{own[0]}' normalises is not known"
+        for path, moments in self.seen.training.sites.items():
+            if not np.isfinite(moments.m2).all():
+                return f"the data makes values at '{path}' that are not finite numbers"
         if need == "batches" and self.seen.full_batches < FEWEST_BATCHES:
             count = self.seen.full_batches
             return f"{FEWEST_BATCHES} whole batches show how batches vary, and there are {count}"
@@ -97,8 +107,8 @@ class Facts:
         """What every site does in each entry point."""
         if self.data is None:
             return inspect(self.model)
-        inputs, labels = next(iter(self.batches()))
-        return inspect(self.model, inputs, labels if self.model.compiled else None)
+        inputs, _ = next(iter(self.batches()))
+        return inspect(self.model, keras.tree.map_structure(lambda x: x[:FEW], inputs))
 
     @cached_property
     def seen(self) -> Seen:

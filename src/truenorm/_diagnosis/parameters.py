@@ -41,7 +41,8 @@ def dead_gamma(facts: Facts) -> Iterator[Fault]:
         dead = np.abs(gamma) < DEAD * size
         if dead.any():
             evidence = {
-                "channels": f"{int(dead.sum())} of {dead.size}",
+                "dead": int(dead.sum()),
+                "channels": dead.size,
                 "least_gamma": float(np.abs(gamma).min()),
                 "typical_gamma": size,
             }
@@ -59,7 +60,8 @@ def constant_input(facts: Facts) -> Iterator[Fault]:
             constant = (variance >= 0) & (variance / (variance + layer.epsilon) < CONSTANT)
         if constant.mean() >= MANY:
             evidence = {
-                "channels": f"{int(constant.sum())} of {constant.size}",
+                "constant": int(constant.sum()),
+                "channels": constant.size,
                 "largest_std_of_these": float(np.sqrt(variance[constant].max())),
                 "epsilon": float(layer.epsilon),
             }
@@ -76,7 +78,8 @@ def exploding_scale(facts: Facts) -> Iterator[Fault]:
         large = scale > LARGEST_SCALE
         if large.any():
             evidence = {
-                "channels": f"{int(large.sum())} of {large.size}",
+                "exploding": int(large.sum()),
+                "channels": large.size,
                 "largest_scale": float(scale[large].max()),
                 "median_scale": float(np.nanmedian(scale)),
             }

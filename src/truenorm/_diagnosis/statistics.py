@@ -20,7 +20,7 @@ import keras
 import numpy as np
 
 from truenorm._diagnosis.facts import Facts, is_site, nearby
-from truenorm._diagnosis.measuring import Answers
+from truenorm._diagnosis.measuring import Answers, Mode
 from truenorm._diagnosis.rule import Fault
 from truenorm._moments import Array, Moments
 from truenorm._probe import as_float64
@@ -163,7 +163,8 @@ def huge(facts: Facts) -> Iterator[Fault]:
         bad = (ratio > RATIO) | (reach > LARGEST.get(layer.compute_dtype, LARGEST["float32"]))
         if bad.any():
             evidence = {
-                "channels": f"{int(bad.sum())} of {bad.size}",
+                "out_of_reach": int(bad.sum()),
+                "channels": bad.size,
                 "mean_in_std": float(ratio.max()),
                 "largest_value": float(reach.max()),
             }
@@ -217,12 +218,20 @@ def otherwise_in_inference(facts: Facts) -> Iterator[Fault]:
     else:
         bad = answers.change > _noticeable(facts)
     if bad:
-        in_words = {
-            name: " → ".join(f"{answers.score(mode, name):.4g}" for mode in answers.scores)
+        scores = {
+            f"{name}_{when}": answers.score(mode, name)
             for name in answers.scores.get("moving", ())
+            for mode, when in _WHEN.items()
         }
-        evidence = {**in_words, "outputs_differ_by": answers.change}
+        evidence = {**scores, "outputs_differ_by": answers.change}
         yield Fault(facts.model.name, evidence, RECALIBRATE)
+
+
+_WHEN: dict[Mode, str] = {
+    "batch": "in_training",
+    "moving": "in_inference",
+    "population": "recalibrated",
+}
 
 
 def _is_worse(answers: Answers) -> bool:

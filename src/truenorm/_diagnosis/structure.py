@@ -32,7 +32,7 @@ def without(facts: Facts) -> Iterator[Fault]:
     lacking = [call for call in hidden if not _meets_batch_normalization(call)]
     if hidden and len(hidden) - len(lacking) > MOST * len(hidden):
         for call in lacking:
-            evidence = {"layers_with_it": f"{len(hidden) - len(lacking)} of {len(hidden)}"}
+            evidence = {"with_it": len(hidden) - len(lacking), "hidden_layers": len(hidden)}
             yield Fault(call.path, evidence, "tn.BatchNormalization()(x) after it")
 
 
@@ -114,7 +114,6 @@ def gradient_accumulation(facts: Facts) -> Iterator[Fault]:
         momentum = {layer.momentum for layer in facts.layers} - {None}
         evidence = {
             "batches_per_step": steps,
-            "statistics_of": "one batch each",
             "momentum_per_step": min((float(np.power(m, steps)) for m in momentum), default=0.0),
         }
         yield Fault(facts.model.name, evidence, "model.fit(x, y, batch_size=…) with larger batches")

@@ -99,7 +99,9 @@ def normalize_apart(
     def average(terms: Any) -> Any:
         if valid is not None:
             terms = ops.where(valid, terms, 0.0)
-        return ops.sum(terms, axis=reduced, keepdims=True) * share
+        if len(reduced) > 1:  # In two steps: TensorFlow adds what it is given in sequence.
+            terms = ops.sum(terms, axis=reduced[1:], keepdims=True)
+        return ops.sum(terms, axis=reduced[:1], keepdims=True) * share
 
     # A choice between the product and the difference: without it XLA contracts the two in one
     # place, and rounds the shift in another.

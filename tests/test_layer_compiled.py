@@ -1,0 +1,207 @@
+"""The layer inside compilers and exporters: same numbers, at inference with stock operations."""
+
+from __future__ import annotations
+
+import pathlib
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from helpers import array, error, tensor
+
+from truenorm import BatchNormalization
+from truenorm.kernels import _reference as reference
+
+BACKEND = keras.config.backend()
+RNG = np.random.default_rng(2)
+X = RNG.normal(3, 2, (8, 3, 5)).astype("float32")
+GRADIENT = RNG.normal(size=X.shape).astype("float32")
+
+Step = tuple[Any, Any, Any]
+"""Output, gradient of ``X`` and moving mean of ``new_layer`` after one training step with ``X``."""
+
+
+def new_layer(**options: Any) -> Any:
+    layer = BatchNormalization(momentum=0.0, activation="relu", **options)
+    layer.build(X.shape)
+    return layer
+
+
+def torch_step(wrapped: Callable[[Any], Callable[..., Any]]) -> Step:
+    import torch
+
+    layer = new_layer()
+    x = torch.tensor(X, requires_grad=True)
+    output = wrapped(layer)(x)
+    output.backward(torch.tensor(GRADIENT))
+    return output.detach(), x.grad, layer.moving_mean
+
+
+def in_torch_compile() -> Step:
+    import torch
+
+    def wrapped(layer: Any) -> Any:
+        call = lambda x: layer(x, training=True)  # noqa: E731
+        return torch.compile(call, backend="aot_eager", fullgraph=True)
+
+    return torch_step(wrapped)
+
+
+def in_torch_checkpoint() -> Step:
+    from torch.utils.checkpoint import checkpoint
+
+    return torch_step(
+        lambda layer: (
+            lambda x: checkpoint(lambda x: layer(x, training=True), x, use_reentrant=False)
+        )
+    )
+
+
+def in_xla(recompute: bool = False) -> Step:
+    import tensorflow as tf
+
+    layer = new_layer()
+
+    @tf.function(jit_compile=True)
+    def step(x: Any) -> Any:
+        call = lambda x: layer(x, training=True)  # noqa: E731
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            output = (tf.recompute_grad(call) if recompute else call)(x)
+        return output, tape.gradient(output, x, tf.constant(GRADIENT))
+
+    return *step(tf.constant(X)), layer.moving_mean
+
+
+def in_jit(recompute: bool = False) -> Step:
+    import jax
+
+    layer = new_layer()
+    trainable, moving = (
+        [v.value for v in variables]
+        for variables in (layer.trainable_variables, layer.non_trainable_variables)
+    )
+
+    def call(x: Any) -> Any:
+        return layer.stateless_call(trainable, moving, x, training=True)
+
+    @jax.jit
+    def step(x: Any, gradient: Any) -> Any:
+        function = jax.checkpoint(call) if recompute else call
+        output, pull, moved = jax.vjp(function, x, has_aux=True)
+        return output, pull(gradient)[0], moved[0]
+
+    return step(X, GRADIENT)
+
+
+STEPS: dict[str, list[Callable[[], Step]]] = {
+    "torch": [in_torch_compile, in_torch_checkpoint],
+    "tensorflow": [in_xla, partial(in_xla, recompute=True)],
+    "jax": [in_jit, partial(in_jit, recompute=True)],
+}
+
+
+@pytest.mark.parametrize("step", STEPS[BACKEND])
+def test_one_training_step(step: Callable[[], Step]) -> None:
+    output, gradient, moving_mean = map(array, step())
+    forward = reference.forward(X)
+    backward = reference.backward(GRADIENT * (forward.output > 0), X)
+    assert error(output, np.maximum(forward.output, 0)) < 1e-6
+    assert error(gradient, backward.x) < 1e-6
+    assert error(moving_mean, forward.mean) < 1e-6
+
+
+if BACKEND == "jax":
+
+    def test_forward_mode_needs_a_mask() -> None:
+        import jax
+
+        layer = BatchNormalization()
+        toward = RNG.normal(size=X.shape).astype("float32")
+        mask = tensor(np.ones(X.shape[:-1]), "bool")
+        _, found = jax.jvp(lambda x: layer(x, training=True, mask=mask), (X,), (toward,))
+        ahead, behind = (
+            reference.forward(np.float64(X) + step * toward).output for step in (1e-6, -1e-6)
+        )
+        assert error(array(found), (ahead - behind) / 2e-6) < 1e-5
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.jvp(lambda x: layer(x, training=True), (X,), (toward,))
+
+
+# --- exported for inference --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[Any, Any, Any]:
+    """A model with every option that could show in an inference graph, an input, its output."""
+    network = keras.Sequential(
+        [
+            keras.Input((5,)),
+            BatchNormalization(activation="relu", momentum=None, virtual_batch_size=4),
+            keras.layers.Dense(3),
+            BatchNormalization(renorm=True, synchronized=True),
+        ]
+    )
+    x = RNG.normal(3, 2, (8, 5)).astype("float32")
+    network.compile("sgd", "mse")
+    network.fit(x, np.zeros((8, 3)), verbose=0)
+    return network, x, network.predict(x, verbose=0)
+
+
+def torch_export(network: Any, x: Any, folder: pathlib.Path) -> Any:  # noqa: ARG001
+    import torch
+
+    program = torch.export.export(network.eval(), (torch.tensor(x),))
+    names = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    assert names
+    assert all(name.startswith("aten.") and "batch_norm" not in name for name in names)
+    return program.module()(torch.tensor(x)).detach()
+
+
+def onnx_export(network: Any, x: Any, folder: pathlib.Path) -> Any:
+    import onnx
+    import onnxruntime
+
+    path = str(folder / "model.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch's tracer, about Keras's own code
+        network.export(path, format="onnx", verbose=False)
+    model = onnx.load(path)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert not model.functions
+    session = onnxruntime.InferenceSession(path)
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+def saved_model(network: Any, x: Any, folder: pathlib.Path) -> Any:
+    network.export(str(folder), verbose=False)
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(folder))
+    graph = loaded.signatures["serving_default"].graph.as_graph_def()
+    used = {n.op for f in graph.library.function for n in f.node_def}
+    if BACKEND == "tensorflow":
+        arithmetic = {"AddV2", "Sub", "Mul", "Rsqrt", "Relu", "MatMul", "BiasAdd"}
+        plumbing = {"Identity", "Const", "NoOp", "ReadVariableOp", "Reshape", "Shape", "Cast"}
+        plumbing |= {"Pack", "StridedSlice", "StatefulPartitionedCall"}
+        assert used <= arithmetic | plumbing
+    return loaded.serve(x)
+
+
+EXPORTS: dict[str, list[Callable[..., Any]]] = {
+    "torch": [torch_export, onnx_export],
+    "tensorflow": [saved_model],
+    "jax": [saved_model],
+}
+
+
+@pytest.mark.parametrize("export", EXPORTS[BACKEND])
+def test_what_is_exported_gives_what_predict_gives(
+    trained: Any, tmp_path: pathlib.Path, export: Callable[..., Any]
+) -> None:
+    network, x, expected = trained
+    np.testing.assert_allclose(np.asarray(export(network, x, tmp_path)), expected, atol=1e-5)

@@ -18,6 +18,7 @@ from keras.src.backend.common import global_state
 
 import truenorm as tn
 from truenorm import archive
+from truenorm.archive._classes import Classes
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,17 @@ def test_a_configuration_made_to_do_harm_is_refused(
         archive.load(path)
     assert message in str(refused.value)
     assert keras.Variable(np.zeros(3, "f4")).shape == (3,)  # the counting has ended
+
+
+def test_the_layers_of_kerass_applications_are_allowed_and_their_functions_not() -> None:
+    classes = Classes("f.keras", {"keras", "truenorm"})
+    classes.check(
+        {"module": "keras.src.applications.convnext", "class_name": "LayerScale", "config": {}}, ""
+    )
+    download = {"module": "keras.applications", "config": "ResNet50"}
+    for kind in ("function", "ResNet50"):
+        with pytest.raises(tn.ArchiveError, match=r"of keras\.applications"):
+            classes.check({**download, "class_name": kind}, "")
 
 
 def test_custom_code_runs_only_if_its_module_is_named(

@@ -110,5 +110,7 @@ def _is_kerass(entry: Mapping[str, Any]) -> bool:
         return True
     if not isinstance(module, str):
         return False
+    if module.startswith("keras.src.applications."):  # layers of theirs; Keras takes classes only
+        return entry.get("class_name") != "function"
     parts = [part for part in module.split(".") if part != "src"]
     return len(parts) > 1 and parts[0] == "keras" and parts[1] in AREAS

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from truenorm import DataError, Moments, Population
+from truenorm._moments import Spread
 
 values = hnp.arrays(
     np.float64,
@@ -62,6 +63,53 @@ def test_no_data_has_no_variance_and_changes_nothing() -> None:
     some = Moments.of(np.array([[1.0], [3.0]]))
     assert close(Moments.zero(1).merge(some), some)
     assert Moments.of(np.zeros((0, 2))).variance.tolist() == [0.0, 0.0]
+
+
+@given(values, values, values)
+def test_spreads_merge_in_any_order(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> None:
+    x, y, z = (Spread.of(Moments.of(part)) for part in (a, b, c))
+    one, other = x.merge(y).merge(z), z.merge(y.merge(x))
+    assert close(one.means, other.means)
+    np.testing.assert_array_equal(one.batches, other.batches)
+    size = max(1.0, float(np.abs(other.variances.mean).max()))
+    np.testing.assert_allclose(one.variances.m2, other.variances.m2, atol=1e-9 * size**2)
+
+
+@given(values, st.floats(-1e6, 1e6))
+def test_sums_about_any_shift_give_the_moments(x: np.ndarray, near: float) -> None:
+    shift = x.mean(0) + 1e-3 * near if len(x) else np.full(3, near)
+    deviations = x - shift
+    sums = (shift, deviations.sum(0), np.square(deviations).sum(0))
+    found, true = Moments.from_sums(len(x), *sums), Moments.of(x)
+    if len(x):
+        assert close(found, true)
+    else:
+        assert found.variance.tolist() == [0.0] * 3
+
+
+def test_the_standard_error_is_what_repeating_the_sample_shows() -> None:
+    """Samples of 25 values that hang together: the number of values promises too much."""
+    random = np.random.default_rng(0)
+
+    def draw() -> tuple[Moments, Spread]:
+        levels = random.normal(size=(40, 5, 1))
+        batches = levels + random.normal(size=(40, 5, 25)) * random.gamma(2, 1, size=(40, 5, 1))
+        parts = [Moments.of(batch.reshape(-1, 1)) for batch in batches]
+        return reduce(Moments.merge, parts), reduce(Spread.merge, map(Spread.of, parts))
+
+    drawn = [draw() for _ in range(400)]
+    means = np.array([moments.mean[0] for moments, _ in drawn])
+    deviations = np.array([moments.standard_deviation[0] for moments, _ in drawn])
+    errors = np.array([[e[0] for e in s.standard_errors(m)] for m, s in drawn])
+    true = np.array([means.std(), deviations.std()]) / deviations.mean()
+    np.testing.assert_allclose(np.sqrt(np.square(errors).mean(0)), true, rtol=0.15)
+    assert true[0] > 2 / np.sqrt(40 * 125)  # twice what independent values would have
+
+
+def test_one_batch_says_nothing_of_the_error() -> None:
+    one = Moments.of(np.array([[1.0, 4.0], [3.0, 4.0]]))
+    mean, deviation = Spread.of(one).standard_errors(one)
+    assert mean.tolist() == deviation.tolist() == [np.inf, 0.0]  # a constant channel is certain
 
 
 def test_an_average_of_batch_variances_is_not_the_variance() -> None:

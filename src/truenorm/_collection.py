@@ -137,6 +137,8 @@ class Collector:
         else:
             if waiting is not None:
                 tally.add(*waiting)
+                if enough is not None:
+                    enough(tally.seen())
         return tally.seen()
 
     def _forward(self, state: Any, table: Any, inputs: Any) -> tuple[Any, Any, list[Any]]:

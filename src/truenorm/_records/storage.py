@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import tokenize
 import zipfile
 from typing import Any
 
@@ -51,6 +52,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Table]:
         NotImplementedError,  # a compression that Python does not know
         RuntimeError,  # an encrypted member
         EOFError,
+        SyntaxError,  # an array's header
+        tokenize.TokenError,
         zipfile.BadZipFile,
         zipfile.zlib.error,  # pyright: ignore[reportAttributeAccessIssue]
     ) as error:

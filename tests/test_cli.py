@@ -191,6 +191,22 @@ def test_a_file_saved_on_one_backend_is_used_on_another(file: Path, tmp_path: Pa
     )
 
 
+@pytest.mark.parametrize("name", ["inspect", "fold"])
+def test_the_backend_is_not_that_of_keras_configuration(
+    name: str, file: Path, tmp_path: Path
+) -> None:
+    """``--backend`` decides, or KERAS_BACKEND, or JAX: whatever ``~/.keras/keras.json`` has."""
+    ours = keras.backend.backend()
+    other = "torch" if ours == "tensorflow" else "tensorflow"
+    (tmp_path / ".keras").mkdir()
+    (tmp_path / ".keras/keras.json").write_text(json.dumps({"backend": other}))
+    out = ["--out", str(tmp_path / "out.keras")] if name == "fold" else []
+    done = truenorm_command(
+        name, str(file), *out, "--backend", ours, HOME=str(tmp_path), KERAS_BACKEND=""
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_rewrite_is_printed_and_saved(command: Command, file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.keras"
     code, output, errors = command("place", file, "after_activation", "--out", out)

@@ -54,6 +54,13 @@ def choose_backend(backend: Backend | None) -> None:
         raise MissingDependencyError(
             f"The backend {name} is not installed", remedy=f'pip install "truenorm[{name}]"'
         )
+    keras = sys.modules.get("keras")
+    if keras is not None and keras.backend.backend() != name:
+        raise MissingDependencyError(
+            "Keras is imported already, and its backend is fixed",
+            expected=name,
+            received=keras.backend.backend(),
+        )
     os.environ["KERAS_BACKEND"] = name
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's greetings
 

@@ -63,7 +63,8 @@ def inspect(
     if static:
         show(archive.read(file), as_json=as_json)
     else:
-        show(tn.inspect(model_of(file, backend, max_parameters, imports)), as_json=as_json)
+        model = model_of(file, backend, max_parameters, imports)
+        show(tn.inspect(model), as_json=as_json)
 
 
 def diagnose(

@@ -33,7 +33,11 @@ def nested() -> Any:
         x = layer(x)
     x = keras.layers.BatchNormalization(name="once", epsilon=1e-5)(x)
     inner = keras.Model(inputs, x, name="inner")
-    chain = [keras.Input((4,)), tn.BatchNormalization(name="once"), keras.layers.ReLU()]
+    chain = [
+        keras.Input((4,)),
+        tn.BatchNormalization(name="held", freeze="statistics"),
+        keras.layers.ReLU(),
+    ]
     outer = keras.Input((4,))
     x = keras.Sequential(chain, name="chain")(inner(outer))
     return keras.Model(outer, keras.layers.BatchNormalization(name="last")(x), name="outer")
@@ -79,6 +83,7 @@ def test_reading_finds_what_the_model_has(build: Callable[[], Any], tmp_path: Pa
     assert (read.model, read.keras, read.hidden) == (model.name, keras.__version__, ())
     found = {one.path: one for one in read.layers}
     assert set(layers) == set(found)
+    policies = {"frozen": "all", "held": "statistics"}
     for path, layer in layers.items():
         mean = np.asarray(keras.ops.convert_to_numpy(layer.moving_mean), "float64")
         variance = np.asarray(keras.ops.convert_to_numpy(layer.moving_variance), "float64")
@@ -87,6 +92,7 @@ def test_reading_finds_what_the_model_has(build: Callable[[], Any], tmp_path: Pa
         assert (one.layer, one.channels) == (f"{package}.BatchNormalization", len(mean))
         assert (one.momentum, one.epsilon) == (layer.momentum, layer.epsilon)
         assert one.trainable == layer.trainable
+        assert one.policy == policies.get(layer.name, "none")
         assert one.dtype == layer.dtype_policy.name
         assert one.axis in (layer.axis, -1)
         assert statistics.largest_mean == abs(mean).max()

@@ -63,6 +63,7 @@ class StoredLayer(Record):
         momentum: Weight of the old moving statistics; None where the average is cumulative.
         epsilon: Added to the variance before the root is taken.
         trainable: The layer's own ``trainable``.
+        policy: Which part is frozen: ``none``, ``all`` (not trainable), ``statistics``, ``affine``.
         dtype: The name of its dtype policy.
         statistics: Its moving statistics.
     """
@@ -74,6 +75,7 @@ class StoredLayer(Record):
     momentum: float | None
     epsilon: float
     trainable: bool
+    policy: str
     dtype: str
     statistics: StoredStatistics
 
@@ -111,13 +113,13 @@ class StoredModel(Record):
                 str(layer.channels),
                 number(layer.momentum, 6),
                 number(layer.epsilon, 6),
-                "yes" if layer.trainable else "no",
+                "no" if layer.policy == "none" else layer.policy,
                 layer.dtype,
                 layer.statistics.describe(),
             )
             for layer in self.layers
         )
-        columns = ("layer", "of", "axis", "channels", "momentum", "epsilon", "trainable", "dtype",
+        columns = ("layer", "of", "axis", "channels", "momentum", "epsilon", "frozen", "dtype",
                    "moving statistics")  # fmt: skip
         notes = [f"Not looked into: {one.path}, {one.reason}." for one in self.hidden]
         if self.keras is not None:

@@ -97,6 +97,8 @@ class _Reader:
         config = _object(entry, "config", path)
         mean, variance = self._statistics(entry, config, path, store)
         momentum = config.get("momentum", 0.99)
+        trainable = _kind(config.get("trainable", True), bool, f"{path}: trainable")
+        policy = _text(config.get("freeze") or "none", f"{path}: freeze")
         return StoredLayer(
             path=path,
             layer=f"{package}.BatchNormalization",
@@ -104,7 +106,8 @@ class _Reader:
             channels=len(mean),
             momentum=None if momentum is None else _number(momentum, f"{path}: momentum"),
             epsilon=_number(config.get("epsilon", 1e-3), f"{path}: epsilon"),
-            trainable=_kind(config.get("trainable", True), bool, f"{path}: trainable"),
+            trainable=trainable,
+            policy=policy if trainable else "all",
             dtype=_dtype(config.get("dtype"), path),
             statistics=_summary(mean, variance),
         )

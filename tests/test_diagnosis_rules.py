@@ -141,6 +141,14 @@ def test_batches_too_small() -> None:
     assert finding.evidence["samples_per_batch"] == 4
 
 
+def test_ghost_batches_too_small() -> None:
+    ghosts = tn.BatchNormalization(virtual_batch_size=4, name="ghosts")
+    model = keras.Sequential([keras.Input((4,)), ghosts, L.BatchNormalization(), L.Dense(1)])
+    finding = only(tn.diagnose(model, DATA, select="TN108", batch_size=40))
+    assert finding.site == "ghosts"
+    assert finding.evidence["independent_values_per_batch"] == pytest.approx(4, rel=0.5)
+
+
 def test_sorted_data_has_the_batches_of_training() -> None:
     ordered = DATA[np.argsort(DATA[:, 0])]
     assert not tn.diagnose(chain(), ordered, select="TN108", batch_size=32).findings

@@ -182,18 +182,22 @@ def updated_while_frozen(facts: Facts) -> Iterator[Fault]:
 def batch_too_small(facts: Facts) -> Iterator[Fault]:
     """TN108."""
     seen = facts.seen
-    for path, means in seen.means.items():
+    samples = seen.training.samples / seen.training.batches
+    for layer, path in facts.layers.items():
+        if path not in seen.means:
+            continue
         variance = seen.training.sites[path].variance
         varies = variance > 0
-        if not varies.any() or seen.full_batches < 2:
+        if not varies.any():
             continue
-        between = means.m2 / (seen.full_batches - 1)
-        noise = float(np.mean(between[varies] / variance[varies]))
+        between = seen.means[path].m2 / (seen.full_batches - 1)
+        together = min(samples, getattr(layer, "virtual_batch_size", None) or samples)
+        noise = float(np.mean(between[varies] / variance[varies])) * samples / together
         if noise * EFFECTIVE > 1:
             evidence = {
                 "independent_values_per_batch": 1 / noise,
                 "batch_means_vary_by_std": float(np.sqrt(noise)),
-                "samples_per_batch": seen.training.samples / seen.training.batches,
+                "samples_per_batch": together,
             }
             yield Fault(path, evidence, "model.fit(x, y, batch_size=32)")
 

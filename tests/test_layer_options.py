@@ -81,7 +81,6 @@ def by_ghosts(drawn: Drawn, axis: int, groups: int) -> tuple[Any, Any, Any, Any]
 @pytest.mark.parametrize(
     ("shape", "axis", "groups", "masked"),
     [
-        ((12, 3), -1, 3, False),
         ((14, 3), -1, 3, False),  # ghost batches of 5, 5 and 4 samples
         ((3, 3), -1, 1, False),  # smaller than a ghost batch
         ((8, 2, 3, 2), 1, 2, False),
@@ -121,7 +120,7 @@ def test_ghost_batches_in_fit_with_a_ragged_last_batch() -> None:
 # --- activation --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 16}, {"renorm": True}])
+@pytest.mark.parametrize("options", [{}, {"renorm": True}])
 def test_relu_is_part_of_the_layer(options: dict[str, Any]) -> None:
     x = RNG.normal(3, 2, (16, 3))
     drawn = Drawn(x, np.array([1.0, 2.0, 0.5]), RNG.normal(size=3), RNG.normal(size=(16, 3)), None)

@@ -124,6 +124,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         TensorFlow's fused op store the unbiased one, larger by n / (n - 1). A frozen layer
         (``trainable=False``) runs in inference mode here and in Keras; in PyTorch
         ``requires_grad`` and ``eval()`` are independent.
+        On JAX the closed-form backward excludes forward mode (``jax.jvp``) in training: call the
+        layer with a mask, one that is true everywhere will do, where that is needed.
     """
 
     def __init__(

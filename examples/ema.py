@@ -27,7 +27,7 @@ def network() -> Any:
     model.add(keras.layers.GlobalAveragePooling2D())
     model.add(keras.layers.Dense(10, activation="softmax"))
     model.compile(
-        keras.optimizers.SGD(0.5, momentum=0.9, use_ema=True, ema_momentum=0.98),
+        keras.optimizers.SGD(1.0, momentum=0.9, use_ema=True, ema_momentum=0.99),
         "sparse_categorical_crossentropy",
         metrics=["accuracy"],
     )
@@ -42,7 +42,7 @@ def main() -> None:
     order = np.random.default_rng(0).permutation(len(x))
     train, test = order[:1297], order[1297:]
     model = network()
-    model.fit(x[train], y[train], epochs=4, batch_size=32, verbose=0)
+    model.fit(x[train], y[train], epochs=6, batch_size=32, verbose=0)
 
     def accuracy() -> float:
         return model.evaluate(x[test], y[test], verbose=0, return_dict=True)["accuracy"]

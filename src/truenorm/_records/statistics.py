@@ -213,7 +213,7 @@ class Recalibration(Record):
             (b.path, number(b.mean), number(a.mean, 1), number(b.scale), number(a.scale, 1))
             for b, a in zip(self.before, self.after, strict=True)
         )
-        errors = self.population.standard_errors()
+        error = max(self.population.standard_errors().values(), default=None)
         title = f"Recalibrated {len(rows)} layers over {self.population.samples} samples"
         columns = (
             "layer",
@@ -223,7 +223,6 @@ class Recalibration(Record):
             "now",
         )
         notes = (
-            f"Largest standard error of the statistics: {number(max(errors.values()), 2)} standard "
-            "deviations.",
+            f"Largest standard error of the statistics: {number(error, 2)} standard deviations.",
         )
-        return (Table(title, columns, rows, notes if errors else ()),)
+        return (Table(title, columns, rows, () if error is None else notes),)

@@ -30,7 +30,7 @@ class Piece:
     Args:
         layer: A layer that is not called anywhere yet.
         source: The layer of the old model that it stands for, whose state it gets; None for a
-            layer that has no forerunner.
+            layer that has no forerunner. An operation that is not a layer has no state.
         values: One array per variable, in Keras's order, where they are not the source's.
         arguments: What it is called with besides its input. In the place of its own source it is
             called with all that the source was called with.
@@ -203,7 +203,7 @@ def compile_like(old: Any, new: Any) -> None:
 def _carry(piece: Piece) -> None:
     """Give the new layer its values, and the source's ``trainable``, for all layers inside too."""
     new, old = piece.layer, piece.source
-    if old is None:
+    if not isinstance(old, keras.Layer):
         return
     pairs = list(zip(old._flatten_layers(), new._flatten_layers(), strict=True))
     for inner, its_copy in pairs:

@@ -32,6 +32,15 @@ ACTIVATIONS = (
     keras.layers.PReLU,
     keras.layers.ELU,
 )
+FUNCTIONS = frozenset(
+    {"Celu", "Elu", "Gelu", "HardShrink", "HardSigmoid", "HardSilu", "HardTanh", "LeakyRelu",
+     "LogSigmoid", "ReLU", "Relu", "Relu6", "Selu", "Sigmoid", "Silu", "SoftShrink", "Softplus",
+     "Softsign", "SparsePlus", "SparseSigmoid", "Squareplus", "Tanh", "TanhShrink", "Threshold"}
+)  # fmt: skip
+"""Keras's operations that ``keras.activations`` and ``keras.ops`` leave in a graph, by the names of
+their classes, which are not public: those that work on each number by itself. (``exp`` is left out:
+in a graph it is arithmetic as a rule.)"""
+
 LINEAR = (
     keras.layers.Dense,
     keras.layers.Conv1D,
@@ -48,8 +57,11 @@ LINEAR = (
 
 
 def is_activation(call: Call | None) -> bool:
-    """Whether this is a layer that is an activation and nothing else."""
-    return call is not None and isinstance(call.operation, ACTIVATIONS)
+    """Whether this is a layer or function that is an activation and nothing else."""
+    if call is None or isinstance(call.operation, keras.Layer):
+        return call is not None and isinstance(call.operation, ACTIVATIONS)
+    kind = type(call.operation)
+    return kind.__name__ in FUNCTIONS and kind.__module__.split(".")[0] == "keras"
 
 
 def is_linear(call: Call | None) -> bool:

@@ -167,7 +167,8 @@ def _require_able(chosen: dict[Any, str], policy: str) -> None:
                 where=path,
                 expected="truenorm's BatchNormalization, or the policy 'all' or 'none'",
                 received=f"{type(layer).__module__.split('.')[0]}.{type(layer).__name__}",
-                remedy="put truenorm's layer in its place first: replace(model, to='truenorm').model",
+                remedy="put truenorm's layer in its place first: "
+                "replace(model, to='truenorm').model",
             )
 
 

@@ -204,7 +204,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         ``"all"`` is ``trainable=False``, and setting another policy makes the layer trainable. Once
         ``trainable``, set by whomever, is True again, the policy of before holds again: no parent
         thaws what this layer was told to hold. A compiled model sees a change when it is compiled
-        again.
+        again, or at once if :func:`truenorm.freeze` made it.
 
         Example:
             >>> import truenorm as tn

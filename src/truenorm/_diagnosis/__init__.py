@@ -60,12 +60,12 @@ def diagnose(
     Example:
         >>> import keras, numpy as np, truenorm as tn
         >>> layer = keras.layers.BatchNormalization(name="bn")
-        >>> model = keras.Sequential([keras.Input((2,)), layer, keras.layers.Dense(1)])
+        >>> model = keras.Sequential([keras.Input((2,)), layer, keras.layers.Dense(1)], name="net")
         >>> data = np.random.default_rng(0).normal(5.0, 2.0, size=(100, 2)).astype("float32")
         >>> for finding in tn.diagnose(model, data, select="TN1", batch_size=25).findings:
         ...     print(finding.code, finding.severity, finding.site, finding.remedy)
         TN101 warning bn tn.recalibrate(model, data)
-        TN110 warning sequential tn.recalibrate(model, data)
+        TN110 warning net tn.recalibrate(model, data)
 
     Reference:
         Wu and Johnson (2021), "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576; each rule's page

@@ -81,3 +81,90 @@ def test_arithmetic_is_no_activation(function: Any) -> None:
     assert [k.reason.split(", but by ")[0] for k in left] == [
         "not directly followed by an activation"
     ]
+
+
+# --- pre-activation ----------------------------------------------------------------------------
+
+
+def blocks(pre: bool, shortcut: bool = False) -> Any:
+    """Two residual blocks of dense layers, as in He et al.: the first form, or pre-activation.
+
+    With ``shortcut`` the second block has a dense layer with BatchNormalization on the shortcut.
+    """
+
+    def normal(name: str) -> Any:
+        return L.BatchNormalization(name=name)
+
+    def branch(x: Any, name: str) -> Any:
+        x = L.Dense(4, name=f"{name}_1")(x)
+        x = L.Dense(4, name=f"{name}_2")(L.ReLU(name=f"{name}_relu")(normal(f"{name}_bn1")(x)))
+        return x if pre else normal(f"{name}_bn2")(x)
+
+    inputs = keras.Input((3,), name="row")
+    x = L.ReLU(name="stem_relu")(normal("stem_bn")(L.Dense(4, name="stem")(inputs)))
+    x = L.Add(name="a_add")([x, branch(x, "a")])
+    y = L.ReLU(name="a_out")(normal("a_bn2")(x) if pre else x)
+    if shortcut:
+        x = normal("b_bn0")(L.Dense(4, name="b_0")(y))
+    elif not pre:
+        x = y
+    x = L.Add(name="b_add")([x, branch(y, "b")])
+    x = L.ReLU(name="b_out")(normal("b_bn2")(x) if pre else x)
+    return keras.Model(inputs, L.Dense(2, name="head")(x))
+
+
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_residual_blocks_become_those_of_the_paper(shortcut: bool) -> None:
+    model, paper = shake(blocks(pre=False, shortcut=shortcut)), blocks(pre=True, shortcut=shortcut)
+    before, x = snapshot(model), inputs_for(model)
+    rewrite = tn.place(model, "before_layer")
+    shown = {c.path: c.what for c in rewrite.changed}
+    behind = "moved behind Add {0}_add, before ReLU {0}_out".format
+    onto = "moved with ReLU a_out before Dense b_1; the shortcut is the bare sum"
+    assert shown == {"a_bn2": behind("a") if shortcut else onto, "b_bn2": behind("b")}
+    reasons = {k.path: k.reason for k in rewrite.left}
+    assert reasons["a_bn1"] == "already before Dense a_2, ReLU a_relu between them"
+    assert reasons["stem_bn"].startswith("ReLU stem_relu behind it goes to ")
+    if shortcut:
+        assert reasons["b_bn0"] == (
+            "one behind Add b_add is enough: BatchNormalization b_bn2 is the one to move"
+        )
+    for layer in paper.layers:
+        layer.set_weights(model.get_layer(layer.name).get_weights())
+    for ours, theirs in zip(predict(rewrite.model, x), predict(paper, x), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert not tn.place(rewrite.model, "before_layer").changed
+    assert snapshot(model) == before
+    assert rewrite.notes[0].startswith("Moving statistics, gamma and beta belong to the old")
+
+
+def before_layer(*layers: Any) -> tn.Rewrite:
+    return tn.place(shake(keras.Sequential([keras.Input((4,)), *layers])), "before_layer")
+
+
+def test_pre_activation_in_a_chain() -> None:
+    swapped = before_layer(
+        L.Dense(4), L.ReLU(name="relu"), L.BatchNormalization(name="bn"), L.Dense(2)
+    )
+    assert names(swapped.model)[1:3] == ["bn", "relu"]
+    kept = before_layer(L.Dense(4), L.BatchNormalization(), L.ReLU(name="r"), L.Dense(2, name="d"))
+    assert kept.left[0].reason == "already before Dense d, ReLU r between them"
+    last = before_layer(L.Dense(4), L.ReLU(), L.BatchNormalization())
+    assert last.left[0].reason == (
+        "its output goes to nothing: it is an output, not to convolution or dense layers alone"
+    )
+
+
+def test_a_sum_that_pre_activation_cannot_be_behind() -> None:
+    inputs = keras.Input((4,))
+    x = inputs + L.BatchNormalization(name="bn")(L.Dense(4)(inputs))
+    plain = keras.Model(inputs, L.Dense(2, name="d")(x))
+    reason = tn.place(plain, "before_layer").left[0].reason
+    assert reason.endswith("is not followed by an activation alone, but by Dense d")
+    y = L.ReLU(name="relu")(x)
+    several = keras.Model(inputs, L.Add()([y, L.Dense(4, name="u")(y), L.Dense(4, name="v")(y)]))
+    reason = tn.place(several, "before_layer").left[0].reason
+    assert reason == "beside the shortcut ReLU relu goes to Dense u, Dense v, not to one layer"
+    out = keras.Model(inputs, [L.Add()([y, L.Dense(4)(y)]), y])
+    reason = tn.place(out, "before_layer").left[0].reason
+    assert reason == "ReLU relu is an output of the model, and must stay one"

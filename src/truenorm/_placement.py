@@ -12,24 +12,41 @@ import keras
 import numpy as np
 
 from truenorm._errors import OptionError
-from truenorm._graph import Call
+from truenorm._graph import Call, is_batch_normalization
 from truenorm._rebuilding import Piece, copy_of, rebuild
 from truenorm._records.rewrites import Change, Rewrite
 from truenorm._records.sites import Left
 from truenorm._sites import Where, apply, fused_activation, is_activation, is_linear, selector
 
 Position = Literal["none", "before_activation", "after_activation"]
+"""The positions that any model can have, and that a study compares unless told otherwise."""
 
 
-def place(model: Any, position: Position, *, where: Where = None) -> Rewrite:
-    """Move every BatchNormalization before or after its activation, or remove it.
+def place(
+    model: Any, position: Position | Literal["before_layer"], *, where: Where = None
+) -> Rewrite:
+    r"""Move every BatchNormalization before or after its activation, or remove it.
 
     A site is moved when its layer and the activation concerned follow each other directly, and
     neither is called anywhere else; every other site is left, with its reason in the receipt: one
-    before an activation that is an output of the model, for instance, which must stay one. An
+    before an activation that is an output of the model, for instance, which must stay one.
+    Activations are the layers and functions that are nothing else (``ReLU``, ``PReLU``,
+    ``keras.ops.silu``…); softmax, which mixes channels, is none if called as a function. An
     activation inside a convolution or dense layer is split out, so that BatchNormalization can
     stand before it. Where one is removed, the convolution or dense layer before it gets the bias
     that it may lack, starting at zero.
+
+    ``"before_layer"`` is pre-activation: BatchNormalization, then the activation, then what they
+    are for, the next convolution or dense layer. In a plain chain that is the same as before the
+    activation, and such sites are left. It differs at the additions of residual networks, where
+    one BatchNormalization moves from before the addition to behind it, before the activation; if
+    what follows is another residual branch and its shortcut, both go onto the branch, and the
+    shortcut carries the bare sum:
+
+    .. math:: x' = \phi(x + BN(F(x))) \quad\to\quad x' = x + F(\phi(BN(x))) .
+
+    The first activation, before all blocks, stays, and so does one more behind the last addition,
+    as in the reference; no weight is lost and none is new.
 
     Moving is not meant to keep the function: after it, moving statistics and gamma and beta belong
     to another input. Train the new model, or call :func:`truenorm.recalibrate` for the statistics.
@@ -37,7 +54,8 @@ def place(model: Any, position: Position, *, where: Where = None) -> Rewrite:
     Args:
         model: A functional or built Sequential ``keras.Model``, nested ones included. It is not
             changed.
-        position: ``"after_activation"``, ``"before_activation"`` or ``"none"`` (remove).
+        position: ``"after_activation"``, ``"before_activation"``, ``"before_layer"`` or ``"none"``
+            (remove).
         where: Which sites: a path pattern (``"block1/*"``), a predicate on a
             :class:`truenorm.Site`, or None for all.
 
@@ -60,6 +78,8 @@ def place(model: Any, position: Position, *, where: Where = None) -> Rewrite:
     Reference:
         Before the activation: Ioffe and Szegedy (2015), "Batch Normalization", section 3.2,
         arXiv:1502.03167. That order in practice is contested; :func:`truenorm.study` measures it.
+        Before the layer: He, Zhang, Ren and Sun (2016), "Identity Mappings in Deep Residual
+        Networks", section 4, arXiv:1603.05027.
     """
     if position not in _RULES:
         raise OptionError(
@@ -75,6 +95,8 @@ def place(model: Any, position: Position, *, where: Where = None) -> Rewrite:
         if isinstance(result, str):
             return Left(call.path, result)
         what, its_edit = result
+        if not edit.keys().isdisjoint(its_edit):
+            return Left(call.path, "a layer next to it is changed for another site: place again")
         edit.update(its_edit)
         return Change(call.path, what)
 
@@ -98,8 +120,7 @@ def _after(call: Call) -> Result:
     if is_activation(call.only_producer) or fused_activation(call.only_producer):
         return "already after an activation"
     if consumer is None or not is_activation(consumer):
-        takers = ", ".join(c.label() for c in call.consumers) or "nothing: it is an output"
-        return f"not directly followed by an activation, but by {takers}"
+        return f"not directly followed by an activation, but by {_takers(call)}"
     if consumer.is_output:
         return f"{consumer.label()} is an output of the model, and must stay one"
     hindrance = _cannot_move(call, consumer)
@@ -133,6 +154,67 @@ def _before(call: Call) -> Result:
     return what, {call.operation: [], source: chain}
 
 
+def _before_layer(call: Call) -> Result:
+    producer, consumer = call.only_producer, call.only_consumer
+    if is_activation(producer) or fused_activation(producer):
+        if not call.is_output and call.consumers and all(map(is_linear, call.consumers)):
+            return _before(call)
+        return f"its output goes to {_takers(call)}, not to convolution or dense layers alone"
+    if consumer is not None and is_activation(consumer):
+        if (
+            not consumer.is_output
+            and consumer.consumers
+            and all(map(is_linear, consumer.consumers))
+        ):
+            return f"already before {_takers(consumer)}, {consumer.label()} between them"
+        return f"{consumer.label()} behind it goes to {_takers(consumer)}, and stays before it"
+    if consumer is None or not _is_sum(consumer):
+        return f"not followed by an activation or an addition, but by {_takers(call)}"
+    return _behind_sum(call, consumer)
+
+
+def _behind_sum(call: Call, total: Call) -> Result:
+    """From before a residual addition to behind it, and onto the next branch if there is one."""
+    activation = total.only_consumer
+    if activation is None or not is_activation(activation):
+        return f"{total.label()} is not followed by an activation alone, but by {_takers(total)}"
+    last = [c for c in total.producers if c and is_batch_normalization(c.operation)][-1]
+    if last is not call:
+        return f"one behind {total.label()} is enough: {last.label()} is the one to move"
+    hindrance = _cannot_move(call, activation)
+    if hindrance:
+        return hindrance
+    pair = [_moved(call), copy_of(activation.operation)]
+    branches = [c for c in activation.consumers if not _is_sum(c)]
+    if len(branches) == len(activation.consumers):
+        what = f"moved behind {total.label()}, before {activation.label()}"
+        return what, {call.operation: [], activation.operation: pair}
+    if activation.is_output:
+        return f"{activation.label()} is an output of the model, and must stay one"
+    if len(branches) != 1 or not is_linear(branches[0]) or branches[0].shared:
+        others = ", ".join(c.label() for c in branches) or "nothing"
+        return f"beside the shortcut {activation.label()} goes to {others}, not to one layer"
+    layer = branches[0]
+    if layer.path.rpartition("/")[0] != activation.path.rpartition("/")[0]:
+        return f"{layer.label()} is in another model than {activation.label()}"
+    what = f"moved with {activation.label()} before {layer.label()}; the shortcut is the bare sum"
+    chain = [*pair, copy_of(layer.operation)]
+    return what, {call.operation: [], activation.operation: [], layer.operation: chain}
+
+
+def _is_sum(call: Call) -> bool:
+    """Whether this adds tensors: Keras's layer, or the operation that ``+`` makes."""
+    kind = type(call.operation)
+    return len(call.producers) > 1 and (
+        isinstance(call.operation, keras.layers.Add)
+        or (kind.__name__ == "Add" and kind.__module__.split(".")[0] == "keras")
+    )
+
+
+def _takers(call: Call) -> str:
+    return ", ".join(c.label() for c in call.consumers) or "nothing: it is an output"
+
+
 def _none(call: Call) -> Result:
     producer = call.only_producer
     edit: dict[Any, list[Piece]] = {call.operation: []}
@@ -158,4 +240,9 @@ def _moved(call: Call) -> Piece:
     return copy_of(call.operation, training=call.training)
 
 
-_RULES = {"none": _none, "before_activation": _before, "after_activation": _after}
+_RULES = {
+    "none": _none,
+    "before_activation": _before,
+    "after_activation": _after,
+    "before_layer": _before_layer,
+}

@@ -150,7 +150,8 @@ class _Builder:
             new.dtype_policy = old.dtype_policy
             new.trainable = old.trainable
         for piece in self.pieces:
-            _carry(piece)
+            if isinstance(piece.layer, keras.Layer):
+                _carry(piece)
 
 
 def _new_input(tensor: Any) -> Any:
@@ -203,7 +204,7 @@ def compile_like(old: Any, new: Any) -> None:
 def _carry(piece: Piece) -> None:
     """Give the new layer its values, and the source's ``trainable``, for all layers inside too."""
     new, old = piece.layer, piece.source
-    if not isinstance(old, keras.Layer):
+    if old is None:
         return
     pairs = list(zip(old._flatten_layers(), new._flatten_layers(), strict=True))
     for inner, its_copy in pairs:

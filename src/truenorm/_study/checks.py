@@ -124,8 +124,9 @@ def check_placement(model: Any, positions: Sequence[str]) -> tuple[str, ...]:
     for wanted in positions:
         placed = place(model, cast(Position, wanted)).model
         sites = [call for call in calls(placed) if is_batch_normalization(call.operation)]
-        # before_layer: also directly before an activation, but not behind a linear layer
-        right = (wanted, "before_layer") if wanted == "before_activation" else (wanted,)
+        # before_layer: directly before an activation, too; named so if not behind a linear layer
+        before = ("before_activation", "before_layer")
+        right = before if wanted in before else (wanted,)
         stray = [call.path for call in sites if position_of(call) not in right]
         if stray and len(stray) == len(sites) and wanted != "none":
             raise ModelError(

@@ -168,3 +168,81 @@ def test_a_sum_that_pre_activation_cannot_be_behind() -> None:
     out = keras.Model(inputs, [L.Add()([y, L.Dense(4)(y)]), y])
     reason = tn.place(out, "before_layer").left[0].reason
     assert reason == "ReLU relu is an output of the model, and must stay one"
+
+
+# --- insertion ---------------------------------------------------------------------------------
+
+CHAIN = [
+    (L.Conv1D(3, 3, use_bias=False), (6, 2)), (L.Conv2D(3, 3), (6, 6, 2)),
+    (L.Conv2DTranspose(3, 2), (4, 4, 2)), (L.DepthwiseConv2D(3), (6, 6, 2)),
+    (L.SeparableConv1D(3, 3), (6, 2)), (L.Dense(3), (5,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "shape"), CHAIN)
+@pytest.mark.parametrize("position", ["before_activation", "after_activation"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_insertion(layer: Any, shape: tuple[int, ...], position: Any, inside: bool) -> None:
+    """The inserted layer normalises the right axis, and is where a move would put it."""
+    changes = {"name": "linear", "activation": "silu" if inside else "linear"}
+    layer = type(layer).from_config({**layer.get_config(), **changes})
+    rest = [] if inside else [L.Activation("silu", name="silu")]
+    model = shake(keras.Sequential([keras.Input(shape), layer, *rest, L.Dense(2, name="head")]))
+    before = snapshot(model)
+    rewrite = tn.place(model, position, insert=True)
+    assert [c.path for c in rewrite.changed] == ["linear"]
+    assert [(k.path, k.reason) for k in rewrite.left] == [
+        ("head", "it is an output layer: no convolution or dense layer comes after it")
+    ]
+    assert positions(rewrite.model) == [position]
+    batch_norm = rewrite.model.get_layer("linear_bn")
+    for layer in model.layers:
+        for ours, theirs in zip(
+            rewrite.model.get_layer(layer.name).weights, layer.weights, strict=True
+        ):
+            np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+    assert batch_norm.moving_mean.shape[0] == batch_norm.output.shape[-1]
+    assert rewrite.notes[0].startswith("A new BatchNormalization has mean 0, variance 1")
+    assert snapshot(model) == before
+    assert not tn.place(rewrite.model, position, insert=True).changed
+
+
+def test_insertion_beside_what_is_there() -> None:
+    """Existing ones are moved, an addition's branch is told apart, names stay unique."""
+    inputs = keras.Input((4,))
+    x = L.ReLU()(L.BatchNormalization(name="b_bn")(L.Dense(4, name="a")(inputs)))
+    y = L.Dense(4, name="b", activation="relu")(x)
+    x = L.Add()([x, L.Dense(4, name="c")(y)])
+    model = keras.Model(inputs, L.Activation("softmax")(L.Dense(2, name="head")(x)))
+    rewrite = tn.place(model, "after_activation", insert=True)
+    assert {c.path: c.what.split(" inserted")[0] for c in rewrite.changed} == {
+        "b_bn": rewrite.changed[0].what, "b": "b_bn_1", "c": "c_bn",
+    }  # fmt: skip
+    assert len(rewrite.notes) == 2
+    only = tn.place(model, "before_activation", insert=True, where="c")
+    assert [c.path for c in only.changed] == ["c"]
+
+
+def test_insertion_into_a_nested_model_trains() -> None:
+    inner = keras.Sequential([keras.Input((4,)), L.Dense(4, activation="relu", name="d")])
+    model = keras.Sequential([keras.Input((4,)), inner, L.Dense(1)])
+    model.compile("sgd", "mse")
+    new = tn.place(model, "before_activation", insert=True)
+    x = inputs_for(model)
+    new.model.fit(x, x[:, :1], verbose=0)
+    assert [c.what for c in new.changed] == ["d_bn inserted before 'relu', split out"]
+    assert np.abs(site_calls(new.model)[0][0].operation.get_weights()[2]).max() > 0
+
+
+def test_insertion_with_the_channels_first() -> None:
+    conv = L.Conv2D(3, 3, data_format="channels_first")
+    model = keras.Sequential([keras.Input((2, 6, 5)), conv, L.Flatten(), L.Dense(1)])
+    new = tn.place(model, "before_activation", insert=True).model
+    assert (new.layers[1].axis, new.layers[1].moving_mean.shape) == (1, (3,))
+
+
+def test_insertion_that_makes_no_sense_is_refused() -> None:
+    model = blocks(pre=False)
+    for position, where in (("none", None), ("before_activation", lambda _: True)):
+        with pytest.raises(tn.OptionError, match=r"^BatchNormalization cannot be inserted like"):
+            tn.place(model, position, where=where, insert=True)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Move or remove the BatchNormalization layers of a model, around its activations.
+"""Move, insert or remove the BatchNormalization layers of a model, around its activations.
 
 Each rule looks at one site (pattern), says why it cannot be moved or how (check), and gives the
 edit (rewrite): which chain of layers stands in the place of each layer concerned.
@@ -6,13 +6,16 @@ edit (rewrite): which chain of layers stands in the place of each layer concerne
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import keras
 import numpy as np
 
 from truenorm._errors import OptionError
-from truenorm._graph import Call, is_batch_normalization
+from truenorm._graph import Call, calls, is_batch_normalization, layer_paths
+from truenorm._insertion import insertion, lacks_batch_normalization, split
 from truenorm._rebuilding import Piece, copy_of, rebuild
 from truenorm._records.rewrites import Change, Rewrite
 from truenorm._records.sites import Left
@@ -23,9 +26,13 @@ Position = Literal["none", "before_activation", "after_activation"]
 
 
 def place(
-    model: Any, position: Position | Literal["before_layer"], *, where: Where = None
+    model: Any,
+    position: Position | Literal["before_layer"],
+    *,
+    where: Where = None,
+    insert: bool = False,
 ) -> Rewrite:
-    r"""Move every BatchNormalization before or after its activation, or remove it.
+    r"""Move every BatchNormalization before or after its activation, remove or insert it.
 
     A site is moved when its layer and the activation concerned follow each other directly, and
     neither is called anywhere else; every other site is left, with its reason in the receipt: one
@@ -57,14 +64,21 @@ def place(
         position: ``"after_activation"``, ``"before_activation"``, ``"before_layer"`` or ``"none"``
             (remove).
         where: Which sites: a path pattern (``"block1/*"``), a predicate on a
-            :class:`truenorm.Site`, or None for all.
+            :class:`truenorm.Site`, or None for all. With ``insert`` a pattern or None: it is
+            compared with the path of the convolution or dense layer.
+        insert: Whether every convolution and dense layer that comes to no BatchNormalization
+            before the next such layer gets one, before or after its activation; output layers
+            get none. It is Keras's layer, with Keras's defaults: :func:`truenorm.replace` makes
+            it truenorm's.
 
     Returns:
         The new model with its receipt; all weights are carried over.
 
     Raises:
-        ModelError: The model is subclassed, not built, or has no BatchNormalization.
-        OptionError: ``position`` or ``where`` is something else.
+        ModelError: The model is subclassed, not built, or has no BatchNormalization (and shall
+            get none).
+        OptionError: ``position``, ``where`` or ``insert`` is something else, or ``insert`` does
+            not go with the others.
 
     Example:
         >>> import keras, truenorm as tn
@@ -88,10 +102,11 @@ def place(
             expected=" or ".join(repr(name) for name in _RULES),
             received=repr(position),
         )
+    _require_insertable(position, where, insert)
     wanted, edit = selector(where), dict[Any, list[Piece]]()
 
-    def rule(call: Call) -> Change | Left:
-        result = _RULES[position](call) if wanted(call) else "not selected"
+    def entry(call: Call, rule: Callable[[Call], Result]) -> Change | Left:
+        result = rule(call) if wanted(call) else "not selected"
         if isinstance(result, str):
             return Left(call.path, result)
         what, its_edit = result
@@ -100,14 +115,48 @@ def place(
         edit.update(its_edit)
         return Change(call.path, what)
 
-    changed, left = apply(rule, model)
-    notes = (_AFTER_A_MOVE,) if changed and position != "none" else ()
+    changed, left, notes = (), (), ()
+    found = calls(model)
+    if not insert or any(map(is_batch_normalization, layer_paths(model))):
+        changed, left = apply(lambda call: entry(call, _RULES[position]), model)
+    if changed:
+        notes += (_AFTER_REMOVAL if position == "none" else _AFTER_A_MOVE,)
+    if insert:
+        taken = {call.operation.name for call in found}
+        behind = position == "after_activation"
+        add = partial(insertion, behind_activation=behind, taken=taken)
+        results = [entry(call, add) for call in found if lacks_batch_normalization(call)]
+        new = tuple(result for result in results if isinstance(result, Change))
+        notes += (_AFTER_INSERTION,) if new else ()
+        changed += new
+        left += tuple(result for result in results if isinstance(result, Left))
     return Rewrite(rebuild(model, edit), f"place {position}", changed, left, notes=notes)
+
+
+def _require_insertable(position: str, where: Where, insert: Any) -> None:
+    around = position in ("before_activation", "after_activation")
+    if insert not in (True, False) or (insert and (callable(where) or not around)):
+        raise OptionError(
+            "BatchNormalization cannot be inserted like this",
+            where="insert",
+            expected="True or False; if True, the position before_activation or after_activation, "
+            "and where= a path pattern or None",
+            received=f"insert={insert!r}, position={position!r}, where={where!r}",
+            remedy="insert it before the activation first, then place the result elsewhere",
+        )
 
 
 _AFTER_A_MOVE = (
     "Moving statistics, gamma and beta belong to the old position: train the new model, or call "
     "truenorm.recalibrate(model, data) for the statistics."
+)
+_AFTER_INSERTION = (
+    "A new BatchNormalization has mean 0, variance 1, gamma 1 and beta 0: train the new model, or "
+    "call truenorm.recalibrate(model, data) for the statistics."
+)
+_AFTER_REMOVAL = (
+    "What was removed no longer scales and shifts: train the new model. To be rid of the layers "
+    "and keep the outputs, use truenorm.fold(model)."
 )
 
 
@@ -146,10 +195,8 @@ def _before(call: Call) -> Result:
     if not fused:
         chain = [_moved(call), copy_of(source)]
         return f"moved before {producer.label()}", {call.operation: [], source: chain}
-    activation = keras.layers.Activation(
-        source.activation, name=f"{source.name}_activation", dtype=source.dtype_policy
-    )
-    chain = [copy_of(source, activation="linear"), _moved(call), Piece(activation)]
+    bare, activation = split(source)
+    chain = [bare, _moved(call), activation]
     what = f"moved before '{fused}', split out of {producer.label()}"
     return what, {call.operation: [], source: chain}
 

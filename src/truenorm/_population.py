@@ -103,7 +103,33 @@ def collect(
     Reference:
         Wu and Johnson (2021), "Rethinking 'Batch' in BatchNorm", section 3, arXiv:2105.07576.
     """
-    layers = _layers(model)
+    return collected(
+        collector_of(model),
+        data,
+        upstream=upstream,
+        batch_size=batch_size,
+        max_batches=max_batches,
+        max_samples=max_samples,
+        until=until,
+        shard=shard,
+        progress=progress,
+    )
+
+
+def collected(
+    collector: Collector,
+    data: Any,
+    *,
+    upstream: Upstream = "batch",
+    batch_size: int = 32,
+    max_batches: int | None = None,
+    max_samples: int | None = None,
+    until: Until = "end",
+    shard: bool | None = None,
+    progress: bool = False,
+) -> Population:
+    """:func:`collect` with a collector that has been used before: its program is compiled."""
+    layers = collector.layers
     _choice("upstream", upstream, ("batch", "population", "moving"))
     _choice("until", until, ("end", "converged"))
     check_limits(data, 1 if until == "converged" else max_batches, max_samples)
@@ -115,7 +141,6 @@ def collect(
             received=f"an iterator ({type(data).__name__}), which is empty after its first pass",
             remedy="give what the iterator was made of, or a list of its batches",
         )
-    collector = Collector(model, layers)
     processes = Processes(collector, data, shard)
     with _bar(progress) as show:
         most = max_batches
@@ -130,7 +155,9 @@ def collect(
 
             def read() -> Seen:
                 nonlocal most, settled
-                batches = limited(input_batches(model, data, batch_size), most, max_samples)
+                batches = limited(
+                    input_batches(collector.model, data, batch_size), most, max_samples
+                )
                 batches = processes.share(batches)
                 batches = batches if sample is None else sample.drawn_from(batches)
                 looking = progress or not settled
@@ -257,6 +284,11 @@ def gaps(model: Any, population: Population) -> tuple[Gap, ...]:
             scale = np.abs(np.log2(ratio)) / 2
         found.append(Gap(path, float(shift.max(initial=0)), float(scale.max(initial=0))))
     return tuple(found)
+
+
+def collector_of(model: Any) -> Collector:
+    """What :func:`collected` needs; good for as long as the model has the same variables."""
+    return Collector(model, _layers(model))
 
 
 def _layers(model: Any) -> dict[Any, str]:

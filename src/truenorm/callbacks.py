@@ -6,11 +6,12 @@ from typing import Any
 
 import keras
 
+from truenorm._collection import Collector
 from truenorm._data import require_positive
 from truenorm._errors import OptionError
 from truenorm._freezing import Layers, freeze
 from truenorm._options import FreezePolicy
-from truenorm._population import recalibrate
+from truenorm._population import collected, collector_of, recalibrate
 from truenorm._records.sites import Freezing
 from truenorm._records.statistics import Recalibration
 
@@ -123,6 +124,7 @@ class Recalibrate(keras.callbacks.Callback):
         require_positive("every", every)
         self.data, self.every, self.options = data, every, options
         self.last: Recalibration | None = None
+        self._collector: Collector | None = None
         self._due = False
         self._fitting = False
 
@@ -151,4 +153,7 @@ class Recalibrate(keras.callbacks.Callback):
 
     def _recalibrate(self) -> None:
         self._due = False
-        self.last = recalibrate(self.model, self.data, **self.options)
+        if self._collector is None or self._collector.model is not self.model:
+            self._collector = collector_of(self.model)  # compiled once, not at each call
+        population = collected(self._collector, self.data, **self.options)
+        self.last = recalibrate(self.model, population)

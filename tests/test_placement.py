@@ -83,6 +83,75 @@ def test_arithmetic_is_no_activation(function: Any) -> None:
     ]
 
 
+# --- activations inside layers -----------------------------------------------------------------
+
+LINEAR = [
+    (L.Conv1D(3, 3, use_bias=False), (6, 2)), (L.Conv2D(3, 3), (6, 6, 2)),
+    (L.Conv2DTranspose(3, 2), (4, 4, 2)), (L.DepthwiseConv2D(3), (6, 6, 2)),
+    (L.SeparableConv1D(3, 3), (6, 2)), (L.Dense(3), (5,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "shape"), LINEAR)
+def test_split_out_and_merged_back(layer: Any, shape: tuple[int, ...]) -> None:
+    changes = {"name": "linear", "activation": "silu"}
+    layer = type(layer).from_config({**layer.get_config(), **changes})
+    model = shake(
+        keras.Sequential([keras.Input(shape), layer, L.BatchNormalization(name="bn"), L.Dense(2)])
+    )
+    there = tn.place(model, "before_activation").model
+    assert names(there)[:3] == ["linear", "bn", "linear_activation"]
+    assert positions(there) == ["before_activation"]
+    back = tn.place(there, "after_activation")
+    assert back.changed[0].what.endswith(f", merged into {type(layer).__name__} linear")
+    assert back.model.get_config() == model.get_config()
+    x = inputs_for(model)
+    np.testing.assert_array_equal(predict(back.model, x)[0], predict(model, x)[0])
+    again = tn.place(back.model, "before_activation").model
+    assert again.get_config() == there.get_config()
+
+
+@pytest.mark.parametrize("inside", [L.LeakyReLU(0.3), L.PReLU()])
+def test_an_activation_layer_inside_a_dense_layer_is_split_out(inside: Any) -> None:
+    """By hand in float64; the new layer is not the old model's, and has its numbers."""
+    inside = type(inside).from_config(inside.get_config())
+    dense = L.Dense(3, activation=inside, name="d")
+    model = keras.Sequential([keras.Input((4,)), dense, L.BatchNormalization(name="bn")])
+    assert "d_activation" in names(tn.place(model, "before_activation").model)
+    x = inputs_for(model)
+    predict(model, x)  # a PReLU inside has its weights from here on
+    slope: Any = 0.3
+    for alpha in inside.weights:
+        slope = np.array([0.1, 0.2, 0.3])
+        alpha.assign(slope)
+    before = snapshot(model)
+    moved = tn.place(model, "before_activation").model
+    assert names(moved) == ["d", "bn", "d_activation"]
+    assert type(moved.get_layer("d_activation")) is type(inside)
+    h = x @ np.float64(model.get_weights()[0]) / np.sqrt(1 + 1e-3)
+    expected = np.where(h > 0, h, h * slope)
+    np.testing.assert_allclose(predict(moved, x)[0], expected, rtol=1e-4, atol=1e-5)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [L.ReLU(6.0), L.LeakyReLU(0.1), L.PReLU(shared_axes=[1]), L.ELU(0.7), L.Activation("mish")],
+)
+def test_every_activation_layer_there_and_back(activation: Any) -> None:
+    activation = type(activation).from_config({**activation.get_config(), "name": "act"})
+    model = shake(
+        keras.Sequential([keras.Input((4, 2)), L.Conv1D(3, 2), L.BatchNormalization(name="bn"),
+                          activation, L.Dense(2)])
+    )  # fmt: skip
+    there = tn.place(model, "after_activation").model
+    assert names(there)[1:3] == ["act", "bn"]
+    back = tn.place(there, "before_activation").model
+    assert back.get_config() == model.get_config()
+    for ours, theirs in zip(back.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 # --- pre-activation ----------------------------------------------------------------------------
 
 
@@ -172,14 +241,8 @@ def test_a_sum_that_pre_activation_cannot_be_behind() -> None:
 
 # --- insertion ---------------------------------------------------------------------------------
 
-CHAIN = [
-    (L.Conv1D(3, 3, use_bias=False), (6, 2)), (L.Conv2D(3, 3), (6, 6, 2)),
-    (L.Conv2DTranspose(3, 2), (4, 4, 2)), (L.DepthwiseConv2D(3), (6, 6, 2)),
-    (L.SeparableConv1D(3, 3), (6, 2)), (L.Dense(3), (5,)),
-]  # fmt: skip
 
-
-@pytest.mark.parametrize(("layer", "shape"), CHAIN)
+@pytest.mark.parametrize(("layer", "shape"), LINEAR)
 @pytest.mark.parametrize("position", ["before_activation", "after_activation"])
 @pytest.mark.parametrize("inside", [True, False])
 def test_insertion(layer: Any, shape: tuple[int, ...], position: Any, inside: bool) -> None:

@@ -48,10 +48,16 @@ def insertion(
 
 def split(layer: Any) -> tuple[Piece, Piece]:
     """A convolution or dense layer without its activation, and this as a layer of its own."""
-    activation = keras.layers.Activation(
-        layer.activation, name=split_name(layer), dtype=layer.dtype_policy
-    )
-    return copy_of(layer, activation="linear"), Piece(activation)
+    inside, name = layer.activation, split_name(layer)
+    theirs = {id(variable) for variable in getattr(inside, "variables", ())}
+    own = [variable for variable in layer.variables if id(variable) not in theirs]
+    if not isinstance(inside, keras.Layer):
+        activation = Piece(keras.layers.Activation(inside, name=name, dtype=layer.dtype_policy))
+    else:
+        activation = copy_of(inside, name=name)
+        if not inside.built:  # Keras does so at its first call: it has no state yet
+            activation.source = None
+    return copy_of(layer, own, activation="linear"), activation
 
 
 def split_name(layer: Any) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from truenorm._errors import OptionError
 from truenorm._graph import Call, calls, is_batch_normalization, layer_paths
-from truenorm._insertion import insertion, lacks_batch_normalization, split
+from truenorm._insertion import insertion, lacks_batch_normalization, split, split_name
 from truenorm._rebuilding import Piece, copy_of, rebuild
 from truenorm._records.rewrites import Change, Rewrite
 from truenorm._records.sites import Left
@@ -39,8 +39,9 @@ def place(
     before an activation that is an output of the model, for instance, which must stay one.
     Activations are the layers and functions that are nothing else (``ReLU``, ``PReLU``,
     ``keras.ops.silu``…); softmax, which mixes channels, is none if called as a function. An
-    activation inside a convolution or dense layer is split out, so that BatchNormalization can
-    stand before it. Where one is removed, the convolution or dense layer before it gets the bias
+    activation inside a convolution or dense layer ``conv`` is split out as ``conv_activation``, so
+    that BatchNormalization can stand before it; on the way back one of that name is merged in
+    again. Where one is removed, the convolution or dense layer before it gets the bias
     that it may lack, starting at zero.
 
     ``"before_layer"`` is pre-activation: BatchNormalization, then the activation, then what they
@@ -175,8 +176,27 @@ def _after(call: Call) -> Result:
     hindrance = _cannot_move(call, consumer)
     if hindrance:
         return hindrance
-    chain = [copy_of(consumer.operation), _moved(call)]
-    return f"moved behind {consumer.label()}", {call.operation: [], consumer.operation: chain}
+    source, activation = call.only_producer, consumer.operation
+    if source is not None and _was_split(source, call, activation):
+        merged = copy_of(source.operation, activation=activation.activation)
+        edit = {source.operation: [merged, _moved(call)], call.operation: [], activation: []}
+        return f"moved behind {consumer.label()}, merged into {source.label()}", edit
+    chain = [copy_of(activation), _moved(call)]
+    return f"moved behind {consumer.label()}", {call.operation: [], activation: chain}
+
+
+def _was_split(source: Call, call: Call, activation: Any) -> bool:
+    """Whether this activation looks as if it had been split out of the layer before ``call``."""
+    return (
+        isinstance(activation, keras.layers.Activation)
+        and is_linear(source)
+        and not fused_activation(source)
+        and not source.shared
+        and source.only_consumer is call
+        and activation.trainable
+        and activation.name == split_name(source.operation)
+        and activation.dtype_policy == source.operation.dtype_policy
+    )
 
 
 def _before(call: Call) -> Result:

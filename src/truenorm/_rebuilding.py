@@ -206,7 +206,8 @@ def _carry(piece: Piece) -> None:
     new, old = piece.layer, piece.source
     if old is None:
         return
-    pairs = list(zip(old._flatten_layers(), new._flatten_layers(), strict=True))
+    same = piece.values is None  # else an activation inside may have been split out
+    pairs = list(zip(old._flatten_layers(), new._flatten_layers(), strict=same))
     for inner, its_copy in pairs:
         its_copy.trainable = inner.trainable
     values = old.variables if piece.values is None else piece.values

@@ -430,3 +430,26 @@ def test_other_dtypes_are_folded_within_their_precision(policy: str) -> None:
     )
     model = shake(keras.Sequential([keras.Input((5,)), inner, L.Dense(2)]))
     assert len(tn.fold(model).changed) == 1
+
+
+def test_an_activation_inside_the_layer_stays_when_it_is_folded() -> None:
+    model = shake(keras.Sequential(
+        [keras.Input((5,)), keras.layers.Dense(6, name="hidden"),
+         tn.BatchNormalization(activation="silu", name="bn"), keras.layers.Dense(3, name="head")]
+    ))  # fmt: skip
+    folded = tn.fold(model)
+    assert [type(layer).__name__ for layer in folded.model.layers] == [
+        "Dense",
+        "Activation",
+        "Dense",
+    ]
+    x = inputs_for(model)
+    np.testing.assert_allclose(
+        predict(folded.model, x)[0], predict(model, x)[0], rtol=1e-4, atol=1e-5
+    )
+    behind = keras.Sequential(
+        [keras.Input((5,)), keras.layers.ReLU(), tn.BatchNormalization(activation="relu", name="bn"),
+         keras.layers.Dense(3)]
+    )  # fmt: skip
+    (left,) = tn.fold(behind).left
+    assert left.reason.endswith("its own activation is behind it")

@@ -76,7 +76,7 @@ def fold(model: Any, *, probe: Any = None) -> Rewrite:
     def rule(call: Call) -> Change | Left:
         result = _fold_one(call, weights)
         if isinstance(result, Change):
-            edit[call.operation] = []
+            edit[call.operation] = _what_stays(call.operation)
         return result
 
     changed, left = apply(rule, model)
@@ -117,6 +117,15 @@ def _fold_one(call: Call, weights: dict[Any, list[Array]]) -> Change | Left:
     return Change(call.path, f"folded into {consumer.label()} after it")
 
 
+def _what_stays(layer: Any) -> list[Piece]:
+    """Of a layer that was folded away: its own activation, if it had one."""
+    activation = getattr(layer, "activation", None)
+    if activation is None:
+        return []
+    name, dtype = f"{layer.name}_activation", layer.dtype_policy
+    return [Piece(keras.layers.Activation(activation, name=name, dtype=dtype))]
+
+
 def _why_not_backward(call: Call) -> str | None:
     producer = call.only_producer
     if producer is None or not is_linear(producer):
@@ -130,6 +139,8 @@ def _why_not_backward(call: Call) -> str | None:
 
 def _why_not_forward(call: Call) -> str | None:
     consumer = call.only_consumer
+    if getattr(call.operation, "activation", None) is not None:
+        return "its own activation is behind it"
     if consumer is None or type(consumer.operation) not in _KERNEL_LAST:
         takers = ", ".join(c.label() for c in call.consumers) or "nothing: it is an output"
         return f"its output goes to {takers}"

@@ -17,7 +17,7 @@ test: $(addprefix test-,$(BACKENDS))
 # One process per backend: Keras fixes its backend at import.
 .PHONY: $(addprefix test-,$(BACKENDS))
 $(addprefix test-,$(BACKENDS)): test-%: $(VENV)/test.stamp
-	KERAS_BACKEND=$* $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	KERAS_BACKEND=$* $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check

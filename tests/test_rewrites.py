@@ -437,19 +437,10 @@ def test_an_activation_inside_the_layer_stays_when_it_is_folded() -> None:
         [keras.Input((5,)), keras.layers.Dense(6, name="hidden"),
          tn.BatchNormalization(activation="silu", name="bn"), keras.layers.Dense(3, name="head")]
     ))  # fmt: skip
-    folded = tn.fold(model)
-    assert [type(layer).__name__ for layer in folded.model.layers] == [
-        "Dense",
-        "Activation",
-        "Dense",
-    ]
-    x = inputs_for(model)
-    np.testing.assert_allclose(
-        predict(folded.model, x)[0], predict(model, x)[0], rtol=1e-4, atol=1e-5
-    )
-    behind = keras.Sequential(
-        [keras.Input((5,)), keras.layers.ReLU(), tn.BatchNormalization(activation="relu", name="bn"),
-         keras.layers.Dense(3)]
-    )  # fmt: skip
+    folded, x = tn.fold(model).model, inputs_for(model)
+    assert [type(layer).__name__ for layer in folded.layers] == ["Dense", "Activation", "Dense"]
+    np.testing.assert_allclose(predict(folded, x)[0], predict(model, x)[0], rtol=1e-4, atol=1e-5)
+    own = tn.BatchNormalization(activation="relu", name="bn")
+    behind = keras.Sequential([keras.Input((5,)), keras.layers.ReLU(), own, keras.layers.Dense(3)])
     (left,) = tn.fold(behind).left
     assert left.reason.endswith("its own activation is behind it")

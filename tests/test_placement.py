@@ -7,11 +7,12 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import inputs_for, predict, shake, snapshot
+from models import inputs_for, predict, shake, snapshot, two_towers
 
 import truenorm as tn
 from truenorm._graph import calls
 from truenorm._sites import describe, site_calls
+from truenorm._study.checks import check_placement
 
 L = keras.layers
 
@@ -207,6 +208,12 @@ def test_residual_blocks_become_those_of_the_paper(shortcut: bool) -> None:
     assert rewrite.notes[0].startswith("Moving statistics, gamma and beta belong to the old")
 
 
+def test_a_study_knows_pre_activation() -> None:
+    model = blocks(pre=False)
+    assert check_placement(model, ("before_layer",)) == ()
+    assert check_placement(model, ("before_activation",))[0].endswith(": a_bn2, b_bn2.")
+
+
 def before_layer(*layers: Any) -> tn.Rewrite:
     return tn.place(shake(keras.Sequential([keras.Input((4,)), *layers])), "before_layer")
 
@@ -237,6 +244,30 @@ def test_a_sum_that_pre_activation_cannot_be_behind() -> None:
     out = keras.Model(inputs, [L.Add()([y, L.Dense(4)(y)]), y])
     reason = tn.place(out, "before_layer").left[0].reason
     assert reason == "ReLU relu is an output of the model, and must stay one"
+
+
+# --- removal and conflicts ---------------------------------------------------------------------
+
+
+def test_removal_of_a_shared_layer_and_where_to_keep_the_outputs() -> None:
+    rewrite = tn.place(two_towers(), "none")
+    assert [c.what for c in rewrite.changed] == ["removed", "removed"]
+    assert rewrite.notes[0].endswith("keep the outputs, use truenorm.fold(model).")
+
+
+def test_two_sites_that_want_the_same_layer() -> None:
+    """The dense layer between them is split for one, and would take the other's chain."""
+    inputs = keras.Input((4,))
+    x = L.Add()([inputs, L.BatchNormalization(name="one")(L.Dense(4)(inputs))])
+    y = L.ReLU(name="relu")(x)
+    z = L.BatchNormalization(name="two")(L.Dense(4, activation="relu", name="d")(y))
+    model = keras.Model(inputs, L.Add()([y, L.Dense(4)(z)]))
+    first = tn.place(model, "before_layer")
+    assert [c.path for c in first.changed] == ["one"]
+    assert first.left[0].reason == "a layer next to it is changed for another site: place again"
+    second = tn.place(first.model, "before_layer")
+    assert [c.path for c in second.changed] == ["two"]
+    assert positions(second.model) == ["before_layer", "before_activation"]
 
 
 # --- insertion ---------------------------------------------------------------------------------

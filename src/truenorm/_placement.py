@@ -111,7 +111,7 @@ def place(
         if isinstance(result, str):
             return Left(call.path, result)
         what, its_edit = result
-        if not edit.keys().isdisjoint(its_edit):
+        if any(edit.get(layer, chain) != chain for layer, chain in its_edit.items()):
             return Left(call.path, "a layer next to it is changed for another site: place again")
         edit.update(its_edit)
         return Change(call.path, what)
@@ -224,15 +224,11 @@ def _before(call: Call) -> Result:
 def _before_layer(call: Call) -> Result:
     producer, consumer = call.only_producer, call.only_consumer
     if is_activation(producer) or fused_activation(producer):
-        if not call.is_output and call.consumers and all(map(is_linear, call.consumers)):
+        if _feeds_linear_only(call):
             return _before(call)
         return f"its output goes to {_takers(call)}, not to convolution or dense layers alone"
     if consumer is not None and is_activation(consumer):
-        if (
-            not consumer.is_output
-            and consumer.consumers
-            and all(map(is_linear, consumer.consumers))
-        ):
+        if _feeds_linear_only(consumer):
             return f"already before {_takers(consumer)}, {consumer.label()} between them"
         return f"{consumer.label()} behind it goes to {_takers(consumer)}, and stays before it"
     if consumer is None or not _is_sum(consumer):
@@ -276,6 +272,10 @@ def _is_sum(call: Call) -> bool:
         isinstance(call.operation, keras.layers.Add)
         or (kind.__name__ == "Add" and kind.__module__.split(".")[0] == "keras")
     )
+
+
+def _feeds_linear_only(call: Call) -> bool:
+    return bool(call.consumers) and not call.is_output and all(map(is_linear, call.consumers))
 
 
 def _takers(call: Call) -> str:

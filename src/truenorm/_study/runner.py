@@ -66,8 +66,8 @@ def study(
         data: ``((x_train, y_train), (x_val, y_val))``, NumPy arrays of finite numbers, samples
             first. The part of the training set that does not fill a last batch is left out in each
             epoch, other samples each time.
-        positions: Two or more of ``none``, ``before_activation`` and ``after_activation``; see
-            :func:`truenorm.place`.
+        positions: Two or more of ``none``, ``before_activation``, ``after_activation`` and, for
+            residual networks, ``before_layer``; see :func:`truenorm.place`.
         seeds: How many (0, 1, …), or which.
         epochs: How often the training data is gone through.
         batch_size: Samples per step.
@@ -118,7 +118,7 @@ def study(
         >>> tn.study(build, data, positions=("before_activation", "behind"), epochs=10)
         Traceback (most recent call last):
         truenorm._errors.OptionError: There is no such position (at 'position'). Expected: 'none' \
-or 'before_activation' or 'after_activation'. Received: 'behind'.
+or 'before_activation' or 'after_activation' or 'before_layer'. Received: 'behind'.
 
         A study takes a while: a process for each position and seed, here fifteen. ::
 

@@ -31,6 +31,7 @@ class Position(StrEnum):
 
     before_activation = "before_activation"
     after_activation = "after_activation"
+    before_layer = "before_layer"
     none = "none"
 
 

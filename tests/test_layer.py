@@ -42,14 +42,16 @@ def test_numbers_against_the_oracle_and_the_stock_layer(case: Case) -> None:
         stocks = train(stock, drawn, case.dtype) if stock_can(case) else None
     wide = EPS["float64"] if case.dtype == "float64" else EPS["float32"]
     ulps = {"output": EPS[case.dtype], "x": EPS[case.dtype], "moving_variance": wide}
-    ulps |= {"gamma": 4 * wide, "beta": 4 * wide, "moving_mean": 4 * wide}
+    # PyTorch on one thread adds 512 values one after the other: 6.3 ulps in gamma, on two 4.
+    ulps |= {"gamma": 8 * wide, "beta": 8 * wide, "moving_mean": 4 * wide}
     for name, few in ulps.items():
         want = getattr(true, name)
         if want is None:
             assert getattr(ours, name) is None
             continue
         have = error(getattr(ours, name), want)
-        assert have <= 4 * few, f"{name}: {have:.2g}, allowed {4 * few:.2g}"
+        most = min(4 * few, 16 * wide) if few < 16 * wide else 4 * few
+        assert have <= most, f"{name}: {have:.2g}, allowed {most:.2g}"
         if stocks is not None:
             assert have <= error(getattr(stocks, name), want) + few, name
 

@@ -340,3 +340,16 @@ def test_insertion_that_makes_no_sense_is_refused() -> None:
     for position, where in (("none", None), ("before_activation", lambda _: True)):
         with pytest.raises(tn.OptionError, match=r"^BatchNormalization cannot be inserted like"):
             tn.place(model, position, where=where, insert=True)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_layer_with_an_activation_of_its_own_is_left() -> None:
+    model = keras.Sequential(
+        [keras.Input((5,)), keras.layers.Dense(6),
+         tn.BatchNormalization(activation="relu", name="bn"), keras.layers.Dense(3)]
+    )  # fmt: skip
+    (site,) = tn.inspect(model).sites
+    assert site.position == "before_activation"
+    for position in ("none", "before_activation", "after_activation", "before_layer"):
+        rewrite = tn.place(model, position)
+        assert [one.reason for one in rewrite.left] == ["it has an activation of its own inside"]
+        assert not rewrite.changed

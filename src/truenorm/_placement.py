@@ -119,7 +119,7 @@ def place(
     changed, left, notes = (), (), ()
     found = calls(model)
     if not insert or any(map(is_batch_normalization, layer_paths(model))):
-        changed, left = apply(lambda call: entry(call, _RULES[position]), model)
+        changed, left = apply(lambda call: entry(call, partial(_moving, position)), model)
     if changed:
         notes += (_AFTER_REMOVAL if position == "none" else _AFTER_A_MOVE,)
     if insert:
@@ -163,6 +163,12 @@ _AFTER_REMOVAL = (
 
 Result = str | tuple[str, dict[Any, list[Piece]]]
 """Why a site is left, or what is done to it and how."""
+
+
+def _moving(position: str, call: Call) -> Result:
+    if getattr(call.operation, "activation", None) is not None:
+        return "it has an activation of its own inside"
+    return _RULES[position](call)
 
 
 def _after(call: Call) -> Result:

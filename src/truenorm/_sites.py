@@ -179,7 +179,7 @@ def position(call: Call) -> str | None:
     producer, consumer = call.only_producer, call.only_consumer
     if is_activation(producer) or fused_activation(producer):
         return "after_activation"
-    if is_activation(consumer):
+    if is_activation(consumer) or getattr(call.operation, "activation", None) is not None:
         return "before_activation" if is_linear(producer) else "before_layer"
     return None
 

@@ -152,7 +152,8 @@ def check_momentum(model: Any, steps: int) -> tuple[str, ...]:
     :math:`m^{\text{steps}}` at the end, :math:`m` being the momentum.
     """
     layers = [c.operation for c in calls(model) if is_batch_normalization(c.operation)]
-    momentum = max((float(layer.momentum) for layer in layers), default=0.0)
+    # (None is the mean over all batches, which does not keep its start.)
+    momentum = max((float(layer.momentum or 0) for layer in layers), default=0.0)
     weight = momentum**steps
     if weight <= _STALE:
         return ()

@@ -170,6 +170,8 @@ def test_what_cannot_be_diagnosed_is_refused() -> None:
     model = shake(dense())
     with pytest.raises(tn.DataError, match="There is no data to take statistics of"):
         tn.diagnose(model, np.zeros((0, 5), "float32"), select="TN103")
+    with pytest.raises(tn.DataError, match="There is no data to take statistics of"):
+        tn.diagnose(model, np.zeros((0, 5), "float32"), select="TN4")
     with pytest.raises(tn.DataError, match="Labels are given beside data that is not arrays"):
         tn.diagnose(model, [np.zeros((4, 5), "float32")], np.zeros(4), select="TN103")
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from truenorm._data import labelled_batches
-from truenorm._diagnosis.measuring import Answers, Runner, Seen, ask, judge_of, look
+from truenorm._diagnosis.measuring import Answers, Runner, Seen, ask, judge_of, look, no_data
 from truenorm._graph import Call, calls, graph_of, is_batch_normalization
 from truenorm._inspection import inspect
 from truenorm._population import gaps
@@ -107,7 +107,7 @@ class Facts:
         """What every site does in each entry point."""
         if self.data is None:
             return inspect(self.model)
-        inputs, _ = next(iter(self.batches()))
+        inputs, _ = self._first_batch
         return inspect(self.model, keras.tree.map_structure(lambda x: x[:FEW], inputs))
 
     @cached_property
@@ -130,8 +130,16 @@ class Facts:
         return Runner(self.model, self.layers)
 
     @cached_property
+    def _first_batch(self) -> tuple[Any, Any]:
+        """The first batch with a sample in it."""
+        for inputs, labels in self.batches():
+            if len(keras.tree.flatten(inputs)[0]):
+                return inputs, labels
+        raise no_data()
+
+    @cached_property
     def _judge(self) -> Any | None:
-        labelled = next(iter(self.batches()))[1] is not None
+        labelled = self._first_batch[1] is not None
         return judge_of(self.model) if labelled and self.model.compiled else None
 
 

@@ -175,18 +175,23 @@ def look(runner: Runner, batches: Batches) -> Seen:
                     one = Moments(np.minimum(part.count, 1.0), part.mean, np.zeros_like(part.m2))
                     means[path] = _merge(means.get(path), one)
     if not samples:
-        raise DataError(
-            "There is no data to take statistics of",
-            where="data",
-            expected="at least one sample",
-            received="none",
-        )
+        raise no_data()
     return Seen(
         Population(merged["batch"], samples, count, "batch", 1),
         Population(merged["moving"], samples, count, "moving", 1),
         {path: tuple(parts) for path, parts in calls.items()},
         means,
         full,
+    )
+
+
+def no_data() -> DataError:
+    """What is said of data without a sample."""
+    return DataError(
+        "There is no data to take statistics of",
+        where="data",
+        expected="at least one sample",
+        received="none",
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from truenorm._data import check_limits
 from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Rule
 from truenorm._diagnosis.table import RULES
-from truenorm._errors import OptionError
+from truenorm._errors import DataError, OptionError
 from truenorm._records.findings import Diagnosis, Finding, Skipped
 from truenorm._sites import batch_normalizations
 
@@ -54,7 +55,7 @@ def diagnose(
 
     Raises:
         ModelError: The model is not built, or has no BatchNormalization.
-        DataError: The data is empty or does not fit the model.
+        DataError: The data is empty, has no end, or does not fit the model.
         OptionError: No rule's code begins as ``select`` or ``ignore`` says.
 
     Example:
@@ -73,6 +74,7 @@ def diagnose(
     """
     wanted = _selection(select, ignore)
     batch_normalizations(model)  # refuses what there is nothing to say of
+    _refuse_endless(data)
     facts = Facts(model, list(data) if isinstance(data, Iterator) else data, y, batch_size)
     findings: list[Finding] = []
     checked: list[str] = []
@@ -86,6 +88,18 @@ def diagnose(
         findings += [Finding(rule.code, rule.severity, rule.problem, *f) for f in rule.check(facts)]
     left = tuple(Skipped(tuple(codes), reason) for reason, codes in skipped.items())
     return Diagnosis(model.name, tuple(findings), tuple(checked), left)
+
+
+def _refuse_endless(data: Any) -> None:
+    """Endless data would be read for ever; here there is no limit to give, as elsewhere."""
+    try:
+        check_limits(data, None, None)
+    except DataError as error:
+        raise DataError(
+            "This data has no end",
+            where="data",
+            remedy="give a part of it: dataset.take(100), or a list of some batches",
+        ) from error
 
 
 def _selection(select: Codes, ignore: Codes) -> Callable[[Rule], bool]:

@@ -108,7 +108,9 @@ class Facts:
         if self.data is None:
             return inspect(self.model)
         inputs, _ = self._first_batch
-        return inspect(self.model, keras.tree.map_structure(lambda x: x[:FEW], inputs))
+        fixed = any(tensor.shape[0] for tensor in getattr(self.model, "inputs", None) or ())
+        few = inputs if fixed else keras.tree.map_structure(lambda x: x[:FEW], inputs)
+        return inspect(self.model, few)
 
     @cached_property
     def seen(self) -> Seen:

@@ -115,9 +115,11 @@ class Runner(keras.Model):
         sites: dict[str, list[tuple[Any, Any, Any]]] = defaultdict(list)
 
         def handle(layer: Any, _: Any, x: Any, mask: Any = None, **__: Any) -> Any:
+            dtype = kernels.statistics_dtype(x.dtype)
+            if not keras.backend.is_float_dtype(x.dtype):
+                x = ops.cast(x, dtype)
             batch = kernels.normalize(x, axis=layer.axis, epsilon=layer.epsilon, mask=mask)
             sites[layers[layer]].append((batch.count, batch.mean, batch.variance))
-            dtype = kernels.statistics_dtype(x.dtype)
             choices = zip(
                 (batch.mean, batch.variance),
                 (layer.moving_mean, layer.moving_variance),

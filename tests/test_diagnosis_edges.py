@@ -46,3 +46,71 @@ def test_a_batch_whose_size_is_written_into_the_model_is_left_whole() -> None:
     model = keras.Model(inputs, L.Dense(1)(keras.ops.reshape(x, (8, 12))))
     batches = [np.ones((8, 3, 4), "float32")]
     assert [f.site for f in tn.diagnose(model, batches, select="TN404").findings] == ["bn"]
+
+
+# --- losses ------------------------------------------------------------------------------------
+
+
+def off(*names: str) -> Any:
+    """A dense layer per name on a BatchNormalization whose statistics are far off."""
+    inputs = keras.Input((4,))
+    batch_norm = L.BatchNormalization(name="bn")
+    x = batch_norm(inputs)
+    outputs = [L.Dense(1, kernel_initializer="ones", name=name)(x) for name in names]
+    model = keras.Model(inputs, outputs if len(outputs) > 1 else outputs[0])
+    batch_norm.moving_variance.assign([100.0] * 4)
+    return model
+
+
+def labels_of(model: Any) -> Any:
+    """What the model gives with the statistics of the data."""
+    right = keras.models.clone_model(model)
+    right.set_weights(model.get_weights())
+    tn.recalibrate(right, DATA)
+    return right.predict(DATA, verbose=0)
+
+
+@pytest.mark.parametrize("names", [("only",), ("left", "right")])
+def test_a_loss_may_be_given_by_the_names_of_outputs(names: tuple[str, ...]) -> None:
+    model = off(*names)
+    model.compile("sgd", dict.fromkeys(names, "mse"))
+    y = labels_of(model)
+    (finding,) = tn.diagnose(model, DATA, y, select="TN110", batch_size=32).findings
+    assert finding.evidence["loss_in_inference"] > 2 * finding.evidence["loss_recalibrated"]
+
+
+def without_a_loss() -> tuple[Any, Any]:
+    model = off("only")
+    model.compile("sgd", metrics=["mae"])
+    return model, np.zeros((64, 1))
+
+
+def with_labels_for_something_else() -> tuple[Any, Any]:
+    model = off("only")
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model, np.zeros((64, 7, 2))
+
+
+@pytest.mark.parametrize("case", [without_a_loss, with_labels_for_something_else])
+def test_without_a_loss_that_can_be_computed_the_outputs_are_compared(case: Any) -> None:
+    model, y = case()
+    (finding,) = tn.diagnose(model, DATA, y, select="TN110", batch_size=32).findings
+    assert set(finding.evidence) == {"outputs_differ_by"}
+
+
+def test_a_layer_may_be_called_a_varying_number_of_times() -> None:
+    class Varying(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.head = L.BatchNormalization(name="bn"), L.Dense(1)
+
+        def call(self, x: Any, training: bool | None = None) -> Any:
+            for _ in range(2 if x.shape[0] == 8 else 1):
+                x = self.bn(x, training=training)
+            return self.head(x)
+
+    model = Varying()
+    model(DATA)
+    for first, second in ((8, 4), (4, 8)):
+        batches = [DATA[:first], DATA[:second]]
+        assert tn.diagnose(model, batches, select="TN307").checked == ("TN307",)

@@ -43,7 +43,8 @@ def diagnose(
             iterable of batches. It is read twice (an iterator is kept in memory); without it the
             rules that need it are skipped, and the record says so.
         y: Labels of array data that comes without them. With labels and a compiled model, its own
-            loss and metrics are compared between training and inference mode.
+            loss and metrics are compared between training and inference mode; where these labels
+            do not make a loss, the outputs are.
         select: Codes, or beginnings of codes (``"TN1"``), of the rules to run; all, if None. What
             only other rules need is not computed.
         ignore: Codes, or beginnings of codes, of rules not to run. Of a code that both name, the

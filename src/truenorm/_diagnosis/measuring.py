@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal
 
 import keras
@@ -61,7 +62,7 @@ class Answers:
         change: Root mean square of ``output(moving) - output(population)`` over the standard
             deviation of ``output(population)``; the largest over the model's outputs.
         scores: Per mode, the loss and the metrics that the model is compiled with, one value per
-            batch; empty if there are no labels or the model is not compiled.
+            batch; empty if there are no labels, no loss, or one that these labels do not make.
         sizes: Samples per batch.
     """
 
@@ -169,9 +170,9 @@ def look(runner: Runner, batches: Batches) -> Seen:
                 merged[mode][path] = _merge(merged[mode].get(path), part)
                 if mode == "moving":
                     continue
+                pairs = zip_longest(calls.get(path, ()), parts)  # a batch may have fewer calls
                 calls[path] = [
-                    _merge(old, new)
-                    for old, new in zip(calls.get(path) or [None] * len(parts), parts, strict=True)
+                    _together([one for one in pair if one is not None]) for pair in pairs
                 ]
                 if size >= first:
                     one = Moments(np.minimum(part.count, 1.0), part.mean, np.zeros_like(part.m2))
@@ -235,7 +236,11 @@ def ask(runner: Runner, batches: Batches, population: Population, judge: Any) ->
             sums[index].add(*pair)
         sizes.append(size)
         for mode, made in outputs.items() if judge is not None else ():
-            for name, value in _scores(judge, made, labels).items():
+            found = _scores(judge, made, labels)
+            if found is None:
+                judge, scores = None, {}
+                break
+            for name, value in found.items():
                 scores[mode].setdefault(name, []).append(value)
     return Answers(
         max((s.change for s in sums), default=0.0),
@@ -252,26 +257,23 @@ class _Judge(keras.Model):
 
 
 def judge_of(model: Any) -> Any | None:
-    """What computes the loss and metrics that a model is compiled with; None if it is not."""
+    """What computes the loss and metrics that a model is compiled with; None without a loss."""
     judge = _Judge(name="judge")
+    judge.output_names = getattr(model, "output_names", None)  # a loss may be given by them
     compile_like(model, judge)
-    if not judge.compiled:
+    if getattr(judge, "loss", None) is None:
         return None
     judge.run_eagerly = True
     return judge
 
 
-def _scores(judge: Any, outputs: Any, labels: Any) -> dict[str, float]:
+def _scores(judge: Any, outputs: Any, labels: Any) -> dict[str, float] | None:
+    """The loss and metrics; None if outputs and labels alone do not make them."""
     judge.reset_metrics()
     try:
         found = judge.test_on_batch(outputs, labels, return_dict=True)
-    except (ValueError, TypeError) as error:
-        raise DataError(
-            "The labels do not fit the model's loss and metrics",
-            where="y",
-            received=str(error).strip().splitlines()[0],
-            remedy="give the labels that fit takes, or none",
-        ) from error
+    except (ValueError, TypeError, KeyError):  # labels for a loss of the model's own, as a rule
+        return None
     return {name: float(value) for name, value in found.items()}
 
 

@@ -61,8 +61,8 @@ def test_nothing_else_changes_and_it_is_undone() -> None:
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("prior", [-1, float("nan"), float("inf")])
-def test_a_prior_that_is_no_number_of_samples_is_refused(prior: float) -> None:
+@pytest.mark.parametrize("prior", [-1, float("nan"), float("inf"), "5"])
+def test_a_prior_that_is_no_number_of_samples_is_refused(prior: Any) -> None:
     model = dense()
     with pytest.raises(tn.OptionError, match=r"^The weight of the old statistics is not a number"):
         tn.adapt(model, inputs_for(model), prior=prior)

@@ -13,6 +13,14 @@ from models import dense, shake
 import truenorm as tn
 from truenorm import cluster
 
+# Ray's own; and JAX warns of the fork by which Ray starts its processes, which then exec.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore::ResourceWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+    "ignore:os.fork:RuntimeWarning",
+)
 X = np.random.default_rng(0).normal(3.0, 2.0, size=(64, 5)).astype("float32")
 
 
@@ -33,7 +41,6 @@ def ray() -> Generator[Any]:
     found.shutdown()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_two_shards_are_one_pass(ray: Any) -> None:
     assert ray.is_initialized()
     model = shake(dense("truenorm"))

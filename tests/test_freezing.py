@@ -218,3 +218,79 @@ def test_the_callback_refuses_at_the_start_of_fit() -> None:
         tn.OptionError, match=r"Expected: an integer of 0 or more\. Received: -1\.$"
     ):
         tn.callbacks.FreezeStatistics(after_epoch=-1)
+
+
+# --- what a review found ------------------------------------------------------------------------
+
+
+def small(optimizer: Any = "sgd") -> Any:
+    layers = [keras.layers.Dense(4), tn.BatchNormalization(name="bn"), keras.layers.Dense(1)]
+    return compiled(keras.Sequential([keras.Input((4,)), *layers]), optimizer)
+
+
+def test_a_function_that_somebody_still_holds_is_not_run_again() -> None:
+    """``jax.jit`` finds its program again under an equal method, as long as it is referred to."""
+    model = small()
+    fit(model)
+    held = model.train_function
+    tn.freeze(model, "statistics")
+    assert what_fit_changes(model, "bn") == AFFINE
+    assert held is not model.train_function
+
+
+def test_averages_of_weights_that_learn_again_start_at_the_weights() -> None:
+    model = small(keras.optimizers.SGD(1e-3, use_ema=True))
+    fit(model)
+    tn.freeze(model, "all")
+    fit(model)
+    tn.unfreeze(model)
+    fit(model)
+    gamma = keras.ops.convert_to_numpy(model.get_layer("bn").gamma)
+    np.testing.assert_allclose(gamma, 1.0, atol=0.05)
+
+
+def test_a_schedule_or_function_of_the_learning_rate_stays_the_very_same() -> None:
+    class Constant(keras.optimizers.schedules.LearningRateSchedule):
+        """Without a config."""
+
+        def __call__(self, step: Any) -> float:  # noqa: ARG002
+            return 0.01
+
+    schedule = Constant()
+    model = small(keras.optimizers.Adam(schedule))
+    fit(model)
+    tn.freeze(model)
+    assert model.optimizer._learning_rate is schedule
+    assert what_fit_changes(model, "bn") == set()
+
+
+def test_an_optimizer_that_cannot_be_made_again_is_refused_and_nothing_changed() -> None:
+    class Own(keras.optimizers.SGD):
+        def __init__(self, needed: int) -> None:
+            super().__init__(0.01 * needed)
+
+    model = small(Own(1))
+    fit(model)
+    before = snapshot(model)
+    with pytest.raises(
+        tn.ModelError, match=r"optimizer cannot be made again from its config"
+    ):
+        tn.freeze(model)
+    assert snapshot(model) == before
+
+
+def test_the_callback_gives_back_what_an_interrupted_fit_left_frozen() -> None:
+    model = small()
+    x, y = inputs_for(model, 8), np.ones((8, 1), "float32")
+    late = tn.callbacks.FreezeStatistics(after_epoch=1)
+
+    def interrupt(epoch: int, _: Any) -> None:
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    interrupting = keras.callbacks.LambdaCallback(on_epoch_end=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(x, y, epochs=3, callbacks=[late, interrupting], verbose=0)
+    assert model.get_layer("bn").freeze == "statistics"
+    model.fit(x, y, epochs=1, callbacks=[late], verbose=0)
+    assert model.get_layer("bn").freeze == "none"

@@ -220,8 +220,11 @@ class Forgetful(keras.Model):
         self.drop = keras.layers.Dropout(0.5, name="drop")
         self.head = keras.layers.Dense(1, name="head")
         self.seen = keras.metrics.Mean(name="seen")
+        self.second = keras.optimizers.SGD(momentum=0.9)
+        self.notes = {"calls": [1]}
 
     def call(self, x: Any) -> Any:
+        self.notes["calls"].append(1)
         return self.head(self.drop(self.bn(x)))
 
 
@@ -257,7 +260,8 @@ def test_a_subclassed_model_is_put_back_to_the_last_byte(
 
     def everything() -> Any:
         of_metrics = [v for metric in forgetful.metrics for v in metric.variables]
-        state = [*forgetful.variables, *forgetful.optimizer.variables, *of_metrics]
+        of_optimizers = [*forgetful.optimizer.variables, *forgetful.second.variables]
+        state = [*forgetful.variables, *of_optimizers, *of_metrics, len(forgetful.notes["calls"])]
         values = [np.array(keras.ops.convert_to_numpy(v)).tobytes() for v in state]
         layers = forgetful._flatten_layers()
         attributes = [{k: id(v) for k, v in vars(layer).items()} for layer in layers]

@@ -236,3 +236,24 @@ def test_gradients_accumulate_but_statistics_move_with_every_micro_batch(kind: s
     expected = means[0] / 8 + means[1] / 4 + means[2] / 2
     moving = keras.ops.convert_to_numpy(layer.moving_mean)
     np.testing.assert_allclose(moving, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["freeze", "compile"])
+def test_what_is_changed_inside_holds_afterwards(change: str) -> None:
+    layer = LAYERS["truenorm"](name="bn")
+    model = keras.Sequential([keras.Input((4,)), layer, keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    x, y = inputs_for(model), np.ones((8, 1))
+    model.fit(x, y, verbose=0)
+    with tn.observe(model) as seen:
+        if change == "freeze":
+            tn.freeze(model, "statistics")
+        else:
+            model.compile(keras.optimizers.SGD(name="second"), "mse", run_eagerly=False)
+        model.fit(x, y, verbose=0)
+    assert seen.modes["bn"].statistics == ("moving" if change == "freeze" else "batch")
+    assert not model.run_eagerly
+    before, steps = layer.moving_mean.numpy().copy(), int(model.optimizer.iterations)
+    model.fit(x, y, verbose=0)
+    assert int(model.optimizer.iterations) == steps + 1
+    assert (layer.moving_mean.numpy() != before).any() == (change == "compile")

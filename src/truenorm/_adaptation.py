@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ def adapt(
         common corruptions by covariate shift adaptation", section 3, arXiv:2006.16971; there the
         last term of the variance, that of the two means, is left out.
     """
-    if not 0 <= prior < np.inf:
+    if not isinstance(prior, Real) or not 0 <= prior < np.inf:
         raise OptionError(
             "The weight of the old statistics is not a number of samples",
             where="prior",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import keras
@@ -12,7 +13,7 @@ import numpy as np
 from truenorm._data import check
 from truenorm._errors import DataError, ModelError
 from truenorm._graph import graph_of
-from truenorm._observation import watched
+from truenorm._observation import STEPS, watched
 from truenorm._probe import make_inputs
 from truenorm._rebuilding import numbers, rebuild, same_randomness
 from truenorm._records.sites import Inspection, Mode
@@ -81,10 +82,11 @@ def _disposable(model: Any) -> Generator[Any]:
     if copy is not None:
         yield copy
         return
-    layers = model._flatten_layers()
     metrics = [variable for metric in model.metrics for variable in metric.variables]
-    restore = remember(layers, [*model.variables, *metrics])
+    restore = remember(model._flatten_layers(), [*model.variables, *metrics])
     try:
+        # JAX would find the model's own programs again, which were traced without a look inside.
+        model.__dict__.update({step: partial(getattr(model, step)) for step in STEPS.values()})
         yield model
     finally:
         restore()
@@ -136,6 +138,6 @@ def _compile(model: Any, inputs: Any, y: Any) -> Any:
     else:
         targets, losses = y, model._compile_config.config["loss"]
     # No loss scaling: under mixed_float16 it would skip the one step that is looked at.
-    model.compile(keras.optimizers.SGD(1e-2), losses, auto_scale_loss=False)
+    keras.Model.compile(model, keras.optimizers.SGD(1e-2), losses, auto_scale_loss=False)
     model.optimizer.build(model.trainable_variables)
     return targets

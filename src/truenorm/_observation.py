@@ -8,8 +8,9 @@ before and after).
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import keras
@@ -23,7 +24,12 @@ from truenorm._sites import Spot, policy_of, spots
 BATCH_METHODS = ("_normalize_batch", "_moments")
 """Methods that a layer calls exactly when the batch's statistics normalise: ours, Keras's."""
 
-FUNCTIONS = ("train_function", "test_function", "predict_function")
+STEPS = {
+    "train_function": "train_step",
+    "test_function": "test_step",
+    "predict_function": "predict_step",
+}
+"""What a model compiles, and of which of its methods."""
 
 
 @contextmanager
@@ -118,7 +124,7 @@ class _Watch:
         spot = its_spots[min(self.turn[layer], len(its_spots) - 1)]
         self.turn[layer] += bool(self.depth)
         kind = (
-            arguments.get("training"),
+            _plain(arguments.get("training")),
             bool(layer.trainable),
             policy_of(layer),
             "batch" if batch else "moving",
@@ -137,29 +143,90 @@ class _Watch:
         )
 
 
-def _effect(layer: Any, before: list[Any]) -> tuple[bool, bool]:
+def _plain(training: Any) -> Any:
+    """The value as it is, or that it is a tensor, whose value may not be known yet."""
+    return training if training is None or isinstance(training, bool) else "a tensor"
+
+
+def _effect(layer: Any, before: tuple[list[bytes], list[bytes]]) -> tuple[bool, bool]:
     """Whether the moving statistics changed, and whether gamma or beta did."""
-    after = _values(layer)
-    changed = [a.tobytes() != b.tobytes() for a, b in zip(before, after, strict=True)]
-    learnable = sum(w is not None for w in (layer.gamma, layer.beta))
-    return any(changed[learnable:]), any(changed[:learnable])
+    statistics, affine = _values(layer)
+    return statistics != before[0], affine != before[1]
 
 
-def _values(layer: Any) -> list[Any]:
-    """Gamma and beta first, then the statistics: Keras's order of a layer's weights."""
-    return [numbers(weight) for weight in layer.weights]
+def _values(layer: Any) -> tuple[list[bytes], list[bytes]]:
+    """The bytes of the statistics, and of gamma and beta."""
+    statistics = (layer.moving_mean, layer.moving_variance)
+    affine = (weight for weight in (layer.gamma, layer.beta) if weight is not None)
+    return [numbers(w).tobytes() for w in statistics], [numbers(w).tobytes() for w in affine]
 
 
 @contextmanager
 def _uncompiled(model: Any) -> Generator[None]:
-    """The model, and each model in it, runs uncompiled; its compiled functions are kept."""
+    """The model, and each model in it, runs uncompiled; its compiled functions are kept.
+
+    They are given back unless a ``compile`` or a ``freeze`` inside has made them out of date.
+    """
     models = [one for one in model._flatten_layers() if isinstance(one, keras.Model)]
-    made = [(m, name) for m in models for name in FUNCTIONS if getattr(m, name, None) is not None]
-    plain = {"_run_eagerly": True, "_jit_compile": False} | dict.fromkeys(FUNCTIONS)
-    with patched((one, name, value) for one in models for name, value in plain.items()):
-        for one, name in made:  # fit may be running just now
-            getattr(one, f"make_{name}")(force=True)
-        yield
+    flags = {one: _flags(one) for one in models}
+    functions = {one: {name: getattr(one, name, None) for name in STEPS} for one in models}
+    state = {one: _compiled_for(one) for one in models}
+
+    def staying_uncompiled(one: Any, original: Any) -> Any:
+        def compile_(*args: Any, **kwargs: Any) -> None:
+            original(*args, **kwargs)
+            flags[one] = _flags(one)
+            _set(one, _EAGER)
+
+        return compile_
+
+    with patched((one, "compile", staying_uncompiled(one, one.compile)) for one in models):
+        try:
+            for one in models:
+                _set(one, _EAGER)
+                make_anew(one)  # fit may be running just now
+            yield
+        finally:
+            for one in models:
+                _set(one, flags[one])
+                if _compiled_for(one) == state[one]:
+                    _set(one, functions[one])
+                else:
+                    make_anew(one)
+
+
+_EAGER = {"_run_eagerly": True, "_jit_compile": False}
+
+
+def _set(model: Any, attributes: Mapping[str, Any]) -> None:
+    """Past Keras's tracking."""
+    model.__dict__.update(attributes)
+
+
+def _flags(model: Any) -> dict[str, Any]:
+    return {name: vars(model).get(name) for name in _EAGER}
+
+
+def _compiled_for(model: Any) -> Any:
+    """What the compiled functions of a model were made for."""
+    optimizer = getattr(model, "optimizer", None)
+    return (
+        id(getattr(model, "_compile_config", None)),
+        [(id(one), one.trainable, getattr(one, "freeze", None)) for one in model._flatten_layers()],
+        [*map(id, getattr(optimizer, "variables", ()))],
+    )
+
+
+def make_anew(model: Any) -> None:
+    """Make the functions that a model has compiled once more, for its state as it is now.
+
+    ``jax.jit`` finds an old program again under an equal method for as long as anything refers to
+    it; so the method is put into a wrapper that is equal to nothing else.
+    """
+    for name, step in STEPS.items():
+        if getattr(model, name, None) is not None:
+            with patched([(model, step, partial(getattr(model, step)))]):
+                getattr(model, f"make_{name}")(force=True)
 
 
 def changed_after_compile(model: Any) -> list[Any]:

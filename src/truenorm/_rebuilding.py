@@ -195,7 +195,8 @@ def compile_like(old: Any, new: Any) -> None:
         fresh = {key: keras.tree.map_structure(anew, value) for key, value in config.items()}
     except (TypeError, ValueError):  # a metric of a class or function that Keras does not know
         return
-    new.compile(**fresh)
+    compile_: Any = keras.Model.compile  # a class's own may take other arguments
+    compile_(new, **fresh)
 
 
 # --- state -------------------------------------------------------------------------------------

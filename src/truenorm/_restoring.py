@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
+
+import keras
 
 from truenorm._rebuilding import numbers
 
@@ -12,15 +14,16 @@ def remember(objects: Iterable[Any], variables: Iterable[Any] = ()) -> Callable[
     """Note the attributes of the objects and the values of the variables; gives the way back.
 
     Attributes are put back as the very objects that they were, and lists, dicts and sets among
-    them (Keras's own tracking lists too) with the very elements that they had.
+    them (Keras's own tracking lists too) with the very elements that they had; optimizers among
+    them with all of their own.
     """
-    namespaces = [(vars(one), dict(vars(one))) for one in objects]
-    containers = [
-        (value, _elements(value))
-        for _, attributes in namespaces
-        for value in attributes.values()
-        if isinstance(value, list | dict | set)
-    ]
+    owners, found = _with_all_inside(objects)
+    containers = [(container, _elements(container)) for container in found]
+    namespaces = [(vars(one), dict(vars(one))) for one in owners]
+    optimizers = [one for one in owners if isinstance(one, keras.optimizers.Optimizer)]
+    variables = [*variables, *(v for one in optimizers for v in one.variables)]
+    # Buffers of torch's own modules; Keras's variables are not among them.
+    buffers = [(b, b.clone()) for one in owners for b in getattr(one, "buffers", list)()]
     values = [(variable, numbers(variable)) for variable in variables]
     # Only torch keeps a gradient on the variable itself.
     gradients = [(v.value, v.value.grad) for v, _ in values if hasattr(v.value, "grad")]
@@ -34,8 +37,34 @@ def remember(objects: Iterable[Any], variables: Iterable[Any] = ()) -> Callable[
             variable.assign(value)
         for tensor, gradient in gradients:
             tensor.grad = gradient
+        for buffer, value in buffers:
+            buffer.copy_(value)
 
     return restore
+
+
+def _with_all_inside(objects: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    """The objects, torch's modules and optimizers in them; and all their containers."""
+    owners, containers = [*objects], list[Any]()
+    owners += [m for one in owners for m in getattr(one, "modules", list)() if m not in owners]
+    for one in owners:  # grows meanwhile
+        for found in _inside(vars(one).values()):
+            if not isinstance(found, keras.optimizers.Optimizer):
+                containers.append(found)
+            elif found not in owners:
+                owners.append(found)
+    return owners, containers
+
+
+def _inside(values: Iterable[Any], depth: int = 4) -> Iterator[Any]:
+    """The containers among these values, those inside of them, and optimizers."""
+    for value in values:
+        if isinstance(value, keras.optimizers.Optimizer):
+            yield value
+        elif isinstance(value, list | dict | set) and depth:
+            yield value
+            elements = value.values() if isinstance(value, dict) else value
+            yield from _inside(cast(Iterable[Any], elements), depth - 1)
 
 
 def _elements(container: Any) -> Any:

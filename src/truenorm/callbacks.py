@@ -21,7 +21,8 @@ class FreezeStatistics(keras.callbacks.Callback):
 
     In the last epochs a network is then trained as it will be used: normalised with the moving
     statistics, which no longer move. Published advice for large models and for small batches, and
-    for training with quantisation.
+    for training with quantisation. (Keras does not call back where ``fit`` is interrupted: the
+    layers are then frozen until the next ``fit`` with this callback, or until ``on_train_end()``.)
 
     Args:
         after_epoch: Number of epochs that are trained as usual before, 0 or more.
@@ -67,7 +68,7 @@ class FreezeStatistics(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002
         """Refuse at once what could not be done after hours of training."""
-        self._frozen = None
+        self.on_train_end()  # a fit that was interrupted did not get there
         freeze(self.model, self.policy, layers=self.layers).undo()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
@@ -79,6 +80,7 @@ class FreezeStatistics(keras.callbacks.Callback):
         """Put the policies of before back."""
         if self._frozen is not None:
             self._frozen.undo()
+            self._frozen = None
 
 
 class Recalibrate(keras.callbacks.Callback):

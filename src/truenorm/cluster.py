@@ -75,8 +75,11 @@ def collect(
         path = Path(folder) / "model.keras"
         archive.save(model, path)
         saved = ray.put(path.read_bytes())
-    environment = {"env_vars": {"KERAS_BACKEND": keras.config.backend()}}
-    task = ray.remote(**(resources or {}), runtime_env=environment)(_collect_shard)
+    wanted = {"runtime_env": {}, **(resources or {})}
+    variables = wanted["runtime_env"].get("env_vars", {})
+    environment = {"env_vars": {**variables, "KERAS_BACKEND": keras.config.backend()}}
+    wanted["runtime_env"] = {**wanted["runtime_env"], **environment}
+    task = ray.remote(**wanted)(_collect_shard)
     tasks = [task.remote(saved, shard, tuple(imports), options) for shard in shards]
     return functools.reduce(Population.merge, ray.get(tasks))
 

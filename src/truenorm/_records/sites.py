@@ -53,14 +53,14 @@ class Calls:
     """Calls of one site that were alike.
 
     Args:
-        training: The value of ``training`` that arrived in ``call``.
+        training: The value of ``training`` that arrived in ``call``; ``"a tensor"`` if it was one.
         trainable: The layer's ``trainable`` at that time.
         policy: Its freeze policy at that time.
         statistics: Which statistics normalised: ``batch`` or ``moving``.
         times: How many such calls there were.
     """
 
-    training: bool | None
+    training: bool | str | None
     trainable: bool
     policy: str
     statistics: str
@@ -93,7 +93,7 @@ class Mode(Record):
         return ("mixed" if len(used) > 1 else used.pop()) if used else None
 
     @property
-    def training(self) -> tuple[bool | None, ...]:
+    def training(self) -> tuple[bool | str | None, ...]:
         """The different values of ``training`` that arrived."""
         return tuple(dict.fromkeys(calls.training for calls in self.calls))
 

@@ -132,7 +132,8 @@ def collected(
     layers = collector.layers
     _choice("upstream", upstream, ("batch", "population", "moving"))
     _choice("until", until, ("end", "converged"))
-    check_limits(data, 1 if until == "converged" else max_batches, max_samples)
+    ends = until == "converged" and max_batches is None  # by itself
+    check_limits(data, 1 if ends else max_batches, max_samples)
     if upstream == "population" and isinstance(data, Iterator):
         raise DataError(
             "With upstream='population' the data is read several times",
@@ -278,9 +279,9 @@ def gaps(model: Any, population: Population) -> tuple[Gap, ...]:
             continue
         moments = population.sites[path]
         variance = moments.variance + layer.epsilon
-        shift = np.abs(as_float64(layer.moving_mean) - moments.mean) / np.sqrt(variance)
-        ratio = (as_float64(layer.moving_variance) + layer.epsilon) / variance
         with np.errstate(invalid="ignore", divide="ignore"):  # stored variances may be anything
+            shift = np.abs(as_float64(layer.moving_mean) - moments.mean) / np.sqrt(variance)
+            ratio = (as_float64(layer.moving_variance) + layer.epsilon) / variance
             scale = np.abs(np.log2(ratio)) / 2
         found.append(Gap(path, float(shift.max(initial=0)), float(scale.max(initial=0))))
     return tuple(found)

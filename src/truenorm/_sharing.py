@@ -45,7 +45,7 @@ class Processes:
             return read()
         try:
             own = read()
-        except Exception:
+        except BaseException:  # Ctrl-C included
             collecting.gather(np.full(self._length(), np.nan))
             raise
         parts = collecting.gather(self._packed(own))

@@ -108,7 +108,7 @@ class Population(Record):
         try:
             facts = {name: description[name] for name in _FACTS}
             listed = [(str(p), int(n), bool(has)) for p, n, has in description["sites"]]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise storage.unreadable(path, f"{type(error).__name__}: {error}") from error
         kinds = {"samples": int, "batches": int, "passes": int, "upstream": str}
         wrong = [name for name, kind in kinds.items() if type(facts[name]) is not kind]

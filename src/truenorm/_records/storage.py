@@ -49,6 +49,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Table]:
         KeyError,
         TypeError,
         RecursionError,
+        MemoryError,  # a header nested too deep
         NotImplementedError,  # a compression that Python does not know
         RuntimeError,  # an encrypted member
         EOFError,

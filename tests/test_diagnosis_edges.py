@@ -114,3 +114,44 @@ def test_a_layer_may_be_called_a_varying_number_of_times() -> None:
     for first, second in ((8, 4), (4, 8)):
         batches = [DATA[:first], DATA[:second]]
         assert tn.diagnose(model, batches, select="TN307").checked == ("TN307",)
+
+
+# --- statistics --------------------------------------------------------------------------------
+
+
+def far(layer: Any, mean: float, variance: float = 1.0) -> Any:
+    model = keras.Sequential([keras.Input((4,)), layer, L.Dense(1)])
+    layer.moving_mean.assign([mean] * 4)
+    layer.moving_variance.assign([variance] * 4)
+    return model
+
+
+def test_digits_are_lost_by_stock_layers_below_float64_only() -> None:
+    (lost,) = tn.diagnose(far(L.BatchNormalization(), 5e3), select="TN106").findings
+    assert lost.remedy == 'tn.replace(model, to="truenorm")'
+    for kept in (tn.BatchNormalization(), L.BatchNormalization(dtype="float64")):
+        assert not tn.diagnose(far(kept, 5e3), select="TN106").findings
+    (huge,) = tn.diagnose(far(tn.BatchNormalization(), 0.0, 1e13), select="TN106").findings
+    assert huge.remedy == "keras.layers.Normalization() before the model"
+
+
+def test_a_constant_channel_without_epsilon_hides_no_other() -> None:
+    layer = L.BatchNormalization(epsilon=0.0, name="bn")
+    data = DATA.copy()
+    data[:, 0] = 2.0
+    model = far(layer, 9.0, 4.0)
+    (finding,) = tn.diagnose(model, data, select=["TN103", "TN104"], batch_size=32).findings
+    assert finding.code == "TN104"
+    layer.moving_mean.assign(0.5 * data.mean(0))
+    layer.moving_variance.assign(0.5 + 0.5 * data.var(0))
+    (finding,) = tn.diagnose(model, data, select="TN102", batch_size=32).findings
+    assert finding.evidence["initial_share"] == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("noise", [L.Dropout(0.5), L.GaussianNoise(1.0), L.SpatialDropout1D(0.5)])
+def test_behind_what_works_in_training_only_the_data_is_not_to_blame(noise: Any) -> None:
+    model = keras.Sequential([keras.Input((3, 4)), noise, L.BatchNormalization(name="bn")])
+    model.layers[-1].moving_mean.assign([9.0] * 4)
+    data = np.repeat(DATA[:, None], 3, axis=1)
+    found = tn.diagnose(model, data, select=["TN103", "TN104"], batch_size=32).findings
+    assert [f.code for f in found] == ["TN103"]

@@ -22,6 +22,7 @@ import numpy as np
 from truenorm._diagnosis.facts import Facts, is_site, nearby
 from truenorm._diagnosis.measuring import Answers, Mode
 from truenorm._diagnosis.rule import Fault
+from truenorm._layer import BatchNormalization
 from truenorm._moments import Array, Moments
 from truenorm._probe import as_float64
 
@@ -63,6 +64,15 @@ LARGEST = {"float16": 65504.0, "float32": 1e6, "bfloat16": 1e6, "float64": 1e12}
 all): above it, neighbouring numbers are 0.06 apart in float32."""
 
 RECALIBRATE = "tn.recalibrate(model, data)"
+EXACT = 'tn.replace(model, to="truenorm")'
+NORMALIZE = "keras.layers.Normalization() before the model"
+
+_NOISE = tuple(
+    getattr(keras.layers, name)
+    for name in dir(keras.layers)
+    if name.startswith("Rand") or name.endswith(("Dropout", "GaussianNoise", "MixUp", "Mix"))
+)
+"""Layers that work in training only: Keras's by their names, since they have no common class."""
 
 
 def output_error(layer: Any, mean: Array, variance: Array, right: Moments) -> float:
@@ -73,6 +83,8 @@ def output_error(layer: Any, mean: Array, variance: Array, right: Moments) -> fl
         share = right.variance / np.square(deviation)
         squares = share * np.square(deviation / used - 1) + np.square((right.mean - mean) / used)
     weight = np.ones_like(mean) if layer.gamma is None else np.square(as_float64(layer.gamma))
+    has_output = deviation > 0  # a constant channel without epsilon is 0 / 0
+    weight, share, squares = weight[has_output], share[has_output], squares[has_output]
     total = float((weight * share).sum())
     return float(np.sqrt((weight * squares).sum() / total)) if total > 0 else 0.0
 
@@ -124,17 +136,17 @@ def warming_up(facts: Facts) -> Iterator[Fault]:
 
 def stale(facts: Facts) -> Iterator[Fault]:
     """TN103."""
-    first = _first(facts)
+    of_data = _of_data(facts)
     for path, layer, share in _explained(facts):
-        if share is None and layer not in first:
+        if share is None and layer not in of_data:
             yield Fault(path, _distance(facts, layer, path), RECALIBRATE)
 
 
 def other_domain(facts: Facts) -> Iterator[Fault]:
     """TN104."""
-    first = _first(facts)
+    of_data = _of_data(facts)
     for path, layer, share in _explained(facts):
-        if share is None and layer in first:
+        if share is None and layer in of_data:
             yield Fault(path, _distance(facts, layer, path), RECALIBRATE)
 
 
@@ -160,7 +172,8 @@ def huge(facts: Facts) -> Iterator[Fault]:
         deviation = np.sqrt(np.where(known, variance, 0) + layer.epsilon)
         ratio = np.where(known, np.abs(mean) / deviation, 0)
         reach = np.where(known, np.abs(mean) + 3 * deviation, 0)
-        bad = (ratio > RATIO) | (reach > LARGEST.get(layer.compute_dtype, LARGEST["float32"]))
+        lost = (ratio > RATIO) & _loses_digits(layer)
+        bad = lost | (reach > LARGEST.get(layer.compute_dtype, LARGEST["float32"]))
         if bad.any():
             evidence = {
                 "out_of_reach": int(bad.sum()),
@@ -168,7 +181,12 @@ def huge(facts: Facts) -> Iterator[Fault]:
                 "mean_in_std": float(ratio.max()),
                 "largest_value": float(reach.max()),
             }
-            yield Fault(path, evidence, 'tn.replace(model, to="truenorm")')
+            yield Fault(path, evidence, EXACT if lost.any() else NORMALIZE)
+
+
+def _loses_digits(layer: Any) -> bool:
+    """Whether the variance is taken as a difference of squares, in float32 at most."""
+    return layer.compute_dtype != "float64" and not isinstance(layer, BatchNormalization)
 
 
 def updated_while_frozen(facts: Facts) -> Iterator[Fault]:
@@ -297,12 +315,13 @@ def _initial_share(facts: Facts, layer: Any, moments: Moments) -> tuple[float, b
     began = _initial(layer)
     if began is None or layer.momentum is None:
         return 0.0, False
-    scale = np.sqrt(moments.variance + layer.epsilon)
+    known = moments.variance + layer.epsilon > 0
+    center, variation = moments.mean[known], moments.variance[known]
+    scale = np.sqrt(variation + layer.epsilon)
 
     def away(mean: Array, variance: Array) -> Array:
-        return np.concatenate(
-            [(mean - moments.mean) / scale, (variance - moments.variance) / np.square(scale)]
-        )
+        means, variances = mean[known] - center, variance[known] - variation
+        return np.concatenate([means / scale, variances / np.square(scale)])
 
     origin, now = away(*began), away(*stored(layer))
     product, length = float(origin @ now), float(np.linalg.norm(origin))
@@ -319,6 +338,17 @@ def _first(facts: Facts) -> set[Any]:
         return set()
     later = {site.operation for site in facts.sites if any(map(is_site, nearby(site)))}
     return {site.operation for site in facts.sites} - later
+
+
+def _of_data(facts: Facts) -> set[Any]:
+    """The first layers that see the data as in training: nothing before them works only there."""
+    first = _first(facts)
+    noisy = {
+        site.operation
+        for site in (facts.sites if first else ())
+        if any(isinstance(call.operation, _NOISE) for call in nearby(site))
+    }
+    return first - noisy
 
 
 def _channels(layer: Any) -> int:

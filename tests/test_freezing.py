@@ -272,9 +272,7 @@ def test_an_optimizer_that_cannot_be_made_again_is_refused_and_nothing_changed()
     model = small(Own(1))
     fit(model)
     before = snapshot(model)
-    with pytest.raises(
-        tn.ModelError, match=r"optimizer cannot be made again from its config"
-    ):
+    with pytest.raises(tn.ModelError, match=r"optimizer cannot be made again from its config"):
         tn.freeze(model)
     assert snapshot(model) == before
 

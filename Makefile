@@ -14,10 +14,11 @@ demo: $(VENV)/demo.stamp
 
 test: $(addprefix test-,$(BACKENDS))
 
-# One process per backend: Keras fixes its backend at import.
+# One process per backend: Keras fixes its backend at import. One thread each for PyTorch's
+# operations: the workers fill the cores.
 .PHONY: $(addprefix test-,$(BACKENDS))
 $(addprefix test-,$(BACKENDS)): test-%: $(VENV)/test.stamp
-	KERAS_BACKEND=$* $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check

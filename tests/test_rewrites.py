@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +285,8 @@ def test_a_rewrite_that_would_change_the_function_gives_no_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A fault in the arithmetic must not pass the verification."""
-    monkeypatch.setattr("truenorm._folding._affine", lambda _: (np.ones(6), np.ones(6)))
+    wrong = truenorm._folding.Affine(np.ones(6), np.ones(6), 1)
+    monkeypatch.setattr("truenorm._folding.affine_of", lambda _: wrong)
     with pytest.raises(tn.VerificationError, match=r"^Folding would change what the model"):
         tn.fold(shake(dense()))
 
@@ -359,8 +361,13 @@ def test_a_chaotic_output_does_not_excuse_another(monkeypatch: pytest.MonkeyPatc
     wild = keras.ops.sin(1e9 * chaotic(inputs))
     calm = keras.layers.BatchNormalization()(keras.layers.Dense(16)(inputs))
     model = shake(keras.Model(inputs, [wild, calm]))
-    right = truenorm._folding._affine
-    monkeypatch.setattr(truenorm._folding, "_affine", lambda bn: (right(bn)[0], right(bn)[1] + 5))
+    right = truenorm._folding.affine_of
+
+    def wrong(layer: Any) -> Any:
+        affine = right(layer)
+        return replace(affine, shift=affine.shift + 5)
+
+    monkeypatch.setattr(truenorm._folding, "affine_of", wrong)
     with pytest.raises(tn.VerificationError, match=r"^Folding would change what the model"):
         tn.fold(model)
 

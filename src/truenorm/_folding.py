@@ -1,16 +1,4 @@
-r"""Fold BatchNormalization into its convolution or dense layer, for inference.
-
-In inference mode a BatchNormalization is one scale and one shift per channel,
-
-.. math:: y = s \odot x + t, \qquad s = \gamma / \sqrt{\sigma^2 + \epsilon}, \qquad
-          t = \beta - s \odot \mu ,
-
-and a linear layer :math:`W x + b` takes both in.
-
-- **Backward**, into the layer before: :math:`W' = s \odot_{out} W,\; b' = s \odot b + t`.
-- **Forward**, into the layer after: :math:`W' = W \odot_{in} s,\; b' = b + W t`; exact only if no
-  zero padding comes between, which would skip the shift at the borders.
-"""
+"""Fold BatchNormalization into its neighbours, for inference."""
 
 from __future__ import annotations
 
@@ -19,35 +7,45 @@ from typing import Any
 import keras
 import numpy as np
 
-from truenorm._graph import Call
+from truenorm._absorption import (
+    Affine,
+    CannotBeAbsorbed,
+    absorbed_before,
+    absorbed_behind,
+    affine_of,
+    values_of,
+    why_unfit,
+    with_map_before,
+    with_map_behind,
+)
+from truenorm._graph import Call, is_batch_normalization
+from truenorm._layer import BatchNormalization
 from truenorm._moments import Array
-from truenorm._probe import as_float64, make_inputs, verify
+from truenorm._probe import make_inputs, verify
 from truenorm._rebuilding import Piece, copy_of, rebuild
 from truenorm._records.rewrites import Change, Rewrite
 from truenorm._records.sites import Left
-from truenorm._sites import LINEAR, apply, channel_axis, fused_activation, is_linear, is_own_class
-
-_KERNEL_LAST = (keras.layers.Dense, keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
-_DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
-_TRANSPOSED = (
-    keras.layers.Conv1DTranspose,
-    keras.layers.Conv2DTranspose,
-    keras.layers.Conv3DTranspose,
-)
+from truenorm._sites import Where, apply, selector, site_calls
 
 
-def fold(model: Any, *, probe: Any = None) -> Rewrite:
-    """Fold every BatchNormalization that can be folded into a neighbour, for inference.
+def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
+    """Fold every BatchNormalization that can be folded into its neighbours, for inference.
 
     The new model computes what the old one computes with ``training=False``, with fewer layers;
-    it is verified on a probe before it is returned. A BatchNormalization folds into the
-    convolution or dense layer directly before it; one that comes after an activation folds into
-    the dense or unpadded convolution layer directly after it. All others stay, with their reason
-    in the receipt.
+    it is verified on a probe before it is returned. A BatchNormalization folds into what makes its
+    input, if that is a convolution or dense layer without an activation, or else into all that
+    takes its output: dense layers, convolutions without padding, other BatchNormalization. What
+    commutes with a scale and a shift may be in between: dropout, pooling (maxima if no scale is
+    negative), flattening, cropping, upsampling, concatenation; before it also an addition. All
+    others stay, with their reason in the receipt; those of truenorm become Keras's, so that the new
+    model loads without truenorm.
 
     Args:
         model: A functional or built Sequential ``keras.Model``, nested ones included. It is not
             changed.
+        where: Which sites: a path pattern (``"block1/*"``), a predicate on a
+            :class:`truenorm.Site`, or None for all. So some can be removed from a model that goes
+            on training, which keeps its function; all others stay as they are.
         probe: Inputs to verify on, as the model takes them; made from the input specification
             (standard normal) where none are given.
 
@@ -56,6 +54,7 @@ def fold(model: Any, *, probe: Any = None) -> Rewrite:
 
     Raises:
         ModelError: The model is subclassed, not built, or has no BatchNormalization.
+        OptionError: ``where`` is something else.
         DataError: The model does not take ``probe``.
         VerificationError: The outputs would differ by more than rounding.
 
@@ -70,141 +69,87 @@ def fold(model: Any, *, probe: Any = None) -> Rewrite:
         Jacob et al. (2018), "Quantization and Training of Neural Networks for Efficient
         Integer-Arithmetic-Only Inference", section 3.2, equation 14, arXiv:1712.05877.
     """
-    weights: dict[Any, list[Array]] = {}
-    edit: dict[Any, list[Piece]] = {}
-
-    def rule(call: Call) -> Change | Left:
-        result = _fold_one(call, weights)
-        if isinstance(result, Change):
-            edit[call.operation] = _what_stays(call.operation)
-        return result
-
-    changed, left = apply(rule, model)
-    edit.update({k: [copy_of(k, values, use_bias=True)] for k, values in weights.items()})
-    new = rebuild(model, edit)
+    folding = Folding(model, where)
+    changed, left = apply(folding.site, model)
+    new = rebuild(model, folding.edit())
     errors = verify(model, new, make_inputs(model) if probe is None else probe, "Folding")
     return Rewrite(new, "fold", changed, left, *errors)
 
 
-def why_not_folded(call: Call) -> str | None:
-    """Why this site can be folded into neither of its neighbours; None if it can."""
-    if is_own_class(call.operation):
-        return f"its class {type(call.operation).__name__} is somebody's own"
-    if call.shared:
-        return "it is called more than once"
-    if call.training:
-        return "it is called with training=True"
-    if not all(np.isfinite(values).all() for values in _affine(call.operation)):
-        return "its moving statistics, gamma or beta are not finite numbers"
-    before, after = _why_not_backward(call), _why_not_forward(call)
-    return f"{before}; {after}" if before and after else None
+def why_not_folded(model: Any) -> dict[str, str]:
+    """Path of every site that stays, and why."""
+    _, left = apply(Folding(model).site, model)
+    return {site.path: site.reason for site in left}
 
 
-def _fold_one(call: Call, weights: dict[Any, list[Array]]) -> Change | Left:
-    """Fold one site into ``weights`` (layer -> kernels and bias, float64), or say why not."""
-    reason = why_not_folded(call)
-    if reason is not None:
-        return Left(call.path, reason)
-    scale, shift = _affine(call.operation)
-    if _why_not_backward(call) is None:
-        producer: Any = call.only_producer
-        layer = producer.operation
-        weights[layer] = _scaled_outputs(layer, weights.get(layer) or _float64(layer), scale, shift)
-        return Change(call.path, f"folded into {producer.label()} before it")
-    consumer: Any = call.only_consumer
-    layer = consumer.operation
-    weights[layer] = _scaled_inputs(weights.get(layer) or _float64(layer), scale, shift)
-    return Change(call.path, f"folded into {consumer.label()} after it")
+class Folding:
+    """What folding the sites of a model comes to; a site at a time, in the order of execution."""
+
+    def __init__(self, model: Any, where: Where = None) -> None:
+        wanted, sites = selector(where), site_calls(model)[0]
+        self.fixed = {call.operation for call in sites if not wanted(call) or why_unfit(call)}
+        self.free = {call.operation for call in sites} - self.fixed
+        self.weights: dict[Any, list[Array]] = {}  # of convolution and dense layers, in float64
+        self.maps: dict[Any, Affine] = {}  # of BatchNormalization that took others in, and stays
+        self.gone: dict[Any, list[Piece]] = {}  # folded away, and what stays of it
+
+    def site(self, call: Call) -> Change | Left:
+        """Fold one site, or say why not."""
+        layer = call.operation
+        reason = "it is called more than once" if call.shared else why_unfit(call)
+        if reason or layer in self.fixed:
+            return Left(call.path, reason or "not selected")
+        affine = self.maps.get(layer) or affine_of(layer)
+        bare = [k for k, stays in self.gone.items() if not stays]
+        try:
+            takings, side = absorbed_before(call, affine, bare), "before"
+        except CannotBeAbsorbed as why_not_before:
+            try:
+                if _own_activation(layer):
+                    raise CannotBeAbsorbed("its own activation is behind it")
+                takings, side = absorbed_behind(call, affine, self.fixed), "after"
+            except CannotBeAbsorbed as why_not_behind:
+                return Left(call.path, f"{why_not_before}; {why_not_behind}")
+        for taker, its_map in takings:
+            self._take(taker.operation, its_map, side)
+        self.maps.pop(layer, None)
+        self.gone[layer] = _own_activation(layer)
+        takers = ", ".join(taker.label() for taker, _ in takings)
+        return Change(call.path, f"folded into {takers} {side} it")
+
+    def _take(self, layer: Any, affine: Affine, side: str) -> None:
+        if is_batch_normalization(layer):
+            self.maps[layer] = (self.maps.get(layer) or affine_of(layer)).after(affine)
+            return
+        values = self.weights.get(layer) or values_of(layer)
+        take_in = with_map_behind if side == "before" else with_map_before
+        self.weights[layer] = take_in(layer, values, affine)
+
+    def edit(self) -> dict[Any, list[Piece]]:
+        """The edit of the model; what stays is the least that Keras has, and loads without us."""
+        ours = {k: affine_of(k) for k in self.free if type(k) is BatchNormalization}
+        stays = {k: _scale_and_shift(k, affine) for k, affine in (ours | self.maps).items()}
+        taken = {k: [copy_of(k, values, use_bias=True)] for k, values in self.weights.items()}
+        return stays | taken | self.gone
 
 
-def _what_stays(layer: Any) -> list[Piece]:
-    """Of a layer that was folded away: its own activation, if it had one."""
+def _scale_and_shift(layer: Any, affine: Affine) -> list[Piece]:
+    """Keras's BatchNormalization as nothing but the map, and the activation that was inside.
+
+    No layer of Keras's that scales and shifts is cheaper: the others take two passes.
+    """
+    new = keras.layers.BatchNormalization(
+        axis=affine.axis, epsilon=0.0, name=layer.name, dtype=layer.dtype_policy
+    )
+    zeros, ones = np.zeros_like(affine.shift), np.ones_like(affine.scale)
+    values = [affine.scale, affine.shift, zeros, ones]
+    return [Piece(new, layer, values), *_own_activation(layer)]
+
+
+def _own_activation(layer: Any) -> list[Piece]:
+    """Of a layer that goes: its own activation, if it had one, as a layer."""
     activation = getattr(layer, "activation", None)
     if activation is None:
         return []
     name, dtype = f"{layer.name}_activation", layer.dtype_policy
     return [Piece(keras.layers.Activation(activation, name=name, dtype=dtype))]
-
-
-def _why_not_backward(call: Call) -> str | None:
-    producer = call.only_producer
-    if producer is None or not is_linear(producer):
-        return "its input comes from " + (producer.label() if producer else "no single layer")
-    if fused_activation(producer):
-        return f"{producer.label()} has an activation"
-    if producer.only_consumer is not call:
-        return f"{producer.label()} has other consumers too"
-    return _why_not(call, producer)
-
-
-def _why_not_forward(call: Call) -> str | None:
-    consumer = call.only_consumer
-    if getattr(call.operation, "activation", None) is not None:
-        return "its own activation is behind it"
-    if consumer is None or type(consumer.operation) not in _KERNEL_LAST:
-        takers = ", ".join(c.label() for c in call.consumers) or "nothing: it is an output"
-        return f"its output goes to {takers}"
-    layer = consumer.operation
-    padded = getattr(layer, "padding", "valid") != "valid" and any(k > 1 for k in layer.kernel_size)
-    if padded:
-        return f"{consumer.label()} pads with zeros, so that its borders would change"
-    if getattr(layer, "groups", 1) > 1:
-        return f"{consumer.label()} has groups"
-    return _why_not(call, consumer)
-
-
-def _why_not(call: Call, neighbour: Call) -> str | None:
-    """What forbids folding into a neighbour on either side."""
-    layer = neighbour.operation
-    if type(layer) not in LINEAR:
-        return f"the class of {neighbour.label()} is somebody's own"
-    if neighbour.shared:
-        return f"{neighbour.label()} is called more than once"
-    if layer.quantization_mode is not None or getattr(layer, "lora_enabled", False):
-        return f"{neighbour.label()} is quantised or has LoRA enabled"
-    first = getattr(layer, "data_format", None) == "channels_first"
-    if channel_axis(call.operation) != (1 if first else call.operation.input_spec.ndim - 1):
-        return f"its axis is not the channel axis of {neighbour.label()}"
-    return None
-
-
-def _affine(layer: Any) -> tuple[Array, Array]:
-    variance = as_float64(layer.moving_variance) + layer.epsilon
-    with np.errstate(invalid="ignore"):  # a negative stored variance: reported by the caller
-        scale = 1.0 / np.sqrt(variance)
-    if layer.scale:
-        scale = scale * as_float64(layer.gamma)
-    shift = -scale * as_float64(layer.moving_mean)
-    return scale, shift + as_float64(layer.beta) if layer.center else shift
-
-
-def _float64(layer: Any) -> list[Array]:
-    """The layer's kernels and its bias, zero where it has none."""
-    values = [as_float64(v) for v in layer.weights]
-    if layer.use_bias:
-        return values
-    if isinstance(layer, _TRANSPOSED):
-        channels = values[0].shape[-2]
-    elif isinstance(layer, _DEPTHWISE):
-        channels = values[0].shape[-2] * values[0].shape[-1]
-    else:
-        channels = values[-1].shape[-1]
-    return [*values, np.zeros(channels)]
-
-
-def _scaled_outputs(layer: Any, values: list[Array], scale: Array, shift: Array) -> list[Array]:
-    *kernels, bias = values
-    kernel = kernels[-1]  # of a separable convolution the pointwise one: it makes the outputs
-    if isinstance(layer, _TRANSPOSED):  # (…, outputs, inputs)
-        kernel = kernel * scale[:, None]
-    elif isinstance(layer, _DEPTHWISE):  # (…, inputs, multiplier): output i * multiplier + m
-        kernel = kernel * scale.reshape(kernel.shape[-2:])
-    else:  # (…, inputs, outputs)
-        kernel = kernel * scale
-    return [*kernels[:-1], kernel, bias * scale + shift]
-
-
-def _scaled_inputs(values: list[Array], scale: Array, shift: Array) -> list[Array]:
-    kernel, bias = values  # one kernel layout only: (…, inputs, outputs)
-    summed = kernel.reshape(-1, *kernel.shape[-2:]).sum(axis=0)
-    return [kernel * scale[:, None], bias + shift @ summed]

@@ -30,6 +30,7 @@ class Call:
             into the graph, and that value; None if there is none.
         extras: Names of the other arguments written there, ``mask`` for one.
         producers: The calls that make its inputs; None stands for an input of the model.
+        input_shapes: Their shapes, batch axis first; None is a length that is not fixed.
         consumers: The calls that take its output.
         is_output: Whether its output is one of the model's outputs.
         shared: Whether the layer is called more than once in the model.
@@ -41,6 +42,7 @@ class Call:
     inherited: tuple[str, bool] | None
     extras: tuple[str, ...]
     producers: tuple[Call | None, ...]
+    input_shapes: tuple[tuple[int | None, ...], ...]
     consumers: list[Call] = field(default_factory=list["Call"])
     is_output: bool = False
     shared: bool = False
@@ -140,7 +142,8 @@ def _run(
             if seen[path] > 1:
                 path = f"{path}#{seen[path]}"
             extras = tuple(given) if node.arguments.args else tuple(given)[1:]
-            call = Call(path, operation, training, inherited, extras, tuple(sources))
+            shapes = tuple(tuple(t.shape) for t in node.input_tensors)
+            call = Call(path, operation, training, inherited, extras, tuple(sources), shapes)
             for source in dict.fromkeys(s for s in sources if s is not None):
                 source.consumers.append(call)
             found.append(call)

@@ -12,8 +12,9 @@ from truenorm._sites import position
 
 def not_foldable(facts: Facts) -> Iterator[Fault]:
     """TN501."""
+    reasons = why_not_folded(facts.model)
     for site in facts.sites:
-        reason = why_not_folded(site)
+        reason = reasons.get(site.path)
         if reason is not None:
             for call in (*site.producers, *site.consumers):
                 if call is not None:  # a class is enough here: many sites share the reason then

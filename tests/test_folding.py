@@ -200,10 +200,10 @@ def test_neighbours_become_one(kind: Any) -> None:
 
 
 def test_all_of_a_row_go_into_the_layer_before_or_behind() -> None:
-    rows = [L.BatchNormalization() for _ in range(3)]
-    assert_folded(chain((5,), L.Dense(4), *rows, L.ReLU()))
-    assert_folded(chain((5,), L.ReLU(), *rows, L.Dense(4)))
-    assert_folded(chain((5,), L.Dense(4), *rows, L.Dropout(0.5), *rows, L.Dense(2)))
+    row = [L.BatchNormalization() for _ in range(3)]
+    assert_folded(chain((5,), L.Dense(4), *row, L.ReLU()))
+    assert_folded(chain((5,), L.ReLU(), *row, L.Dense(4)))
+    assert_folded(chain((5,), L.Dense(4), row[0], L.Dropout(0.5), *row[1:], L.Dense(2)))
 
 
 def test_an_activation_inside_keeps_neighbours_apart() -> None:

@@ -125,7 +125,7 @@ def test_every_layer_that_takes_its_output_takes_it_in() -> None:
     x = L.BatchNormalization()(L.ReLU()(inputs))
     outputs = [L.Conv2D(2, 3, name="a")(x), L.GlobalAveragePooling2D()(L.Conv2D(4, 1, name="b")(x))]
     folded = assert_folded(shake(keras.Model(inputs, outputs)))
-    assert folded.changed[0].what == "folded into Conv2D a, Conv2D b after it"
+    assert folded.changed[0].what == "folded into Conv2D b, Conv2D a after it"
 
 
 def test_all_of_them_or_none() -> None:
@@ -171,10 +171,10 @@ def test_an_addition_that_broadcasts_or_adds_a_tensor_to_itself_is_none() -> Non
     row = L.Conv2D(4, (3, 6))(inputs)
     spread = L.BatchNormalization()(L.Add(name="spread")([L.Conv2D(4, 3)(inputs), row]))
     folded = assert_folded(shake(keras.Model(inputs, [L.ReLU()(twice), L.ReLU()(spread)])), stays=2)
-    assert [site.reason.partition(";")[0] for site in folded.left] == [
+    assert {site.reason.partition(";")[0] for site in folded.left} == {
         "Add twice gets the same input twice",
         "its input comes from Add spread",
-    ]
+    }
 
 
 def test_a_skipped_connection_stays() -> None:

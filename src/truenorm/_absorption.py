@@ -93,6 +93,11 @@ def affine_of(layer: Any) -> Affine:
     return Affine(scale, shift, channel_axis(layer))
 
 
+def has_activation(layer: Any) -> bool:
+    """Whether this BatchNormalization applies an activation of its own."""
+    return getattr(layer, "activation", None) is not None
+
+
 def why_unfit(call: Call) -> str | None:
     """Why this BatchNormalization is no affine map that can be computed; None if it is one."""
     if is_own_class(call.operation):
@@ -146,9 +151,10 @@ def _parts(call: Call, affine: Affine) -> list[Affine]:
     if type(call.operation) is L.Add:
         bare = Affine(affine.scale, 0 * affine.shift, affine.axis)
         return [affine, *[bare] * (len(call.producers) - 1)]
-    if not _joins(call, affine.axis):
+    lengths = _joined(call, affine.axis)
+    if not lengths:
         return [affine] * len(call.producers)
-    ends = np.cumsum([shape[affine.axis] for shape in call.input_shapes])[:-1]
+    ends = np.cumsum(lengths)[:-1]
     pieces = zip(np.split(affine.scale, ends), np.split(affine.shift, ends), strict=True)
     return [Affine(scale, shift, affine.axis) for scale, shift in pieces]
 
@@ -156,8 +162,9 @@ def _parts(call: Call, affine: Affine) -> list[Affine]:
 def _input_of(call: Call, affine: Affine) -> Affine:
     """The map of the input that does to a call's output what ``affine`` does."""
     layer, shapes = call.operation, call.input_shapes
-    same = type(layer) is L.Add and len(set(shapes)) == 1
-    if same or _joins(call):
+    added = type(layer) is L.Add and len(set(shapes)) == 1
+    along = _concatenates(call)
+    if added or _joined(call, affine.axis) or along not in (None, affine.axis):
         return affine
     if isinstance(layer, _GLOBAL) and not layer.keepdims:
         affine = Affine(affine.scale, affine.shift, _axis_of(layer, len(shapes[0])))
@@ -178,6 +185,8 @@ def absorbed_behind(call: Call, affine: Affine, fixed: Collection[Any] = ()) -> 
     """
     if call.is_output:
         raise CannotBeAbsorbed("its output goes to nothing: it is an output")
+    if is_batch_normalization(call.operation) and has_activation(call.operation):
+        raise CannotBeAbsorbed("its own activation is behind it")
     takings: list[Taking] = []
     for consumer in call.consumers:
         if is_linear(consumer) or is_batch_normalization(consumer.operation):
@@ -209,11 +218,11 @@ def _require_taking_before(consumer: Call, affine: Affine) -> None:
 def _output_of(call: Call, source: Call, affine: Affine) -> Affine:
     """The map of a call's output that does what ``affine`` does to the input from ``source``."""
     layer, shape = call.operation, call.input_shapes[0]
-    if _joins(call, affine.axis):
-        ones = [(np.ones(s[affine.axis]), np.zeros(s[affine.axis])) for s in call.input_shapes]
+    lengths = _joined(call, affine.axis)
+    if lengths:
         parts = [
-            (affine.scale, affine.shift) if producer is source else one
-            for producer, one in zip(call.producers, ones, strict=True)
+            (affine.scale, affine.shift) if producer is source else (np.ones(n), np.zeros(n))
+            for producer, n in zip(call.producers, lengths, strict=True)
         ]
         scale, shift = (np.concatenate(vectors) for vectors in zip(*parts, strict=True))
         return Affine(scale, shift, affine.axis)
@@ -236,12 +245,18 @@ def _flattened(affine: Affine, shape: tuple[int | None, ...], *, first: bool) ->
     return Affine(flat(affine.scale), flat(affine.shift), 1)
 
 
-def _joins(call: Call, axis: int | None = None) -> bool:
-    """Whether this concatenates tensors; if an axis is given, along that one."""
+def _joined(call: Call, axis: int) -> list[int]:
+    """Lengths along the axis of what is concatenated along it; none if this does not do so."""
+    lengths = [shape[axis] for shape in call.input_shapes if axis < len(shape)]
+    known = [length for length in lengths if length is not None]
+    return known if _concatenates(call) == axis and len(known) == len(lengths) else []
+
+
+def _concatenates(call: Call) -> int | None:
+    """Along which axis this concatenates; None if it does not."""
     if type(call.operation) is not L.Concatenate or call.extras:
-        return False
-    along = call.operation.axis % len(call.input_shapes[0])
-    return axis in (None, along) and all(shape[along] for shape in call.input_shapes)
+        return None
+    return call.operation.axis % len(call.input_shapes[0])
 
 
 def _require_passing(call: Call, affine: Affine, link: str) -> None:
@@ -317,10 +332,8 @@ def with_map_before(layer: Any, values: list[Array], affine: Affine) -> list[Arr
             np.repeat(vector.reshape(layer.groups, -1).T, wide, axis=1) for vector in (scale, shift)
         )
     summed = kernel.reshape(-1, *kernel.shape[-2:]).sum(axis=0) * shift
-    if isinstance(layer, _DEPTHWISE + _SEPARABLE):  # output i * multiplier + m
-        added = summed.reshape(-1)
-    else:
-        added = summed.sum(axis=0)
+    each = isinstance(layer, _DEPTHWISE + _SEPARABLE)  # output i * multiplier + m
+    added = summed.reshape(-1) if each else summed.sum(axis=0)
     for pointwise in others:
         added = added @ pointwise.reshape(-1, pointwise.shape[-1])
     return [kernel * scale, *others, bias + added]

@@ -10,9 +10,11 @@ import numpy as np
 from truenorm._absorption import (
     Affine,
     CannotBeAbsorbed,
+    Taking,
     absorbed_before,
     absorbed_behind,
     affine_of,
+    has_activation,
     values_of,
     why_unfit,
     with_map_before,
@@ -100,20 +102,21 @@ class Folding:
         if reason or layer in self.fixed:
             return Left(call.path, reason or "not selected")
         affine = self.maps.get(layer) or affine_of(layer)
-        bare = [k for k, stays in self.gone.items() if not stays]
+        bare = [k for k in self.gone if not has_activation(k)]
         try:
-            takings, side = absorbed_before(call, affine, bare), "before"
-        except CannotBeAbsorbed as why_not_before:
-            try:
-                if _own_activation(layer):
-                    raise CannotBeAbsorbed("its own activation is behind it")
-                takings, side = absorbed_behind(call, affine, self.fixed), "after"
-            except CannotBeAbsorbed as why_not_behind:
-                return Left(call.path, f"{why_not_before}; {why_not_behind}")
-        for taker, its_map in takings:
-            self._take(taker.operation, its_map, side)
-        self.maps.pop(layer, None)
-        self.gone[layer] = _own_activation(layer)
+            return self._fold(call, absorbed_before(call, affine, bare), "before")
+        except CannotBeAbsorbed as reason:
+            why_not_before = reason
+        try:
+            return self._fold(call, absorbed_behind(call, affine, self.fixed), "after")
+        except CannotBeAbsorbed as why_not_behind:
+            return Left(call.path, f"{why_not_before}; {why_not_behind}")
+
+    def _fold(self, call: Call, takings: list[Taking], side: str) -> Change:
+        for taker, affine in takings:
+            self._take(taker.operation, affine, side)
+        self.maps.pop(call.operation, None)
+        self.gone[call.operation] = _own_activation(call.operation)
         takers = ", ".join(taker.label() for taker, _ in takings)
         return Change(call.path, f"folded into {takers} {side} it")
 
@@ -148,8 +151,7 @@ def _scale_and_shift(layer: Any, affine: Affine) -> list[Piece]:
 
 def _own_activation(layer: Any) -> list[Piece]:
     """Of a layer that goes: its own activation, if it had one, as a layer."""
-    activation = getattr(layer, "activation", None)
-    if activation is None:
+    if not has_activation(layer):
         return []
     name, dtype = f"{layer.name}_activation", layer.dtype_policy
-    return [Piece(keras.layers.Activation(activation, name=name, dtype=dtype))]
+    return [Piece(keras.layers.Activation(layer.activation, name=name, dtype=dtype))]

@@ -217,6 +217,12 @@ def test_a_rewrite_is_printed_and_saved(command: Command, file: Path, tmp_path: 
         "Dense", "ReLU", "BatchNormalization", "Dense"]  # fmt: skip
     code, output, _ = command("place", file, "none", "--out", out, "--where", "no such", "--json")
     assert (code, json.loads(output)["left"][0]["reason"]) == (0, "not selected")
+    code, output, _ = command("fold", file, "--out", out, "--where", "no such", "--json")
+    assert (code, json.loads(output)["left"][0]["reason"]) == (0, "not selected")
+    assert command("place", file, "none", "--out", out)[0] == 0
+    assert command("place", out, "before_activation", "--insert", "--out", out)[0] == 0
+    assert [type(k).__name__ for k in archive.load(out).layers] == [
+        "Dense", "BatchNormalization", "ReLU", "Dense"]  # fmt: skip
 
 
 def test_names_are_shown_and_not_obeyed(command: Command, evil: Path, tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def place(
     activation inside a convolution or dense layer ``conv`` is split out as ``conv_activation``, so
     that BatchNormalization can stand before it; on the way back one of that name is merged in
     again. Where one is removed, the convolution or dense layer before it gets the bias
-    that it may lack, starting at zero.
+    that it may lack, starting at zero; :func:`truenorm.fold` with ``where=`` removes it and puts
+    its scale and shift into that layer, which keeps the function.
 
     ``"before_layer"`` is pre-activation: BatchNormalization, then the activation, then what they
     are for, the next convolution or dense layer. In a plain chain that is the same as before the

@@ -50,6 +50,9 @@ class Upstream(StrEnum):
     moving = "moving"
 
 
+Where = Annotated[str | None, typer.Option(help="Only sites whose path matches: 'block1/*'.")]
+
+
 def inspect(
     file: File,
     static: Annotated[
@@ -97,30 +100,33 @@ def place(
     file: File,
     position: Annotated[Position, typer.Argument(help="Where to.", show_default=False)],
     out: Out,
-    where: Annotated[
-        str | None, typer.Option(help="Only sites whose path matches: 'block1/*'.")
-    ] = None,
+    where: Where = None,
+    insert: Annotated[
+        bool, typer.Option("--insert", help="Also put one where a layer has none.")
+    ] = False,
     as_json: AsJson = False,
     backend: OnBackend = None,
     max_parameters: MaxParameters = MOST_PARAMETERS,
     imports: Imports = None,
 ) -> None:
-    """Move every BatchNormalization before or after its activation, or remove it."""
+    """Move every BatchNormalization before or after its activation, remove or insert it."""
     model = model_of(file, backend, max_parameters, imports)
-    _finish(tn.place(model, position.value, where=where), out, as_json=as_json)
+    rewrite = tn.place(model, position.value, where=where, insert=insert)
+    _finish(rewrite, out, as_json=as_json)
 
 
 def fold(
     file: File,
     out: Out,
+    where: Where = None,
     as_json: AsJson = False,
     backend: OnBackend = None,
     max_parameters: MaxParameters = MOST_PARAMETERS,
     imports: Imports = None,
 ) -> None:
-    """Fold every BatchNormalization into a convolution or dense layer, for inference."""
+    """Fold every BatchNormalization into the layers around it, for inference."""
     model = model_of(file, backend, max_parameters, imports)
-    _finish(tn.fold(model), out, as_json=as_json)
+    _finish(tn.fold(model, where=where), out, as_json=as_json)
 
 
 def replace(

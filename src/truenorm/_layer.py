@@ -292,9 +292,18 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self._check_mask(inputs, mask)
         if training and self.trainable and self._policy != "statistics":
             return self._normalize_batch(inputs, mask)
-        # Stock operations, so that converters recognise an inference graph. (No mask: it decides
-        # nothing here.)
-        return self._activate(super().call(inputs, training=False))
+        return self._activate(self._normalize_moving(inputs))
+
+    def _normalize_moving(self, inputs: Any) -> Any:
+        """Inference mode; a mask decides nothing here."""
+        if kernels.infer is not None:
+            weights = (self.gamma, self.beta, self.moving_mean, self.moving_variance)
+            values = [None if w is None else w.value for w in cast(Any, weights)]
+            output = kernels.infer(inputs, *values, axis=self.axis, epsilon=self.epsilon)
+            if output is not None:
+                return ops.cast(output, self.compute_dtype)
+        # Stock operations, so that converters recognise an inference graph.
+        return super().call(inputs, training=False)
 
     def _normalize_batch(self, inputs: Any, mask: Any) -> Any:
         """Training mode: called exactly when the batch's own statistics normalise."""

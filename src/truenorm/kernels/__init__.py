@@ -19,22 +19,29 @@ Two more have the same signature: ``normalize_synchronized``, whose statistics a
 all replicas of a distributed run together, and ``normalize_ghosts`` (``_ghosts.py``), which takes
 the ``size`` of a ghost batch besides.
 
+``infer`` normalises with statistics that are given, in inference mode, where a backend can do so
+faster than by Keras's operations, and returns None if not this time; it is None on other backends.
+
 Only the files named after a framework import one, and only that of the backend in use is loaded.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import keras
 
 from truenorm.kernels._contract import Normalized, statistics_dtype
 from truenorm.kernels._ghosts import normalize_ghosts
 
+infer: Callable[..., Any] | None = None
 if keras.config.backend() == "jax":
     from truenorm.kernels._jax import normalize, normalize_synchronized
 elif keras.config.backend() == "tensorflow":
     from truenorm.kernels._tensorflow import normalize, normalize_synchronized
 elif keras.config.backend() == "torch":
-    from truenorm.kernels._torch import normalize, normalize_synchronized
+    from truenorm.kernels._torch import infer, normalize, normalize_synchronized
 else:
     from truenorm.kernels._composite import normalize
 
@@ -42,6 +49,7 @@ else:
 
 __all__ = [
     "Normalized",
+    "infer",
     "normalize",
     "normalize_ghosts",
     "normalize_synchronized",

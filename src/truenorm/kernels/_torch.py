@@ -74,6 +74,37 @@ def normalize(
     return Normalized(output.reshape(x.shape).to(x.dtype), mean, variance, count)
 
 
+def infer(
+    x: Any, gamma: Any, beta: Any, mean: Any, variance: Any, *, axis: int, epsilon: float
+) -> Any | None:
+    """Normalise with given statistics in one pass; None where Keras's operations are for it.
+
+    These are three passes here. A compiler fuses them, and an exporter shall see them; and they
+    lose no digits where a mean is large, or in the gradients of gamma and beta.
+    """
+    channels = x.shape[axis]
+    learns = any(weight is not None and weight.requires_grad for weight in (gamma, beta))
+    if (
+        (learns and torch.is_grad_enabled())
+        or x.device.type not in ("cpu", "cuda")
+        or not x.dtype.is_floating_point
+        or x.numel() == 0
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    ):
+        return None
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    mean, variance = mean.to(dtype), variance.to(dtype)
+    if x.device.type == "cpu" and not _near_zero(mean, variance, epsilon):
+        return None
+    scale = _parameter(gamma, 1.0, channels, dtype, x.device)
+    offset = _parameter(beta, 0.0, channels, dtype, x.device)
+    after = math.prod(x.shape[axis % x.dim() + 1 :])
+    rows = x.reshape((-1, channels, after) if after > 1 else (-1, channels))
+    output = torch.native_batch_norm(rows, scale, offset, mean, variance, False, 0.0, epsilon)[0]
+    return output.reshape(x.shape)
+
+
 class _Normalize(torch.autograd.Function):
     """Normalise rows with their own statistics, which come along as constants.
 
@@ -197,7 +228,8 @@ def _groups(rows: int, channels: int) -> int:
 
 def _near_zero(mean: Any, variance: Any, epsilon: float) -> bool:
     """Whether no mean is large against its standard deviation (a NaN counts as large)."""
-    return bool((mean.abs() <= LARGEST_RATIO * torch.sqrt(variance + epsilon)).all())
+    excess = mean.square().sub_(variance, alpha=LARGEST_RATIO**2).max()
+    return bool(excess <= LARGEST_RATIO**2 * epsilon)
 
 
 def _parameter(value: Any, default: float, channels: int, dtype: Any, device: Any) -> Any:

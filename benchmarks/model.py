@@ -1,0 +1,187 @@
+"""What does BatchNormalization cost in one training step of a whole model?
+
+Run as ``KERAS_BACKEND=jax|tensorflow|torch python benchmarks/model.py``; ``--help`` shows options.
+ResNet50 with random weights, on one batch of random images, in one process and in turns (A, B, C,
+A, …), after a warm-up that compiles:
+
+- *stock*: the architecture as Keras has it,
+- *truenorm*: the same with truenorm's layers (``replace``),
+- *fused*: where a ReLU follows a BatchNormalization, it is part of that layer
+  (``activation="relu"``), and
+- *without*: the same without BatchNormalization (``place(…, "none")``).
+
+A step is ``train_on_batch``, which is what ``fit`` runs: compiled on JAX and TensorFlow, eager on
+PyTorch. It ends when a weight that it has changed is read. The overhead is a step's time less that
+of *without* in the same round: the median of all rounds and the quartiles. Beside the times: the
+loss of the first step, the same for the first three but for rounding; and on PyTorch the memory
+that is kept for the backward pass and, on a GPU, how far the memory in use rises in a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+from fold import in_turns
+
+import truenorm as tn
+from truenorm._graph import calls, is_batch_normalization
+from truenorm._rebuilding import Edit, Piece, rebuild
+
+CLASSES = 10
+LOSSES_WITHIN = 0.05  # What 16 bits make of 50 layers; float32 stays within 1e-4.
+Step = Callable[[], float]
+
+
+def candidates(size: int) -> dict[str, Any]:
+    """The models, with the same weights."""
+    shape = (size, size, 3)
+    build: Any = keras.applications.ResNet50
+    stock = build(weights=None, classes=CLASSES, input_shape=shape)
+    truenorm = tn.replace(stock, to="truenorm").model
+    return {
+        "stock": stock,
+        "truenorm": truenorm,
+        "fused": rebuild(truenorm, fusion(truenorm)),
+        "without": tn.place(stock, "none").model,
+    }
+
+
+def fusion(model: Any) -> Edit:
+    """The edit that moves each ReLU into the BatchNormalization that it follows."""
+    edit: dict[Any, list[Piece]] = {}
+    for call in calls(model):
+        after = call.only_consumer
+        if not is_batch_normalization(call.operation) or after is None:
+            continue
+        layer, activation = call.operation, getattr(after.operation, "activation", None)
+        rectifies = isinstance(after.operation, keras.layers.Activation)
+        if rectifies and activation is keras.activations.relu:
+            config = {**layer.get_config(), "activation": "relu"}
+            edit[layer] = [Piece(tn.BatchNormalization.from_config(config), layer)]
+            edit[after.operation] = []
+    return edit
+
+
+def training(model: Any, x: np.ndarray, y: np.ndarray) -> Step:
+    """A step that learns next to nothing, so that no step differs from the others."""
+    model.compile(keras.optimizers.SGD(1e-9), "sparse_categorical_crossentropy")
+
+    def step() -> float:
+        loss = model.train_on_batch(x, y)
+        keras.ops.convert_to_numpy(model.trainable_variables[-1].value)  # Wait: it comes last.
+        return float(loss)
+
+    return step
+
+
+def kept(model: Any, step: Step) -> float:
+    """Megabytes that PyTorch's autograd keeps from forward to backward, weights aside."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    weights = {variable.value.data_ptr() for variable in model.variables}
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()  # Once, however many operations keep it.
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    return sum(sizes.values()) / 2**20
+
+
+def peak(step: Step) -> float | None:
+    """Megabytes of a GPU in use at the peak of a PyTorch step, beyond those before it."""
+    from torch import cuda
+
+    if not cuda.is_available():
+        return None
+    cuda.reset_peak_memory_stats()
+    before = cuda.memory_allocated()
+    step()
+    return (cuda.max_memory_allocated() - before) / 2**20
+
+
+def quartiles(values: list[float]) -> str:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def share(name: str, overheads: dict[str, float]) -> str:
+    """One overhead over that of stock."""
+    stock = overheads["stock"]
+    return f"{overheads[name] / stock:.2f}" if stock > 0 else "no figure (stock has no overhead)"
+
+
+def table(models: dict[str, Any], steps: dict[str, Step], rounds: int) -> None:
+    """Measure, and print all figures."""
+    losses = {name: step() for name, step in steps.items()}
+    times = {
+        name: [1e3 * seconds for seconds in taken]
+        for name, taken in in_turns(steps, rounds).items()
+    }
+    over = {
+        name: [a - b for a, b in zip(taken, times["without"], strict=True)]
+        for name, taken in times.items()
+    }
+    torch = keras.config.backend() == "torch"
+    print(
+        f"{'':10}  median ms  least ms  over without, ms [quartiles]       loss  kept MB  peak MB"
+    )
+    for name, step in steps.items():
+        taken = times[name]
+        megabytes = (kept(models[name], step), peak(step)) if torch else (None, None)
+        columns = (f"{'-' if m is None else f'{m:.0f}':>8}" for m in megabytes)
+        print(
+            f"{name:10} {statistics.median(taken):10.1f} {min(taken):9.1f}"
+            f" {quartiles(over[name]):>29} {losses[name]:10.6f}",
+            *columns,
+        )
+    middle = {name: statistics.median(differences) for name, differences in over.items()}
+    least = {name: min(taken) - min(times["without"]) for name, taken in times.items()}
+    for name in ("truenorm", "fused"):
+        print(f"overhead of {name} over that of stock: {share(name, middle)}", end="")
+        print(f", by least times {share(name, least)}")
+    assert np.isfinite(list(losses.values())).all()
+    same = np.allclose([losses["truenorm"], losses["fused"]], losses["stock"], rtol=LOSSES_WITHIN)
+    assert same, "other losses (so it is where a batch has very few values per channel)"
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--size", type=int, default=96, help="height and width of the images")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtype", default="float32", help="dtype policy, as mixed_bfloat16")
+    given = parser.parse_args()
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy(given.dtype)
+    random = np.random.default_rng(0)
+    x = random.normal(size=(given.batch, given.size, given.size, 3)).astype("float32")
+    y = random.integers(0, CLASSES, given.batch)
+    models = candidates(given.size)
+    steps = {name: training(model, x, y) for name, model in models.items()}
+    framework = importlib.import_module(keras.config.backend())
+    threads = getattr(framework, "get_num_threads", os.cpu_count)()
+    print(
+        f"{framework.__name__} {framework.__version__}, Keras {keras.__version__}, {threads}"
+        f" threads, jit_compile={models['stock'].jit_compile}: ResNet50, {x.shape}, {given.dtype}"
+    )
+    table(models, steps, given.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -270,6 +270,16 @@ def test_two_sites_that_want_the_same_layer() -> None:
     assert positions(second.model) == ["before_layer", "before_activation"]
 
 
+def test_a_sequential_model_of_which_nothing_is_left_can_be_called() -> None:
+    inner = keras.Sequential([keras.Input((4,)), L.BatchNormalization()], name="inner")
+    model = shake(keras.Sequential([keras.Input((3,)), L.Dense(4), inner, L.ReLU()]))
+    x = inputs_for(model)
+    assert np.ptp(predict(tn.place(model, "none").model, x)[0]) > 0
+    np.testing.assert_allclose(
+        predict(tn.fold(model).model, x)[0], predict(model, x)[0], rtol=1e-4, atol=1e-5
+    )
+
+
 # --- insertion ---------------------------------------------------------------------------------
 
 

@@ -130,6 +130,8 @@ class _Builder:
         for layer in model.layers:
             pieces = self.edit.get(layer)
             chain += [self.counterpart(layer)] if pieces is None else [p.layer for p in pieces]
+        if len(chain) == 1:  # nothing is left, and Keras calls no Sequential model without layers
+            chain.append(keras.layers.Identity(name=f"{model.name}_identity"))
         build = type(model) if _has_kerass_constructor(model) else keras.Sequential
         return build(chain, name=model.name)
 

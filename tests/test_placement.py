@@ -270,6 +270,14 @@ def test_two_sites_that_want_the_same_layer() -> None:
     assert positions(second.model) == ["before_layer", "before_activation"]
 
 
+def test_removal_of_one_that_is_not_along_the_channels_gives_no_bias() -> None:
+    chain = [L.Conv1D(4, 3, use_bias=False, name="c"), L.BatchNormalization(axis=1), L.ReLU()]
+    model = shake(keras.Sequential([keras.Input((6, 2)), *chain]))
+    rewrite = tn.place(model, "none")
+    assert [change.what for change in rewrite.changed] == ["removed"]
+    assert not rewrite.model.get_layer("c").use_bias
+
+
 def test_a_sequential_model_of_which_nothing_is_left_can_be_called() -> None:
     inner = keras.Sequential([keras.Input((4,)), L.BatchNormalization()], name="inner")
     model = shake(keras.Sequential([keras.Input((3,)), L.Dense(4), inner, L.ReLU()]))

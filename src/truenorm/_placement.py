@@ -19,7 +19,15 @@ from truenorm._insertion import insertion, lacks_batch_normalization, split, spl
 from truenorm._rebuilding import Piece, copy_of, rebuild
 from truenorm._records.rewrites import Change, Rewrite
 from truenorm._records.sites import Left
-from truenorm._sites import Where, apply, fused_activation, is_activation, is_linear, selector
+from truenorm._sites import (
+    Where,
+    apply,
+    channel_axis,
+    fused_activation,
+    is_activation,
+    is_linear,
+    selector,
+)
 
 Position = Literal["none", "before_activation", "after_activation"]
 """The positions that any model can have, and that a study compares unless told otherwise."""
@@ -105,7 +113,7 @@ def place(
             received=repr(position),
         )
     _require_insertable(position, where, insert)
-    wanted, edit = selector(where), dict[Any, list[Piece]]()
+    wanted, edit, found = selector(where), dict[Any, list[Piece]](), calls(model)
 
     def entry(call: Call, rule: Callable[[Call], Result]) -> Change | Left:
         result = rule(call) if wanted(call) else "not selected"
@@ -118,15 +126,14 @@ def place(
         return Change(call.path, what)
 
     changed, left, notes = (), (), ()
-    found = calls(model)
     if not insert or any(map(is_batch_normalization, layer_paths(model))):
         changed, left = apply(lambda call: entry(call, partial(_moving, position)), model)
     if changed:
         notes += (_AFTER_REMOVAL if position == "none" else _AFTER_A_MOVE,)
     if insert:
-        taken = {call.operation.name for call in found}
+        used = {call.operation.name for call in found}
         behind = position == "after_activation"
-        add = partial(insertion, behind_activation=behind, taken=taken)
+        add = partial(insertion, behind_activation=behind, taken=used)
         results = [entry(call, add) for call in found if lacks_batch_normalization(call)]
         new = tuple(result for result in results if isinstance(result, Change))
         notes += (_AFTER_INSERTION,) if new else ()
@@ -294,12 +301,19 @@ def _none(call: Call) -> Result:
     edit: dict[Any, list[Piece]] = {call.operation: []}
     if producer is None or not is_linear(producer) or producer.operation.use_bias:
         return "removed", edit
+    if not _is_along_its_channels(call, producer.operation):
+        return "removed", edit
     if producer.only_consumer is not call or producer.shared or call.shared:
         return f"removed; {producer.label()} stays without bias: it is used elsewhere too", edit
     source = producer.operation
     bias = np.zeros(call.operation.moving_mean.shape, "float32")
     edit[source] = [copy_of(source, [*source.variables, bias], use_bias=True)]
     return f"removed; {producer.label()} got a bias", edit
+
+
+def _is_along_its_channels(call: Call, source: Any) -> bool:
+    (axis,) = source.input_spec.axes
+    return channel_axis(call.operation) == axis % len(call.input_shapes[0])
 
 
 def _cannot_move(call: Call, activation: Call) -> str | None:

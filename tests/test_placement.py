@@ -288,6 +288,19 @@ def test_a_sequential_model_of_which_nothing_is_left_can_be_called() -> None:
     )
 
 
+def test_a_site_does_not_go_into_a_model_where_its_name_is_taken() -> None:
+    inner = keras.Sequential(
+        [keras.Input((4,)), L.ReLU(name="relu"), L.BatchNormalization(name="bn")], name="inner"
+    )
+    chain = [L.Dense(4, name="d"), L.BatchNormalization(name="bn"), inner, L.Dense(2)]
+    model = shake(keras.Sequential([keras.Input((4,)), *chain]))
+    rewrite = tn.place(model, "after_activation")
+    assert [(site.path, site.reason) for site in rewrite.left] == [
+        ("bn", "where it would go, bn is a name already"),
+        ("inner/bn", "already after an activation"),
+    ]
+
+
 # --- insertion ---------------------------------------------------------------------------------
 
 

@@ -114,6 +114,8 @@ def place(
         )
     _require_insertable(position, where, insert)
     wanted, edit, found = selector(where), dict[Any, list[Piece]](), calls(model)
+    homes = {call.operation: call.path.rpartition("/")[0] for call in found}
+    names = {(home, operation.name) for operation, home in homes.items()}
 
     def entry(call: Call, rule: Callable[[Call], Result]) -> Change | Left:
         result = rule(call) if wanted(call) else "not selected"
@@ -122,6 +124,11 @@ def place(
         what, its_edit = result
         if any(edit.get(layer, chain) != chain for layer, chain in its_edit.items()):
             return Left(call.path, "a layer next to it is changed for another site: place again")
+        came = {(homes[k], piece.layer.name) for k, chain in its_edit.items() for piece in chain}
+        taken = (came - {(homes[k], k.name) for k in its_edit}) & names
+        if taken:
+            return Left(call.path, f"where it would go, {taken.pop()[1]} is a name already")
+        names.update(came)
         edit.update(its_edit)
         return Change(call.path, what)
 

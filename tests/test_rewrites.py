@@ -86,6 +86,14 @@ def test_frozen_layers_stay_frozen() -> None:
     assert flags == {"stem_bn": True, "a_bn": False, "b_bn": True, "c_bn": True}
 
 
+def test_a_policy_that_a_config_leaves_out_is_carried_over() -> None:
+    """Keras writes into that of SpatialDropout the dtype of variables only."""
+    layers = [L.SpatialDropout1D(0.5, dtype="mixed_bfloat16"), L.BatchNormalization()]
+    model = keras.Sequential([keras.Input((4, 3)), *layers])
+    new = tn.replace(model, to="truenorm").model
+    assert new.layers[0].compute_dtype == "bfloat16"
+
+
 # --- place -------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import inspect
 import random
 import sys
 import tempfile
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ import keras
 import numpy as np
 
 from truenorm._errors import ModelError
-from truenorm._graph import functional_class, graph_of, require_graph
+from truenorm._graph import calls, functional_class, graph_of, require_graph
 
 
 @dataclass(eq=False)
@@ -62,6 +62,8 @@ def copy_of(
             received=str(error).strip().splitlines()[0],
             remedy="give its class a complete get_config(); a Lambda has to become a layer",
         ) from error
+    if isinstance(layer, keras.Layer) and new.dtype_policy != layer.dtype_policy:
+        new.dtype_policy = layer.dtype_policy  # SpatialDropout's config, for one, has half of it
     return Piece(new, layer, values, {} if training is None else {"training": training})
 
 
@@ -73,6 +75,9 @@ def rebuild(model: Any, edit: Edit | None = None) -> Any:
     the metrics start anew; a model whose metrics cannot be made again comes back uncompiled). The
     model given is not touched, nor are the global random generators.
 
+    A model whose class has a constructor of its own, as KerasHub's backbones, keeps its class if
+    nothing in it is edited; otherwise it becomes a ``keras.Model``, which the class cannot make.
+
     (One thing is Keras's to decide: in which order the calls of a shared layer are listed.)
 
     Raises:
@@ -82,7 +87,7 @@ def rebuild(model: Any, edit: Edit | None = None) -> Any:
     require_graph(model)
     _require_class(model)
     with same_randomness():
-        builder = _Builder(edit or {})
+        builder = _Builder(model, edit or {})
         new = builder.counterpart(model)
         builder.finish()
         compile_like(model, new)
@@ -92,7 +97,8 @@ def rebuild(model: Any, edit: Edit | None = None) -> Any:
 class _Builder:
     """One rebuilding: which new layer stands for which old one, and what is to be filled in."""
 
-    def __init__(self, edit: Edit) -> None:
+    def __init__(self, root: Any, edit: Edit) -> None:
+        self.root = root
         self.edit = edit
         self.made: dict[Any, Any] = {}
         self.pieces = [piece for chain in edit.values() for piece in chain]
@@ -108,13 +114,33 @@ class _Builder:
 
     def _build(self, operation: Any) -> Any:
         if graph_of(operation) is not None:
-            sequential = isinstance(operation, keras.Sequential)
-            model = self._sequential(operation) if sequential else self._functional(operation)
+            model = self._whole(operation)
+            if model is None:
+                sequential = isinstance(operation, keras.Sequential)
+                model = self._sequential(operation) if sequential else self._functional(operation)
             self.models.append((operation, model))
             return model
         piece = copy_of(operation)
         if isinstance(operation, keras.Layer):
             self.pieces.append(piece)
+        return piece.layer
+
+    def _whole(self, model: Any) -> Any | None:
+        """The same again from its class, if that is somebody's own and makes the same."""
+        parts = {*model._flatten_layers(), *(call.operation for call in calls(model))}
+        if (
+            _has_kerass_constructor(model)
+            or not parts.isdisjoint(self.edit)
+            or not parts.isdisjoint(_layers_beside(self.root, model))
+        ):
+            return None
+        try:
+            piece = copy_of(model)
+            if _anatomy(piece.layer) != _anatomy(model):
+                return None
+        except Exception:  # noqa: BLE001 - it is not known what somebody's constructor does
+            return None
+        self.pieces.append(piece)
         return piece.layer
 
     def _functional(self, model: Any) -> Any:
@@ -162,6 +188,29 @@ def _new_input(tensor: Any) -> Any:
     known = {key: config[key] for key in ("sparse", "ragged", "optional") if key in config}
     name = config.get("name", tensor.name)
     return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=name, **known)
+
+
+def _layers_beside(root: Any, model: Any) -> Iterator[Any]:
+    """All layers of ``root`` but those that are only inside ``model``."""
+    for layer in root._flatten_layers(include_self=False, recursive=False):
+        if layer is not model:
+            yield layer
+            yield from _layers_beside(layer, model)
+
+
+def _anatomy(model: Any) -> list[Any]:
+    """What two models have in common that compute the same if their variables are equal."""
+    variables = [tuple(v.shape) for v in model.variables]
+    wiring = [
+        (call.path, call.written, call.extras, [p and p.path for p in call.producers])
+        for call in calls(model)
+    ]
+    configs = [
+        layer.get_config()
+        for layer in model._flatten_layers(include_self=False)
+        if graph_of(layer) is None
+    ]
+    return [variables, wiring, configs]
 
 
 def _has_kerass_constructor(model: Any) -> bool:

@@ -138,7 +138,7 @@ class _Builder:
             piece = copy_of(model)
             if _anatomy(piece.layer) != _anatomy(model):
                 return None
-        except Exception:  # noqa: BLE001 - it is not known what somebody's constructor does
+        except Exception:  # it is not known what somebody's constructor does
             return None
         self.pieces.append(piece)
         return piece.layer
@@ -192,9 +192,9 @@ def _new_input(tensor: Any) -> Any:
 
 def _layers_beside(root: Any, model: Any) -> Iterator[Any]:
     """All layers of ``root`` but those that are only inside ``model``."""
-    for layer in root._flatten_layers(include_self=False, recursive=False):
-        if layer is not model:
-            yield layer
+    if root is not model:
+        yield root
+        for layer in root._flatten_layers(include_self=False, recursive=False):
             yield from _layers_beside(layer, model)
 
 
@@ -206,7 +206,7 @@ def _anatomy(model: Any) -> list[Any]:
         for call in calls(model)
     ]
     configs = [
-        layer.get_config()
+        {**layer.get_config(), "trainable": None}  # carried over later
         for layer in model._flatten_layers(include_self=False)
         if graph_of(layer) is None
     ]

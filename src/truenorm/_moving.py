@@ -30,8 +30,11 @@ ops: Any = keras.ops
 
 def step(layer: Any, batch: Normalized) -> None:
     """Move all moving statistics of the layer by one batch."""
-    known = ops.isfinite(batch.mean) & ops.isfinite(batch.variance)
-    some, enough = known & (batch.count > 0), known & (batch.count > batch.batches)
+    known = ops.isfinite(batch.mean + batch.variance)
+    some, enough = (
+        known if yes is True else known & yes  # A count may be a plain number.
+        for yes in (batch.count > 0, batch.count > batch.batches)
+    )
     variance = batch.variance
     if layer.bessel_correction or layer.momentum is None:
         variance = variance * (batch.count / ops.where(enough, batch.count - batch.batches, 1.0))

@@ -2,7 +2,7 @@ r"""PyTorch: native kernels for the passes over the data, accurate statistics be
 
 ``torch.nn.functional.batch_norm`` adds float32 numbers one after the other, so that its mean of
 100,000 values is off by 5e-6 standard deviations. Here the same native kernel is asked for the
-statistics of up to 64 groups of rows (a free view: groups as channels), which are merged exactly
+statistics of up to 32 groups of rows (a free view: groups as channels), which are merged exactly
 (law of total variance, :mod:`truenorm._moments`) in float64. The native inference kernel
 normalises with them, and the native training-mode backward, given these statistics, is the closed
 form that differentiates through them. It keeps x, mean and rstd. PyTorch differentiates it once
@@ -25,8 +25,9 @@ from torch import distributed
 from truenorm.kernels import _composite
 from truenorm.kernels._contract import Normalized
 
-MOST_GROUPS = 64
-MOST_GROUPED_CHANNELS = 2**15  # Beyond it, PyTorch wakes its threads for the small sums, too.
+MOST_GROUPS = 32  # These three weigh time against digits: measured, see docs/performance.md.
+MOST_GROUPED_CHANNELS = 2**12  # More running sums than these do not stay in the cache.
+FEWEST_GROUPED_ROWS = 32
 MANY_ROWS = 2048  # Beyond them, sums in sequence show in the gradients of gamma and beta.
 LARGEST_RATIO = 8.0
 
@@ -214,16 +215,19 @@ def _moments(rows: Any) -> tuple[Any, Any]:
     wide = torch.float64 if rows.device.type == "cpu" else rows.dtype
     means = means.reshape(groups, channels).to(wide)
     mean = means.mean(0)
-    variance = variances.reshape(groups, channels).to(wide).mean(0) + (means - mean).square().mean(
-        0
-    )
+    between = means.sub_(mean).square_().mean(0)
+    variance = variances.reshape(groups, channels).mean(0, dtype=wide).add_(between)
     return mean.to(rows.dtype), variance.to(rows.dtype)
 
 
 @lru_cache(maxsize=1024)
 def _groups(rows: int, channels: int) -> int:
-    most = max(1, min(MOST_GROUPS, MOST_GROUPED_CHANNELS // channels))
-    return max(k for k in range(1, most + 1) if rows % k == 0)
+    """How many groups of equal size: the divisor of the rows nearest to the number wanted."""
+    wanted = max(
+        1, min(MOST_GROUPS, MOST_GROUPED_CHANNELS // channels, rows // FEWEST_GROUPED_ROWS)
+    )
+    divisors = [k for k in range(1, 2 * wanted + 1) if rows % k == 0]
+    return min(divisors, key=lambda k: max(k, wanted) / min(k, wanted))
 
 
 def _near_zero(mean: Any, variance: Any, epsilon: float) -> bool:

@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 BACKENDS := jax tensorflow torch
 JOBS ?= 2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test random nightly lint bench clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/truenorm demo --force
@@ -19,6 +19,13 @@ test: $(addprefix test-,$(BACKENDS))
 .PHONY: $(addprefix test-,$(BACKENDS))
 $(addprefix test-,$(BACKENDS)): test-%: $(VENV)/test.stamp
 	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# Every rewrite on random models: 500 on each backend, or 5,000.
+random nightly: %: $(VENV)/test.stamp
+	for backend in $(BACKENDS); do \
+		KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) \
+			--hypothesis-profile $@ tests/test_random_rewrites.py || exit 1; \
+	done
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check

@@ -9,9 +9,14 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import keras
 import pytest
+from hypothesis import settings
 
 # A shell ignores Ctrl-C for what it starts in the background; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Named only: tests/test_random_rewrites.py says how many examples. All others run as ever.
+for profile in ("random", "nightly"):
+    settings.register_profile(profile, print_blob=True)
 
 
 @pytest.fixture(autouse=True)

@@ -97,11 +97,12 @@ class Backbone(keras.Model):
     """As those of KerasHub: a functional model that is made from a few numbers."""
 
     def __init__(self, widths: list[int], **options: Any) -> None:
-        inputs = x = keras.Input((6, 6, 3), name="image")
+        inputs = x = keras.Input((6, 6, 3))
         for i, width in enumerate(widths):
             x = keras.layers.Conv2D(width, 3, padding="same", name=f"conv{i}")(x)
             x = BatchNormalization(name=f"bn{i}")(x)
             x = keras.layers.ReLU(name=f"relu{i}")(x)
+        x = keras.ops.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]])
         super().__init__(inputs, x, **options)
         self.widths = widths
 
@@ -113,6 +114,8 @@ def assert_rebuilt(model: Any) -> Any:
     new = rebuild(model)
     assert type(new) is type(model)
     assert new.get_config() == model.get_config()
+    assert [layer.name for layer in new.layers] == [layer.name for layer in model.layers]
+    assert [w.path for w in new.weights] == [w.path for w in model.weights]
     x = np.random.default_rng(0).normal(size=(2, *model.inputs[0].shape[1:]))
     ours, theirs = (keras.tree.flatten(m(x.astype("float32"))) for m in (new, model))
     for a, b in zip(ours, theirs, strict=True):
@@ -149,3 +152,51 @@ def test_a_class_that_cannot_make_the_same_again_becomes_a_plain_model() -> None
         np.testing.assert_array_equal(predict(copy, x)[0], predict(model, x)[0])
     conv = rebuild(shared)._flatten_layers()
     assert sum(isinstance(layer, keras.layers.Conv2D) for layer in conv) == 1
+
+
+# --- KerasHub's, where it is installed -----------------------------------------------------------
+
+STAGES = {"stackwise_num_blocks": [1, 2], "stackwise_num_strides": [1, 2]}
+KERAS_HUB: dict[str, tuple[dict[str, Any], int, int]] = {
+    "ResNetBackbone": (
+        {"input_conv_filters": [8], "input_conv_kernel_sizes": [7], "image_shape": (32, 32, 3),
+         "stackwise_num_filters": [64, 16], "block_type": "bottleneck_block",
+         "use_pre_activation": True, **STAGES},
+        7, 3,
+    ),
+    "EfficientNetBackbone": (
+        {"stackwise_width_coefficients": [1.0] * 3, "stackwise_depth_coefficients": [1.0] * 3,
+         "stackwise_squeeze_and_excite_ratios": [0.25] * 3, "stackwise_kernel_sizes": [3, 3, 5],
+         "stackwise_num_repeats": [1, 2, 1], "stackwise_input_filters": [8, 8, 16],
+         "stackwise_output_filters": [8, 16, 16], "stackwise_expansion_ratios": [1, 6, 6],
+         "stackwise_strides": [1, 2, 2], "stackwise_block_types": ["v1"] * 3,
+         "input_shape": (32, 32, 3)},
+        13, 0,
+    ),
+    "DenseNetBackbone": (
+        {"stackwise_num_repeats": [2, 2], "growth_rate": 8, "image_shape": (32, 32, 3)}, 5, 6,
+    ),
+    "XceptionBackbone": (
+        {"stackwise_conv_filters": [[8, 8], [16, 16]], "stackwise_pooling": [True, False],
+         "image_shape": (64, 64, 3)},
+        4, 0,
+    ),
+}  # fmt: skip
+"""Constructor, sites that fold, and sites that stay."""
+
+
+@pytest.mark.parametrize("name", KERAS_HUB)
+def test_backbones_of_keras_hub(name: str) -> None:
+    keras_hub = pytest.importorskip("keras_hub")
+    options, folds, stays = KERAS_HUB[name]
+    backbone = shake(getattr(keras_hub.models, name)(**options), spread=0.25)
+    assert_rebuilt(backbone)
+    x = np.random.default_rng(0).normal(size=(4, *backbone.inputs[0].shape[1:])).astype("float32")
+    (expected,) = predict(backbone, x)
+    for rewrite, changed, left in (
+        (tn.fold(backbone), folds, stays),
+        (tn.replace(backbone, "truenorm"), folds + stays, 0),
+    ):
+        assert (len(rewrite.changed), len(rewrite.left)) == (changed, left)
+        difference = np.abs(predict(rewrite.model, x)[0] - expected).max()
+        assert difference <= 1e-4 * np.ptp(expected)

@@ -140,6 +140,7 @@ class _Builder:
                 return None
         except Exception:  # it is not known what somebody's constructor does
             return None
+        _name_like(model, piece.layer)
         self.pieces.append(piece)
         return piece.layer
 
@@ -200,17 +201,26 @@ def _layers_beside(root: Any, model: Any) -> Iterator[Any]:
 
 def _anatomy(model: Any) -> list[Any]:
     """What two models have in common that compute the same if their variables are equal."""
-    variables = [tuple(v.shape) for v in model.variables]
+    found = calls(model)
+    number: dict[Any, int] = {call: i for i, call in enumerate(found)}
     wiring = [
-        (call.path, call.written, call.extras, [p and p.path for p in call.producers])
-        for call in calls(model)
+        (type(call.operation), call.training, call.extras, [number.get(p) for p in call.producers])
+        for call in found
     ]
-    configs = [
-        {**layer.get_config(), "trainable": None}  # carried over later
-        for layer in model._flatten_layers(include_self=False)
-        if graph_of(layer) is None
-    ]
-    return [variables, wiring, configs]
+    variables = [w.path for w in model.weights], [tuple(v.shape) for v in model.variables]
+    inner = [k for k in model._flatten_layers(include_self=False) if graph_of(k) is None]
+    ours = {"name": None, "trainable": None}  # carried over
+    return [wiring, variables, [{**layer.get_config(), **ours} for layer in inner]]
+
+
+def _name_like(old: Any, new: Any) -> None:
+    """Names that Keras counted on: of the inputs, and of what has no variables."""
+    for ours, theirs in zip(calls(new), calls(old), strict=True):
+        ours.operation.name = theirs.operation.name
+    for ours, theirs in zip(new._flatten_layers(), old._flatten_layers(), strict=True):
+        ours.name = theirs.name
+    for ours, theirs in zip(new.inputs, old.inputs, strict=True):
+        ours.name = theirs.name
 
 
 def _has_kerass_constructor(model: Any) -> bool:

@@ -34,7 +34,8 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/lint-imports
 
 bench: $(VENV)/test.stamp
-	for backend in $(BACKENDS); do KERAS_BACKEND=$$backend $(BIN)/python benchmarks/layer.py; done
+	for backend in $(BACKENDS); do for what in layer model fold collecting; do \
+	  KERAS_BACKEND=$$backend $(BIN)/python benchmarks/$$what.py || exit; done; done
 
 clean:
 	rm -rf $(VENV) truenorm-demo build src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,14 +1,18 @@
-"""How long does one training step of one BatchNormalization take, and how right is it?
+"""How long does one step of one BatchNormalization take, how right is it, and what does it keep?
 
 Run as ``KERAS_BACKEND=jax|tensorflow|torch python benchmarks/layer.py``; ``--help`` shows options.
 
 Layers and functions take turns in one process (A, B, C, A, B, C, …): Keras's own layer as users
 get it (jit on JAX, graph on TensorFlow, eager on PyTorch), truenorm's, the same with the composite
 kernel (which a fast path must beat), and the framework's own operation. A step is forward and
-backward; the gradients of x, gamma and beta are outputs, so no compiler can drop them. Warm-up and
-compilation come before the clock. The ratio is that of neighbours in time, with the quartiles of
-all pairs; the least times are what a busy machine distorts least. Beside each timing: the largest
-error against float64, relative to the largest magnitude, of the output and of dx.
+backward; the gradients of x, gamma and beta are outputs, so no compiler can drop them. With
+``--relu`` a ReLU follows (in truenorm's layer as ``activation="relu"``), with ``--inference`` a
+step is the output in inference mode. Warm-up and compilation come before the clock. The ratio is
+that of neighbours in time, with the quartiles of all pairs; the least times are what a busy machine
+distorts least; the last line is the geometric mean of the ratios over all shapes. Beside each
+timing: the largest error against float64, relative to the largest magnitude, of the output and of
+dx; and what is kept for the backward pass, in units of the input's bytes, where the framework tells
+(PyTorch and JAX).
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -36,145 +42,214 @@ SHAPES = (
     (32, 28, 28, 256),
     (32, 14, 14, 1024),
     (8192, 512),
+    (64, 7, 7, 2048),
+    (16, 112, 112, 64),
+    (32, 28, 28, 96),
+    (128, 1000),
     (32, 4, 4, 64),
     (64, 128, 100),
 )
+CHANNELS_FIRST = (32, 64, 56, 56)
 Step = Callable[[], tuple[Any, ...]]
 
 
-def torch_steps(x: np.ndarray, dy: np.ndarray, dtype: str) -> dict[str, Step]:
-    """Steps on PyTorch, eager."""
+@dataclass(frozen=True)
+class Task:
+    """One input, its channel axis, and what a step is."""
+
+    x: np.ndarray
+    dy: np.ndarray
+    axis: int
+    dtype: str
+    relu: bool
+    inference: bool
+
+    def layers(self) -> dict[str, Any]:
+        """Keras's layer, truenorm's, and once more for the composite kernel; built."""
+        options: dict[str, Any] = {"axis": self.axis, "dtype": policy(self.dtype)}
+        ours: dict[str, Any] = options | {"activation": "relu" if self.relu else None}
+        found: dict[str, Any] = {
+            "keras": keras.layers.BatchNormalization(**options),
+            "truenorm": tn.BatchNormalization(**ours),
+        }
+        if not self.inference:
+            found["composite"] = tn.BatchNormalization(**ours)
+        for layer in found.values():
+            layer.build(self.x.shape)
+        return found
+
+    def run(self, layer: Any, x: Any) -> Any:
+        """Its output on x, in the mode of this task."""
+        y = layer(x, training=not self.inference)
+        return keras.ops.relu(y) if self.relu and not hasattr(layer, "activation") else y
+
+    def truth(self) -> tuple[np.ndarray, ...]:
+        """Output and dx in float64, of a new layer."""
+        if self.inference:
+            y = self.x / np.sqrt(1.0 + 1e-3, dtype="float64")
+            return (np.maximum(y, 0) if self.relu else y,)
+        y = reference.forward(self.x, axis=self.axis).output
+        dy = np.where(y > 0, self.dy, 0) if self.relu else self.dy
+        dx = reference.backward(dy, self.x, axis=self.axis).x
+        return (np.maximum(y, 0) if self.relu else y), dx
+
+
+def torch_steps(task: Task) -> tuple[dict[str, Step], dict[str, float]]:
+    """Steps on PyTorch, eager; and what autograd keeps."""
     import torch
+    from torch.autograd.graph import saved_tensors_hooks
     from torch.nn import functional
 
-    kind = getattr(torch, dtype)
-    tx, tdy = (torch.from_numpy(a).to(kind) for a in (x, dy))
-    tx.requires_grad_()
-    channels = x.shape[-1]
+    kind = getattr(torch, task.dtype)
+    tx, tdy = (torch.from_numpy(a).to(kind) for a in (task.x, task.dy))
+    tx.requires_grad_(not task.inference)
+    channels, rank = task.x.shape[task.axis], task.x.ndim
+    steps: dict[str, Step] = {}
+    kept: dict[str, float] = {}
 
-    def of(layer: Any) -> Step:
-        layer.build(x.shape)
-
+    def add(name: str, call: Callable[[], Any], parameters: Sequence[Any]) -> None:
         def step() -> tuple[Any, ...]:
-            y = layer(tx, training=True)
-            parameters = (tx, layer.gamma.value, layer.beta.value)
-            return (y, *torch.autograd.grad(y, parameters, tdy))
+            if task.inference:
+                with torch.no_grad():
+                    return (call(),)
+            y = call()
+            return (y, *torch.autograd.grad(y, (tx, *parameters), tdy))
 
-        return step
+        steps[name] = composite(step) if name == "composite" else step
+        seen: dict[int, int] = {}
+
+        def count(tensor: Any) -> Any:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(count, lambda tensor: tensor):
+            _y = call()  # alive, so that no address is used twice
+        kept[name] = sum(seen.values()) / (tx.numel() * tx.element_size())
+
+    for name, layer in task.layers().items():
+        weights = (layer.gamma.value, layer.beta.value)
+        add(name, partial(task.run, layer, tx), weights)
 
     gamma, beta = torch.ones(channels), torch.zeros(channels)
     mean, variance = torch.zeros(channels), torch.ones(channels)
     gamma.requires_grad_()
     beta.requires_grad_()
+    last = rank - 1 if task.axis % rank == rank - 1 else 1
 
-    def native() -> tuple[Any, ...]:
-        last = x.ndim - 1
+    def native() -> Any:
         view = tx.permute(0, last, *range(1, last)) if last > 1 else tx
-        y = functional.batch_norm(view, mean, variance, gamma, beta, True, 0.01, 1e-3)
-        y = y.permute(0, *range(2, last + 1), 1) if last > 1 else y
-        return (y, *torch.autograd.grad(y, (tx, gamma, beta), tdy))
+        y = functional.batch_norm(view, mean, variance, gamma, beta, not task.inference, 0.01, 1e-3)
+        y = functional.relu(y, inplace=True) if task.relu else y
+        return y.permute(0, *range(2, last + 1), 1) if last > 1 else y
 
+    add("native", native, (gamma, beta))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    return {
-        "keras": of(stock(dtype)),
-        "truenorm": of(ours(dtype)),
-        "composite": composite(of(ours(dtype))),
-        "native": native,
-    }
+    return steps, {} if task.inference else kept
 
 
-def jax_steps(x: np.ndarray, dy: np.ndarray, dtype: str) -> dict[str, Step]:
-    """Steps on JAX, jitted."""
+def jax_steps(task: Task) -> tuple[dict[str, Step], dict[str, float]]:
+    """Steps on JAX, jitted; and what the backward pass closes over."""
     import jax
 
-    kx, kdy = (jax.numpy.asarray(a, dtype) for a in (x, dy))
-
-    def of(layer: Any) -> Step:
-        layer.build(x.shape)
+    kx, kdy = (jax.numpy.asarray(a, task.dtype) for a in (task.x, task.dy))
+    steps: dict[str, Step] = {}
+    kept: dict[str, float] = {}
+    for name, layer in task.layers().items():
         trainable = [v.value for v in layer.trainable_variables]
         moving = [v.value for v in layer.non_trainable_variables]
 
-        @jax.jit
-        def run(trainable: Any, moving: Any, x: Any, dy: Any) -> tuple[Any, ...]:
-            def forward(trainable: Any, x: Any) -> Any:
-                return layer.stateless_call(trainable, moving, x, training=True)
+        def forward(trainable: Any, moving: Any, x: Any, layer: Any = layer) -> Any:
+            mapping = zip(layer.variables, [*trainable, *moving], strict=True)
+            with keras.StatelessScope(state_mapping=list(mapping)) as scope:
+                y = task.run(layer, x)
+            return y, [scope.get_current_value(v) for v in layer.non_trainable_variables]
 
-            y, pull, moving = jax.vjp(forward, trainable, x, has_aux=True)
+        def train(trainable: Any, moving: Any, x: Any, dy: Any, forward: Any = forward) -> Any:
+            y, pull, moved = jax.vjp(
+                lambda weights, x: forward(weights, moving, x), trainable, x, has_aux=True
+            )
             (dgamma, dbeta), dx = pull(dy)
-            return y, dx, dgamma, dbeta, moving
+            return y, dx, dgamma, dbeta, moved
 
-        return lambda: jax.block_until_ready(run(trainable, moving, kx, kdy))
+        def predict(trainable: Any, moving: Any, x: Any, dy: Any, forward: Any = forward) -> Any:
+            del dy
+            return (forward(trainable, moving, x)[0],)
 
+        program = jax.jit(predict if task.inference else train)
+        step = partial(waited, program, trainable, moving, kx, kdy)
+        steps[name] = composite(step) if name == "composite" else step
+        if not task.inference:
+            pull = jax.jit(
+                lambda w, x, f=forward, m=moving: jax.vjp(lambda w, x: f(w, m, x)[0], w, x)[1]
+            )
+            leaves = jax.tree.leaves(pull(trainable, kx))
+            kept[name] = sum(leaf.nbytes for leaf in leaves) / kx.nbytes
     print(f"jax {jax.__version__}, {os.cpu_count()} threads")
-    return {
-        "keras": of(stock(dtype)),
-        "truenorm": of(ours(dtype)),
-        "composite": composite(of(ours(dtype))),
-    }
+    return steps, kept
 
 
-def tensorflow_steps(x: np.ndarray, dy: np.ndarray, dtype: str) -> dict[str, Step]:
-    """Steps on TensorFlow, in a graph: plain, and compiled by XLA (``fit``'s default)."""
+def waited(program: Any, *arguments: Any) -> tuple[Any, ...]:
+    """The results of a JAX program, once they are there."""
+    import jax
+
+    return jax.block_until_ready(program(*arguments))
+
+
+def tensorflow_steps(task: Task) -> tuple[dict[str, Step], dict[str, float]]:
+    """Steps on TensorFlow, in a graph: plain, and compiled by XLA."""
     import tensorflow as tf
 
-    kx, kdy = (tf.cast(tf.constant(a), dtype) for a in (x, dy))
+    kx, kdy = (tf.cast(tf.constant(a), task.dtype) for a in (task.x, task.dy))
 
-    def of(layer: Any, *, xla: bool = False) -> Step:
-        layer.build(x.shape)
-
-        @tf.function(jit_compile=xla or None)
+    def of(call: Callable[[Any], Any], weights: Sequence[Any], *, xla: bool = False) -> Step:
         def run(x: Any, dy: Any) -> tuple[Any, ...]:
+            if task.inference:
+                return (call(x),)
             with tf.GradientTape() as tape:
-                tape.watch(x)
-                y = layer(x, training=True)
-            parameters = (x, layer.gamma.value, layer.beta.value)
-            return (y, *tape.gradient(y, parameters, output_gradients=dy))
+                tape.watch((x, *weights))
+                y = call(x)
+            return (y, *tape.gradient(y, (x, *weights), output_gradients=dy))
 
-        return lambda: blocked(run(kx, kdy))
+        graph: Any = tf.function(run, jit_compile=xla or None)
+        return lambda: blocked(graph(kx, kdy))
 
-    channels = x.shape[-1]
+    channels = task.x.shape[task.axis]
     gamma, beta = tf.ones(channels), tf.zeros(channels)
-    empty = tf.zeros(0)
+    mean, variance = (
+        (tf.zeros(channels), tf.ones(channels)) if task.inference else [tf.zeros(0)] * 2
+    )
 
-    @tf.function
-    def fused(x: Any, dy: Any) -> tuple[Any, ...]:
-        rows = tf.reshape(x, (x.shape[0], -1, 1, channels))
-        with tf.GradientTape() as tape:
-            tape.watch((rows, gamma, beta))
-            y, *_ = tf.raw_ops.FusedBatchNormV3(
-                x=rows, scale=gamma, offset=beta, mean=empty, variance=empty, epsilon=1e-3
-            )
-        dx, dgamma, dbeta = tape.gradient(
-            y, (rows, gamma, beta), output_gradients=tf.reshape(dy, rows.shape)
+    def fused(x: Any) -> Any:
+        first = task.axis % task.x.ndim == 1 and task.x.ndim == 4  # not on a CPU: transposed
+        x = tf.transpose(x, (0, 2, 3, 1)) if first else x
+        y, *_ = tf.raw_ops.FusedBatchNormV3(
+            x=tf.reshape(x, (x.shape[0], -1, 1, channels)),
+            scale=gamma,
+            offset=beta,
+            mean=mean,
+            variance=variance,
+            epsilon=1e-3,
+            is_training=not task.inference,
         )
-        return tf.reshape(y, x.shape), tf.reshape(dx, x.shape), dgamma, dbeta
+        y = tf.reshape(tf.nn.relu(y) if task.relu else y, x.shape)
+        return tf.transpose(y, (0, 3, 1, 2)) if first else y
 
+    steps: dict[str, Step] = {}
+    for name, layer in task.layers().items():
+        weights = (layer.gamma.value, layer.beta.value)
+        for suffix, xla in (("", False), (" XLA", True)):
+            step = of(partial(task.run, layer), weights, xla=xla)
+            steps[name + suffix] = composite(step) if name == "composite" else step
+    steps["native"] = of(fused, (gamma, beta))
     print(f"tensorflow {tf.__version__}, {os.cpu_count()} threads")
-    return {
-        "keras": of(stock(dtype)),
-        "truenorm": of(ours(dtype)),
-        "composite": composite(of(ours(dtype))),
-        "native": lambda: blocked(fused(kx, kdy)),
-        "keras XLA": of(stock(dtype), xla=True),
-        "truenorm XLA": of(ours(dtype), xla=True),
-        "composite XLA": composite(of(ours(dtype), xla=True)),
-    }
+    return steps, {}
 
 
 def blocked(results: tuple[Any, ...]) -> tuple[Any, ...]:
     """TensorFlow on a CPU is done when a graph returns; on a device the copy of a number waits."""
-    float(results[1][(0,) * len(results[1].shape)])
+    float(results[-1][(0,) * len(results[-1].shape)])
     return results
-
-
-def stock(dtype: str) -> Any:
-    """Keras's layer under the mixed policy of a half dtype, or that dtype's own."""
-    return keras.layers.BatchNormalization(dtype=policy(dtype))
-
-
-def ours(dtype: str) -> Any:
-    """Truenorm's layer under the same policy."""
-    return tn.BatchNormalization(dtype=policy(dtype))
 
 
 def composite(step: Step) -> Step:
@@ -208,17 +283,12 @@ def error(result: Any, truth: np.ndarray) -> float:
     return float(np.abs(values - truth).max() / np.abs(truth).max())
 
 
-def measure(shape: tuple[int, ...], dtype: str, pairs: int) -> None:
-    """Print the table of one shape."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(0.5, 1.5, shape).astype("float32")
-    dy = rng.normal(size=shape).astype("float32")
-    truth_y = reference.forward(x).output
-    truth_dx = reference.backward(dy, x).x
+def measure(task: Task, pairs: int) -> dict[str, float]:
+    """Print the table of one input; the median ratios."""
     builders = {"jax": jax_steps, "tensorflow": tensorflow_steps, "torch": torch_steps}
-    steps = builders[keras.config.backend()](x, dy, dtype)
-    target = np.empty_like(x)
-    memcpy = median_time(9, lambda: np.copyto(target, x))
+    steps, kept = builders[keras.config.backend()](task)
+    truth, target = task.truth(), np.empty_like(task.x)
+    memcpy = median_time(9, lambda: np.copyto(target, task.x))
     for step in steps.values():
         for _ in range(3):
             step()
@@ -228,20 +298,24 @@ def measure(shape: tuple[int, ...], dtype: str, pairs: int) -> None:
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)
-    print(f"{shape} {dtype}: memcpy {1e3 * memcpy:.2f} ms")
-    heading = ("median ms", "least ms", "keras / it [quartiles]", "err y", "err dx")
-    print(f"  {'':12}", *(f"{h:>{w}}" for h, w in zip(heading, (10, 9, 26, 9, 9), strict=True)))
+    print(f"{task.x.shape}, axis {task.axis}, {task.dtype}: memcpy {1e3 * memcpy:.2f} ms")
+    heading = ("median ms", "least ms", "keras / it [quartiles]", "err y", "err dx", "kept")
+    print(f"  {'':12}", *(f"{h:>{w}}" for h, w in zip(heading, (10, 9, 26, 9, 9, 6), strict=True)))
+    found: dict[str, float] = {}
     for name, step in steps.items():
-        y, dx, *_ = step()
         baseline = times["keras XLA" if name.endswith("XLA") else "keras"]
         ratios = [a / b for a, b in zip(baseline, times[name], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, found[name], high = statistics.quantiles(ratios, n=4)
+        errors = [f"{error(a, b):.1e}" for a, b in zip(step(), truth, strict=False)]
+        errors += ["-"] * (2 - len(errors))
         print(
             f"  {name:13} {1e3 * statistics.median(times[name]):10.2f}"
             f" {1e3 * min(times[name]):9.2f}"
-            f" {f'{middle:.2f} [{low:.2f}, {high:.2f}]':>26}"
-            f" {error(y, truth_y):9.1e} {error(dx, truth_dx):9.1e}"
+            f" {f'{found[name]:.2f} [{low:.2f}, {high:.2f}]':>26}"
+            f" {errors[0]:>9} {errors[1]:>9}"
+            f" {f'{kept[name]:.2f}' if name in kept else '-':>6}"
         )
+    return found
 
 
 def main() -> None:
@@ -249,13 +323,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--relu", action="store_true", help="with a ReLU behind it")
+    parser.add_argument("--inference", action="store_true", help="inference mode, no gradients")
     parser.add_argument("--shape", help="one shape, as numbers with commas; default: a set")
-    arguments = parser.parse_args()
-    shapes = SHAPES
-    if arguments.shape:
-        shapes = (tuple(int(n) for n in arguments.shape.split(",")),)
-    for shape in shapes:
-        measure(shape, arguments.dtype, arguments.pairs)
+    parser.add_argument("--axis", type=int, default=-1, help="the channel axis of that shape")
+    given = parser.parse_args()
+    inputs = [(shape, -1) for shape in SHAPES] + [(CHANNELS_FIRST, 1)]
+    if given.shape:
+        inputs = [(tuple(int(n) for n in given.shape.split(",")), given.axis)]
+    found: dict[str, list[float]] = {}
+    for shape, axis in inputs:
+        rng = np.random.default_rng(0)
+        x = rng.normal(0.5, 1.5, shape).astype("float32")
+        dy = rng.normal(size=shape).astype("float32")
+        task = Task(x, dy, axis, given.dtype, given.relu, given.inference)
+        for name, ratio in measure(task, given.pairs).items():
+            found.setdefault(name, []).append(ratio)
+    means = (f"{name} {statistics.geometric_mean(ratios):.2f}" for name, ratios in found.items())
+    print("keras / it, geometric mean: " + ", ".join(means))
 
 
 if __name__ == "__main__":

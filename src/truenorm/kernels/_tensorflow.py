@@ -2,8 +2,8 @@ r"""TensorFlow: the closed-form backward over two-dimensional rows, compiled by 
 
 The equation is that of ``_jax.py``. The rows matter: XLA on a CPU reduces the first axis of a
 matrix ten times faster than three axes of a tensor of rank 4. Forward and backward are each one
-compiled function, inside a graph that is compiled as a whole (Keras's ``fit``, by default) and
-inside one that is not. XLA compiles once per shape of the input.
+compiled function, inside a graph that is compiled as a whole (``jit_compile=True``) and inside one
+that is not. XLA compiles once per shape of the input.
 
 TensorFlow's own fused op is faster still on a CPU, but sums in sequence (an error 10 times larger
 on 100,000 values), has no float64, and becomes E[x²] − E[x]² (NaN where the mean is large) inside

@@ -40,7 +40,7 @@ FAMILIES = {
     "EfficientNetV2B0": Family(32, 59),
     "InceptionResNetV2": Family(75, 204),
     "InceptionV3": Family(75, 94),
-    "MobileNet": Family(32, 27, cheap=True),
+    "MobileNet": Family(32, 27),
     "MobileNetV2": Family(32, 52, cheap=True),
     "MobileNetV3Small": Family(32, 34),
     "NASNetMobile": Family(32, 192),

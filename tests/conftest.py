@@ -14,9 +14,8 @@ from hypothesis import settings
 # A shell ignores Ctrl-C for what it starts in the background; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Named only: tests/test_random_rewrites.py says how many examples. All others run as ever.
-for profile in ("random", "nightly"):
-    settings.register_profile(profile, print_blob=True)
+# A name only: tests/test_random_rewrites.py says how many examples. All others run as ever.
+settings.register_profile("random", print_blob=True)
 
 
 @pytest.fixture(autouse=True)

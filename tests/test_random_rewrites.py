@@ -27,7 +27,7 @@ from truenorm._sites import describe, site_calls
 L = keras.layers
 SHARDS = 4
 """Parts of equal size, for the workers to share."""
-EXAMPLES = {"random": 500, "nightly": 5000}.get(settings.get_current_profile_name(), 16)
+EXAMPLES = 500 if settings.get_current_profile_name() == "random" else 16
 POSITIONS: Any = ("none", "before_activation", "after_activation", "before_layer")
 
 

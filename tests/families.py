@@ -19,7 +19,7 @@ class Family:
     """What is known of an architecture from its own definition in ``keras.applications``.
 
     Args:
-        size: The least height and width of its images (32 where Keras sets no limit).
+        size: Height and width of its images: the least that Keras takes, or that still trains.
         sites: How many BatchNormalization it has.
         left: How many of them cannot be folded, by the reason.
         cheap: Whether its tests take a few seconds on every backend.
@@ -44,7 +44,7 @@ FAMILIES = {
     "MobileNetV2": Family(32, 52, cheap=True),
     "MobileNetV3Small": Family(32, 34),
     "NASNetMobile": Family(32, 192),
-    "ResNet50": Family(32, 53),
+    "ResNet50": Family(64, 53),
     # Pre-activation too: what is read is also added later. The first one reads the padded images.
     "ResNet50V2": Family(
         32,

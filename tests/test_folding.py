@@ -265,12 +265,16 @@ def test_only_the_sites_asked_for_are_folded_and_the_others_stay_whole() -> None
         tn.fold(model, where=3)  # pyright: ignore[reportArgumentType]
 
 
-def test_a_call_in_training_mode_is_not_touched() -> None:
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_call_in_training_mode_is_not_touched(nested: bool) -> None:
     inputs = keras.Input((5,))
-    x = L.BatchNormalization(name="a")(L.Dense(4)(inputs), training=True)
+    layer = L.BatchNormalization(name="a")
+    if nested:
+        layer = keras.Sequential([keras.Input((4,)), layer], name="inner")
+    x = layer(L.Dense(4)(inputs), training=True)
     model = keras.Model(inputs, L.ReLU()(L.BatchNormalization(name="b")(x)))
     folded = tn.fold(shake(model))
     assert [(site.path, site.reason.split(";")[0]) for site in folded.left] == [
-        ("a", "it is called with training=True"),
+        ("inner/a" if nested else "a", "it is called with training=True"),
         ("b", "its input comes from BatchNormalization a"),
     ]

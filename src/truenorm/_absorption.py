@@ -98,11 +98,16 @@ def has_activation(layer: Any) -> bool:
     return getattr(layer, "activation", None) is not None
 
 
+def in_training_mode(call: Call) -> bool:
+    """Whether ``training=True`` is written into the graph for this call."""
+    return call.written is not None and call.written[1]
+
+
 def why_unfit(call: Call) -> str | None:
     """Why this BatchNormalization is no affine map that can be computed; None if it is one."""
     if is_own_class(call.operation):
         return f"its class {type(call.operation).__name__} is somebody's own"
-    if call.training:
+    if in_training_mode(call):
         return "it is called with training=True"
     if call.extras:
         return f"it is called with {', '.join(call.extras)}"
@@ -263,7 +268,7 @@ def _require_passing(call: Call, affine: Affine, link: str) -> None:
     """That a map before this call does the same as one behind it."""
     layer, kind = call.operation, type(call.operation)
     reason = f"{link} {call.label()}"
-    if call.training or call.extras:
+    if in_training_mode(call) or call.extras:
         raise CannotBeAbsorbed(reason)
     linear = kind is L.Activation and layer.activation is keras.activations.linear
     if kind in _NOTHING_IN_INFERENCE or linear:

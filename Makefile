@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 BACKENDS := jax tensorflow torch
 JOBS ?= 2
 
-.PHONY: demo test random nightly lint bench clean
+.PHONY: demo test long random nightly lint bench clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/truenorm demo --force
@@ -30,6 +30,13 @@ random: $(VENV)/test.stamp
 # On 5,000: in ten rounds, since JAX keeps what it compiles as long as a process lives.
 nightly: $(VENV)/test.stamp
 	for round in 1 2 3 4 5 6 7 8 9 10; do $(MAKE) random || exit 1; done
+
+# All architectures of Keras through the rewrites.
+long: $(VENV)/test.stamp
+	for backend in $(BACKENDS); do \
+		KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) \
+			--dist loadgroup -m long || exit 1; \
+	done
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check

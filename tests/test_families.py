@@ -154,6 +154,20 @@ def test_a_class_that_cannot_make_the_same_again_becomes_a_plain_model() -> None
     assert sum(isinstance(layer, keras.layers.Conv2D) for layer in conv) == 1
 
 
+def test_a_class_whose_config_lacks_a_constant_becomes_a_plain_model() -> None:
+    class Scaled(keras.Model):
+        def __init__(self, factor: float = 2.0, **options: Any) -> None:
+            inputs = keras.Input((3,))
+            super().__init__(inputs, keras.layers.Dense(3, name="d")(inputs) * factor, **options)
+
+        def get_config(self) -> dict[str, Any]:
+            return {"name": self.name}
+
+    model: Any = Scaled(5.0, name="scaled")
+    x = np.ones((2, 3), "float32")
+    np.testing.assert_array_equal(predict(rebuild(model), x)[0], predict(model, x)[0])
+
+
 # --- KerasHub's, where it is installed -----------------------------------------------------------
 
 STAGES = {"stackwise_num_blocks": [1, 2], "stackwise_num_strides": [1, 2]}

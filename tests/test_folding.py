@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import keras
@@ -278,3 +279,99 @@ def test_a_call_in_training_mode_is_not_touched(nested: bool) -> None:
         ("inner/a" if nested else "a", "it is called with training=True"),
         ("b", "its input comes from BatchNormalization a"),
     ]
+
+
+def far() -> Any:
+    """A layer whose statistics are of values far from zero, near each other."""
+    layer = tn.BatchNormalization(epsilon=1e-6)
+    layer.build((None, 3))
+    layer.moving_mean.assign(np.full(3, 1e4))
+    layer.moving_variance.assign(np.full(3, 1e-2))
+    return layer
+
+
+def test_what_stays_loses_no_digits_where_the_mean_is_large() -> None:
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, L.ReLU()(far()(L.ReLU()(inputs))))
+    x = np.random.default_rng(0).normal(1e4, 0.1, (64, 3)).astype("float32")
+    assert_folded(model, stays=1, x=x)
+
+
+def test_folded_in_part_what_stays_goes_on_training() -> None:
+    """Also where a neighbour would have been taken in."""
+    model = chain(
+        (5,), L.ReLU(), tn.BatchNormalization(name="a", freeze="affine"),
+        L.BatchNormalization(name="b"), L.ReLU(), L.Dense(2), L.BatchNormalization(name="c"),
+    )  # fmt: skip
+    folded = tn.fold(model, where="*")
+    assert [change.path for change in folded.changed] == ["c"]
+    for name in ("a", "b"):
+        ours, theirs = (m.get_layer(name) for m in (folded.model, model))
+        assert (type(ours), ours.get_config()) == (type(theirs), theirs.get_config())
+        for mine, other in zip(ours.weights, theirs.weights, strict=True):
+            np.testing.assert_array_equal(mine.numpy(), other.numpy())
+
+
+@pytest.mark.parametrize("side", ["before", "behind"])
+def test_layers_that_compute_in_another_dtype_do_not_take_it(side: str) -> None:
+    layers: Any = [L.BatchNormalization(name="bn"), L.Dense(3, dtype="mixed_bfloat16", name="d")]
+    order = layers if side == "behind" else layers[::-1]
+    model = shake(keras.Sequential([keras.Input((3,)), L.ReLU(), *order]))
+    folded = tn.fold(model)
+    assert "Dense d does not compute in float32, as it does" in folded.left[0].reason
+    assert folded.model.outputs[0].dtype == model.outputs[0].dtype
+
+
+def test_whole_numbers_are_not_what_a_layer_behind_takes() -> None:
+    inputs = keras.Input((4, 4, 3), dtype="uint8")
+    model = shake(keras.Model(inputs, L.Conv2D(2, 3)(L.BatchNormalization()(inputs))))
+    (left,) = tn.fold(model).left
+    assert left.reason.endswith("its input is uint8, which it makes floating")
+
+
+def test_an_activation_that_stays_gets_a_name_that_is_free() -> None:
+    model = chain(
+        (3,), L.Dense(4), tn.BatchNormalization(activation="relu", name="bn"),
+        L.Activation("tanh", name="bn_activation"),
+    )  # fmt: skip
+    assert_folded(model)
+
+
+def test_an_output_that_nobody_takes_stays_one() -> None:
+    inputs, image = keras.Input((3,)), keras.Input((3,))
+    hidden = L.ReLU()(image)
+    inner = keras.Model(image, [hidden, L.BatchNormalization(name="b")(hidden)], name="inner")
+    model = shake(keras.Model(inputs, L.Dense(2)(inner(inputs)[0])))
+    (left,) = tn.fold(model).left
+    assert (left.path, left.reason.split("; ")[-1]) == (
+        "inner/b", "its output goes to nothing: it is an output")  # fmt: skip
+
+
+def test_a_layer_along_the_batch_stays() -> None:
+    inputs = keras.Input(batch_shape=(4, 3, 2))
+    x = L.Flatten()(L.BatchNormalization(axis=0)(L.ReLU()(inputs)))
+    (left,) = tn.fold(shake(keras.Model(inputs, L.Dense(2)(x)))).left
+    assert left.reason == "its axis is that of the batch"
+
+
+def test_a_model_that_cannot_be_one_program_is_folded_too() -> None:
+    class Eager(L.Layer):
+        def compute_output_shape(self, input_shape: Any) -> Any:
+            return input_shape
+
+        def call(self, x: Any) -> Any:
+            return x * (2.0 if float(keras.ops.convert_to_numpy(x).max()) < np.inf else 0.0)
+
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, L.BatchNormalization()(L.Dense(2)(Eager()(inputs))))
+    with torch_gradients_off():
+        assert len(tn.fold(shake(model)).changed) == 1
+
+
+def torch_gradients_off() -> Any:
+    """PyTorch makes no array of a tensor that learns."""
+    if keras.config.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()

@@ -49,8 +49,8 @@ _BY_POSITION = (
     *_MAXIMA, *_GLOBAL, L.AveragePooling1D, L.AveragePooling2D, L.AveragePooling3D,
     L.Cropping1D, L.Cropping2D, L.Cropping3D, L.UpSampling1D, L.UpSampling2D, L.UpSampling3D,
 )  # fmt: skip
-"""Each output is a selection or a weighted mean of one channel. (Keras leaves padding out of both
-on every backend.)"""
+"""Each output is a selection or a weighted mean of one channel; padding counts in neither, or as
+the value at the edge, on every backend."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +111,8 @@ def why_unfit(call: Call) -> str | None:
         return "it is called with training=True"
     if call.extras:
         return f"it is called with {', '.join(call.extras)}"
+    if channel_axis(call.operation) == 0:
+        return "its axis is that of the batch"
     affine = affine_of(call.operation)
     if not (np.isfinite(affine.scale).all() and np.isfinite(affine.shift).all()):
         return "its moving statistics, gamma or beta are not finite numbers"
@@ -188,10 +190,12 @@ def absorbed_behind(call: Call, affine: Affine, fixed: Collection[Any] = ()) -> 
     Raises:
         CannotBeAbsorbed: One of them does not; then none may.
     """
-    if call.is_output:
+    if call.is_output or not call.consumers:
         raise CannotBeAbsorbed("its output goes to nothing: it is an output")
     if is_batch_normalization(call.operation) and has_activation(call.operation):
         raise CannotBeAbsorbed("its own activation is behind it")
+    if not keras.backend.is_float_dtype(call.input_dtypes[0]):
+        raise CannotBeAbsorbed(f"its input is {call.input_dtypes[0]}, which it makes floating")
     takings: list[Taking] = []
     for consumer in call.consumers:
         if is_linear(consumer) or is_batch_normalization(consumer.operation):

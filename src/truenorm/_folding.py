@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import keras
@@ -23,7 +24,7 @@ from truenorm._absorption import (
 from truenorm._graph import Call, is_batch_normalization
 from truenorm._layer import BatchNormalization
 from truenorm._moments import Array
-from truenorm._probe import make_inputs, verify
+from truenorm._probe import as_float64, make_inputs, verify
 from truenorm._rebuilding import Piece, copy_of, rebuild
 from truenorm._records.rewrites import Change, Rewrite
 from truenorm._records.sites import Left
@@ -40,14 +41,16 @@ def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
     commutes with a scale and a shift may be in between: dropout, pooling (maxima if no scale is
     negative), flattening, cropping, upsampling, concatenation; before it also an addition. All
     others stay, with their reason in the receipt; those of truenorm become Keras's, so that the new
-    model loads without truenorm.
+    model loads without truenorm. (Not so those that are called in training mode or with a mask, are
+    inside a wrapper, or have statistics that are not finite: these stay as they are.)
 
     Args:
         model: A functional or built Sequential ``keras.Model``, nested ones included. It is not
             changed.
         where: Which sites: a path pattern (``"block1/*"``), a predicate on a
             :class:`truenorm.Site`, or None for all. So some can be removed from a model that goes
-            on training, which keeps its function; all others stay as they are.
+            on training, which keeps its function; every BatchNormalization that stays is left as
+            it is.
         probe: Inputs to verify on, as the model takes them; made from the input specification
             (standard normal) where none are given.
 
@@ -90,7 +93,12 @@ class Folding:
     def __init__(self, model: Any, where: Where = None) -> None:
         wanted, sites = selector(where), site_calls(model)[0]
         self.fixed = {call.operation for call in sites if not wanted(call) or why_unfit(call)}
+        self.whole = where is None
+        # In a part of a model none takes another one in: it would no longer be what it was.
+        self.closed = self.fixed if self.whole else {call.operation for call in sites}
         self.free = {call.operation for call in sites} - self.fixed
+        self.names = {layer.name for layer in model._flatten_layers()}
+        self.names |= {tensor.name for tensor in model.inputs}
         self.weights: dict[Any, list[Array]] = {}  # of convolution and dense layers, in float64
         self.maps: dict[Any, Affine] = {}  # of BatchNormalization that took others in, and stays
         self.gone: dict[Any, list[Piece]] = {}  # folded away, and what stays of it
@@ -108,15 +116,19 @@ class Folding:
         except CannotBeAbsorbed as reason:
             why_not_before = reason
         try:
-            return self._fold(call, absorbed_behind(call, affine, self.fixed), "after")
+            return self._fold(call, absorbed_behind(call, affine, self.closed), "after")
         except CannotBeAbsorbed as why_not_behind:
             return Left(call.path, f"{why_not_before}; {why_not_behind}")
 
     def _fold(self, call: Call, takings: list[Taking], side: str) -> Change:
+        dtype = call.operation.compute_dtype
+        for taker, _ in takings:
+            if taker.operation.compute_dtype != dtype:
+                raise CannotBeAbsorbed(f"{taker.label()} does not compute in {dtype}, as it does")
         for taker, affine in takings:
             self._take(taker.operation, affine, side)
         self.maps.pop(call.operation, None)
-        self.gone[call.operation] = _own_activation(call.operation)
+        self.gone[call.operation] = self._own_activation(call.operation)
         takers = ", ".join(taker.label() for taker, _ in takings)
         return Change(call.path, f"folded into {takers} {side} it")
 
@@ -129,29 +141,47 @@ class Folding:
         self.weights[layer] = take_in(layer, values, affine)
 
     def edit(self) -> dict[Any, list[Piece]]:
-        """The edit of the model; what stays is the least that Keras has, and loads without us."""
-        ours = {k: affine_of(k) for k in self.free if type(k) is BatchNormalization}
-        stays = {k: _scale_and_shift(k, affine) for k, affine in (ours | self.maps).items()}
+        """The edit of the model."""
+        ours = self.free if self.whole else set()
+        stays = {k: self._plain(k) for k in ours if type(k) is BatchNormalization}
+        merged = {k: self._merged(k, affine) for k, affine in self.maps.items()}
         taken = {k: [copy_of(k, values, use_bias=True)] for k, values in self.weights.items()}
-        return stays | taken | self.gone
+        return stays | merged | taken | self.gone
 
+    def _plain(self, layer: Any) -> list[Piece]:
+        """Keras's layer in the place of ours, and the activation that was inside."""
+        known = inspect.signature(keras.layers.BatchNormalization).parameters
+        config = {k: v for k, v in layer.get_config().items() if k in known}
+        config |= {"renorm": False, "renorm_clipping": None, "synchronized": False}
+        config |= {"momentum": 0.99 if layer.momentum is None else layer.momentum}
+        config |= {"name": layer.name, "dtype": layer.dtype_policy}
+        new = keras.layers.BatchNormalization(**config)
+        values = [layer.gamma, layer.beta, layer.moving_mean, layer.moving_variance]
+        piece = Piece(new, layer, [v for v in values if v is not None])
+        return [piece, *self._own_activation(layer)]
 
-def _scale_and_shift(layer: Any, affine: Affine) -> list[Piece]:
-    """Keras's BatchNormalization as nothing but the map, and the activation that was inside.
+    def _merged(self, layer: Any, affine: Affine) -> list[Piece]:
+        """Keras's BatchNormalization as the map, and the activation that was inside.
 
-    No layer of Keras's that scales and shifts is cheaper: the others take two passes.
-    """
-    new = keras.layers.BatchNormalization(
-        axis=affine.axis, epsilon=0.0, name=layer.name, dtype=layer.dtype_policy
-    )
-    zeros, ones = np.zeros_like(affine.shift), np.ones_like(affine.scale)
-    values = [affine.scale, affine.shift, zeros, ones]
-    return [Piece(new, layer, values), *_own_activation(layer)]
+        As gamma (x - mean) + beta, which loses no digits where the mean is large. No layer of
+        Keras's that scales and shifts is cheaper (``benchmarks/fold.py --stays``).
+        """
+        new = keras.layers.BatchNormalization(
+            axis=affine.axis, epsilon=0.0, name=layer.name, dtype=layer.dtype_policy
+        )
+        beta = as_float64(layer.beta) if layer.center else 0 * affine.shift
+        some = affine.scale != 0
+        mean = np.where(some, (beta - affine.shift) / np.where(some, affine.scale, 1.0), 0.0)
+        values = [affine.scale, np.where(some, beta, affine.shift), mean, np.ones_like(mean)]
+        return [Piece(new, layer, values), *self._own_activation(layer)]
 
-
-def _own_activation(layer: Any) -> list[Piece]:
-    """Of a layer that goes: its own activation, if it had one, as a layer."""
-    if not has_activation(layer):
-        return []
-    name, dtype = f"{layer.name}_activation", layer.dtype_policy
-    return [Piece(keras.layers.Activation(layer.activation, name=name, dtype=dtype))]
+    def _own_activation(self, layer: Any) -> list[Piece]:
+        """Of a layer that goes: its own activation, if it had one, as a layer."""
+        if not has_activation(layer):
+            return []
+        name = f"{layer.name}_activation"
+        while name in self.names:
+            name += "_"
+        self.names.add(name)
+        activation = keras.layers.Activation(layer.activation, name=name, dtype=layer.dtype_policy)
+        return [Piece(activation)]

@@ -31,6 +31,7 @@ class Call:
         extras: Names of the other arguments written there, ``mask`` for one.
         producers: The calls that make its inputs; None stands for an input of the model.
         input_shapes: Their shapes, batch axis first; None is a length that is not fixed.
+        input_dtypes: Their dtypes.
         consumers: The calls that take its output.
         is_output: Whether its output is one of the model's outputs.
         shared: Whether the layer is called more than once in the model.
@@ -43,6 +44,7 @@ class Call:
     extras: tuple[str, ...]
     producers: tuple[Call | None, ...]
     input_shapes: tuple[tuple[int | None, ...], ...]
+    input_dtypes: tuple[str, ...]
     consumers: list[Call] = field(default_factory=list["Call"])
     is_output: bool = False
     shared: bool = False
@@ -143,13 +145,27 @@ def _run(
                 path = f"{path}#{seen[path]}"
             extras = tuple(given) if node.arguments.args else tuple(given)[1:]
             shapes = tuple(tuple(t.shape) for t in node.input_tensors)
-            call = Call(path, operation, training, inherited, extras, tuple(sources), shapes)
+            dtypes = tuple(str(t.dtype) for t in node.input_tensors)
+            call = Call(
+                path, operation, training, inherited, extras, tuple(sources), shapes, dtypes
+            )
             for source in dict.fromkeys(s for s in sources if s is not None):
                 source.consumers.append(call)
             found.append(call)
             made = [call] * len(node.outputs)
         source_of.update({id(t): s for t, s in zip(node.outputs, made, strict=True)})
     return [source_of[id(t)] for t in graph.outputs]
+
+
+def constants(model: Any) -> list[Any]:
+    """What the calls of a model are given besides tensors, nested models entered, as text."""
+    found: list[Any] = []
+    for node in _nodes(graph_of(model)):
+        given = keras.tree.flatten([list(node.arguments.args), dict(node.arguments.kwargs)])
+        found.append([repr(value) for value in given if not isinstance(value, keras.KerasTensor)])
+        if graph_of(node.operation) is not None:
+            found += constants(node.operation)
+    return found
 
 
 def _nodes(graph: Any) -> Iterator[Any]:

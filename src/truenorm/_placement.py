@@ -116,6 +116,9 @@ def place(
     wanted, edit, found = selector(where), dict[Any, list[Piece]](), calls(model)
     homes = {call.operation: call.path.rpartition("/")[0] for call in found}
     names = {(home, operation.name) for operation, home in homes.items()}
+    names |= {("", tensor.name) for tensor in model.inputs}
+    for home in set(homes.values()) - {""}:  # the nested models themselves
+        names.add((home.rpartition("/")[0], home.rpartition("/")[2]))
 
     def entry(call: Call, rule: Callable[[Call], Result]) -> Change | Left:
         result = rule(call) if wanted(call) else "not selected"

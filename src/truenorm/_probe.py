@@ -66,7 +66,7 @@ def outputs(model: Any, inputs: Any) -> list[np.ndarray[Any, Any]]:
     )
     state = [keras.ops.convert_to_tensor(variable) for variable in model.variables]
     try:
-        made = keras.tree.flatten(compiled(forward, jit)(state, inputs))
+        made = keras.tree.flatten(_tried(compiled(forward, jit), forward, state, inputs))
     except (ValueError, TypeError) as error:
         raise DataError(
             "The model does not take this input",
@@ -77,6 +77,14 @@ def outputs(model: Any, inputs: Any) -> list[np.ndarray[Any, Any]]:
             remedy="give data of the model's input shape",
         ) from error
     return [as_float64(y) for y in made]
+
+
+def _tried(program: Any, function: Any, *arguments: Any) -> Any:
+    """The program's result; that of the function if it cannot be one program."""
+    try:
+        return program(*arguments)
+    except Exception:  # what a model may do in a call() of its own is not known
+        return function(*arguments)
 
 
 def as_float64(tensor: Any) -> np.ndarray[Any, Any]:

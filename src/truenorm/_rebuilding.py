@@ -20,7 +20,7 @@ import keras
 import numpy as np
 
 from truenorm._errors import ModelError
-from truenorm._graph import calls, functional_class, graph_of, require_graph
+from truenorm._graph import calls, constants, functional_class, graph_of, require_graph
 
 
 @dataclass(eq=False)
@@ -207,10 +207,13 @@ def _anatomy(model: Any) -> list[Any]:
         (type(call.operation), call.training, call.extras, [number.get(p) for p in call.producers])
         for call in found
     ]
+    outputs = [call.is_output for call in found], [tuple(t.shape) for t in model.outputs]
     variables = [w.path for w in model.weights], [tuple(v.shape) for v in model.variables]
     inner = [k for k in model._flatten_layers(include_self=False) if graph_of(k) is None]
+    operations = [c.operation for c in found if not isinstance(c.operation, keras.Layer)]
     ours = {"name": None, "trainable": None}  # carried over
-    return [wiring, variables, [{**layer.get_config(), **ours} for layer in inner]]
+    configs = [{**k.get_config(), **ours} for k in (*inner, *operations)]
+    return [wiring, outputs, constants(model), variables, configs]
 
 
 def _name_like(old: Any, new: Any) -> None:

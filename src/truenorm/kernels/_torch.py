@@ -2,7 +2,7 @@ r"""PyTorch: native kernels for the passes over the data, accurate statistics be
 
 ``torch.nn.functional.batch_norm`` adds float32 numbers one after the other, so that its mean of
 100,000 values is off by 5e-6 standard deviations. Here the same native kernel is asked for the
-statistics of up to 32 groups of rows (a free view: groups as channels), which are merged exactly
+statistics of about 32 groups of rows (a free view: groups as channels), which are merged exactly
 (law of total variance, :mod:`truenorm._moments`) in float64. The native inference kernel
 normalises with them, and the native training-mode backward, given these statistics, is the closed
 form that differentiates through them. It keeps x, mean and rstd. PyTorch differentiates it once
@@ -96,7 +96,10 @@ def infer(
         return None
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean, variance = mean.to(dtype), variance.to(dtype)
-    if x.device.type == "cpu" and not _near_zero(mean, variance, epsilon):
+    try:
+        if x.device.type == "cpu" and not _near_zero(mean, variance, epsilon):
+            return None
+    except RuntimeError:  # torch.func.vmap over the statistics, a tracer: no number to look at
         return None
     scale = _parameter(gamma, 1.0, channels, dtype, x.device)
     offset = _parameter(beta, 0.0, channels, dtype, x.device)

@@ -337,6 +337,15 @@ def test_an_activation_that_stays_gets_a_name_that_is_free() -> None:
     assert_folded(model)
 
 
+def test_a_merged_layer_keeps_the_name_of_its_activation() -> None:
+    model = chain(
+        (3,), L.ReLU(), L.BatchNormalization(),
+        tn.BatchNormalization(activation="relu", name="bn"), L.Reshape((3, 1)),
+    )  # fmt: skip
+    names = [layer.name for layer in assert_folded(model, stays=1).model.layers]
+    assert names[1:3] == ["bn", "bn_activation"]
+
+
 def test_an_output_that_nobody_takes_stays_one() -> None:
     inputs, image = keras.Input((3,)), keras.Input((3,))
     hidden = L.ReLU()(image)

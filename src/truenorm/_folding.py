@@ -142,8 +142,8 @@ class Folding:
 
     def edit(self) -> dict[Any, list[Piece]]:
         """The edit of the model."""
-        ours = self.free if self.whole else set()
-        stays = {k: self._plain(k) for k in ours if type(k) is BatchNormalization}
+        alone = self.free - self.maps.keys() - self.gone.keys() if self.whole else set()
+        stays = {k: self._plain(k) for k in alone if type(k) is BatchNormalization}
         merged = {k: self._merged(k, affine) for k, affine in self.maps.items()}
         taken = {k: [copy_of(k, values, use_bias=True)] for k, values in self.weights.items()}
         return stays | merged | taken | self.gone

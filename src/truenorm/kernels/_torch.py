@@ -25,7 +25,7 @@ from torch import distributed
 from truenorm.kernels import _composite
 from truenorm.kernels._contract import Normalized
 
-MOST_GROUPS = 32  # These three weigh time against digits: measured, see docs/performance.md.
+MOST_GROUPS = 32  # These three weigh time against digits.
 MOST_GROUPED_CHANNELS = 2**12  # More running sums than these do not stay in the cache.
 FEWEST_GROUPED_ROWS = 32
 MANY_ROWS = 2048  # Beyond them, sums in sequence show in the gradients of gamma and beta.

@@ -307,11 +307,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def _normalize_batch(self, inputs: Any, mask: Any) -> Any:
         """Training mode: called exactly when the batch's own statistics normalise."""
-        wide = kernels.statistics_dtype(inputs.dtype)
-        if self.renorm or not keras.backend.is_float_dtype(
-            keras.backend.standardize_dtype(inputs.dtype)
-        ):
-            inputs = ops.cast(inputs, wide)
+        dtype = keras.backend.standardize_dtype(inputs.dtype)
+        if self.renorm or not keras.backend.is_float_dtype(dtype):
+            dtype = kernels.statistics_dtype(dtype)
+            inputs = ops.cast(inputs, dtype)
         gamma, beta = (None if w is None else w.value for w in cast(Any, (self.gamma, self.beta)))
         rectifies = self.activation is keras.activations.relu and not self.renorm
         moving_mean, moving_variance = cast(Any, (self.moving_mean, self.moving_variance))
@@ -326,7 +325,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         )
         output = self._renormalize(batch, gamma, beta) if self.renorm else batch.output
         _moving.step(self, batch)
-        output = ops.cast(output, self.compute_dtype)
+        if dtype != self.compute_dtype:
+            output = ops.cast(output, self.compute_dtype)
         return output if rectifies else self._activate(output)
 
     def _kernel(self) -> Callable[..., kernels.Normalized]:

@@ -23,14 +23,14 @@ from typing import Any
 
 import keras
 
-from truenorm.kernels import Normalized
+from truenorm.kernels import Normalized, isfinite, where
 
 ops: Any = keras.ops
 
 
 def step(layer: Any, batch: Normalized) -> None:
     """Move all moving statistics of the layer by one batch."""
-    known = ops.isfinite(batch.mean + batch.variance)
+    known = isfinite(batch.mean + batch.variance)
     some, enough = (
         known if yes is True else known & yes  # A count may be a plain number.
         for yes in (batch.count > 0, batch.count > batch.batches)
@@ -82,8 +82,10 @@ def correction(layer: Any, batch: Normalized) -> tuple[Any, Any]:
 
 def _move(variable: Any, value: Any, momentum: Any, counts: Any) -> Any:
     old = variable.value
-    new = old * momentum + ops.cast(value, variable.dtype) * (1.0 - momentum)
-    new = ops.where(counts, new, old)
+    if keras.backend.standardize_dtype(value.dtype) != variable.dtype:
+        value = ops.cast(value, variable.dtype)
+    new = old * momentum + value * (1.0 - momentum)
+    new = where(counts, new, old)
     variable.assign(new)
     return new
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from truenorm.kernels import _composite
+from truenorm.kernels import _composite, _native_torch
 from truenorm.kernels._contract import Normalized
 
 MOST_GROUPS = 32  # These three weigh time against digits.
@@ -30,6 +30,8 @@ MOST_GROUPED_CHANNELS = 2**12  # More running sums than these do not stay in the
 FEWEST_GROUPED_ROWS = 32
 MANY_ROWS = 2048  # Beyond them, sums in sequence show in the gradients of gamma and beta.
 LARGEST_RATIO = 8.0
+
+isfinite, where = torch.isfinite, torch.where
 
 
 def normalize(
@@ -58,6 +60,8 @@ def normalize(
         return _composite.normalize(
             x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, fallback=fallback, relu=relu
         )
+    if _native_torch.takes(x):
+        return _native_torch.normalize(x, gamma, beta, axis=axis, epsilon=epsilon, relu=relu)
     dtype = torch.promote_types(x.dtype, torch.float32)
     after = math.prod(x.shape[axis % x.dim() + 1 :])
     rows = x.reshape((-1, channels, after) if after > 1 else (-1, channels))

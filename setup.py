@@ -1,0 +1,101 @@
+"""Builds the compiled passes (``src/truenorm/kernels/native``); all else is in pyproject.toml.
+
+They are a plain shared library that knows neither Python nor any framework: one build serves all.
+The compiler is the machine's own (``CC``, cc, gcc or clang) or, where none of them can do it, that
+of Zig, which is a package. Without the library truenorm works by the frameworks' operations.
+"""
+
+import functools
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+NATIVE = Path("src/truenorm/kernels/native")
+FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+# Levels of the processor; which one is used is decided when the library is loaded.
+LEVELS = {"v1": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    LEVELS["v3"] = ["-mavx2", "-mfma", "-mf16c"]
+PROBE = "#include <pthread.h>\n_Float16 half; int main(void) { return (int)half; }\n"
+
+
+@functools.cache
+def own_compiler() -> list[str] | None:
+    """The machine's C compiler, if it makes programs and knows 16-bit numbers."""
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        command = shlex.split(name or "")
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.c")
+            source.write_text(PROBE)
+            line = [*command, str(source), "-lpthread", "-o", str(source.with_suffix(""))]
+            try:
+                if command and subprocess.run(line, capture_output=True).returncode == 0:
+                    return command
+            except OSError:
+                continue
+    return None
+
+
+def zig() -> list[str]:
+    """Zig's C compiler, for any processor of this kind; else it would be for this very one."""
+    system = "macos" if sys.platform == "darwin" else "linux"
+    library = {"linux": "-gnu" if platform.libc_ver()[0] == "glibc" else "-musl"}.get(system, "")
+    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    return [sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-{system}{library}"]
+
+
+class BuildLibrary(build_ext):
+    """A shared library in the place of an extension module."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Without the Python version in its name: it knows nothing of Python."""
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile once for each level; on failure, say so and leave it out."""
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        compiler = own_compiler() or zig()
+        environment = {"ZIG_GLOBAL_CACHE_DIR": str(folder.resolve()), **os.environ}
+        units = [(name, []) for name in ("threads", "entry")]
+        units += [("batchnorm", [f"-DTN_LEVEL=_{k}", *more]) for k, more in LEVELS.items()]
+        objects: list[str] = []
+        try:
+            for name, more in units:
+                objects.append(str(folder / f"{name}{len(objects)}.o"))
+                source = str(NATIVE / f"{name}.c")
+                line = [*compiler, *FLAGS, *more, "-c", source, "-o", objects[-1]]
+                subprocess.run(line, check=True, env=environment)
+            strip = ["-Wl,--strip-all"] if sys.platform.startswith("linux") else []
+            line = [*compiler, "-shared", *objects, *strip, "-lm", "-lpthread", "-o", str(target)]
+            subprocess.run(line, check=True, env=environment)
+        except (OSError, subprocess.CalledProcessError) as error:
+            target.unlink(missing_ok=True)
+            print(f"truenorm: without its compiled passes ({error})", file=sys.stderr)
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for one platform and any Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Such a wheel's tag."""
+        return "py3", "none", super().get_tag()[2]
+
+
+supported = sys.platform.startswith("linux") or sys.platform == "darwin"
+library = Extension("truenorm.kernels.native.libtruenorm", [], optional=True)
+setup(
+    ext_modules=[library] if supported else [],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+    setup_requires=[] if own_compiler() or not supported else ["ziglang>=0.13"],
+)

@@ -1,0 +1,164 @@
+"""PyTorch on a processor: the compiled passes, and a derivative around them.
+
+They read x in any dense order, so channels last and channels first, in either of PyTorch's memory
+formats, are read where they lie. For the backward pass x and numbers per channel are kept; the
+signs that ReLU's derivative needs are found again from x.
+
+A derivative that shall be differentiated (``create_graph=True``) is PyTorch's own operation,
+around the mean. Third derivatives are not right.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import cache
+from typing import Any
+
+import torch
+
+from truenorm.kernels import _native
+from truenorm.kernels._contract import Normalized
+
+DTYPES = {getattr(torch, name): code for name, code in _native.DTYPES.items()}
+Layout = tuple[int, int, int]
+
+
+def takes(x: Any) -> bool:
+    """Whether the compiled passes can take this tensor now."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or x.device.type != "cpu"
+        or x.dtype not in DTYPES
+        or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        or _native.library() is None
+    )
+
+
+def normalize(
+    x: Any, gamma: Any, beta: Any, *, axis: int, epsilon: float, relu: bool
+) -> Normalized:
+    """See :mod:`truenorm.kernels`."""
+    x, layout = _dense(x, axis)
+    how = (layout, axis % x.dim(), epsilon, relu)
+    output, kept = _Normalize.apply(x, _wide(gamma, x), _wide(beta, x), how)
+    return Normalized(output, kept[0], kept[1], layout[0] * layout[2])
+
+
+def infer(
+    x: Any, gamma: Any, beta: Any, mean: Any, variance: Any, *, axis: int, epsilon: float
+) -> Any:
+    """Normalise with statistics that are given; not differentiable."""
+    x, layout = _dense(x.detach(), axis)
+    output = torch.empty_like(x)
+    weights = (_wide(weight, x) for weight in (gamma, beta, mean, variance))
+    _run("tn_infer", layout, epsilon, False, x, None, *weights, *[None] * 4, output)
+    return output
+
+
+class _Normalize(torch.autograd.Function):
+    """The output, and in rows: mean, variance, what rounding takes from the mean, and rstd."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        x: Any, gamma: Any, beta: Any, how: tuple[Layout, int, float, bool]
+    ) -> tuple[Any, Any]:
+        layout, _, epsilon, relu = how
+        output = torch.empty_like(x)
+        kept = torch.empty(4, layout[1], dtype=torch.promote_types(x.dtype, torch.float32))
+        arrays = (x, None, gamma, beta, *_addresses(kept), None, None, output)
+        _run("tn_forward", layout, epsilon, relu, *arrays)
+        return output, kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.how = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any, _: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if gradient is None:
+            return None, None, None, None
+        x, gamma, beta, kept = ctx.saved_tensors
+        layout, channel, epsilon, relu = ctx.how
+        if torch.is_grad_enabled():
+            found = _differentiable(gradient, x, gamma, beta, kept, channel, epsilon, relu)
+        else:
+            if gradient.stride() != x.stride():
+                gradient = torch.empty_like(x).copy_(gradient)
+            d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+            sums = torch.empty_like(kept[:2])
+            arrays = (x, gradient, gamma, beta, *_addresses(kept), *_addresses(sums), d_x)
+            _run("tn_backward", layout, epsilon, relu, *arrays)
+            found = (d_x, *sums)
+        needed = zip(found, ctx.needs_input_grad[:3], strict=True)
+        return *(part if needs else None for part, needs in needed), None
+
+
+def _differentiable(
+    gradient: Any,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    kept: Any,
+    channel: int,
+    epsilon: float,
+    relu: bool,
+) -> tuple[Any, Any, Any]:
+    mean, _, low, rstd = kept
+    rows, gradient = (t.to(kept.dtype).movedim(channel, 1) for t in (x, gradient))
+    shape = [-1, *[1] * (x.dim() - 2)]
+    rows = rows - mean.reshape(shape)
+    scale = rstd if gamma is None else rstd * gamma.detach()
+    if relu:
+        offset = -low * scale if beta is None else beta.detach() - low * scale
+        output = rows.detach() * scale.reshape(shape) + offset.reshape(shape)
+        gradient = gradient * (output > 0)
+    d_x, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(
+        gradient, rows, gamma, None, None, low, rstd, True, epsilon, [True] * 3
+    )
+    return d_x.movedim(1, channel).to(x.dtype), d_gamma, d_beta
+
+
+def _run(name: str, layout: Layout, epsilon: float, relu: bool, x: Any, *arrays: Any) -> None:
+    """Call a function of the library; arrays are tensors, addresses, or None."""
+    addresses = (a.data_ptr() if isinstance(a, torch.Tensor) else a for a in (x, *arrays))
+    how = (DTYPES[x.dtype], relu, torch.get_num_threads(), epsilon, _parallel())
+    _native.run(name, _native.Call(*layout, *how, *addresses))
+
+
+def _addresses(rows: Any) -> range:
+    """Those of the rows of a contiguous matrix."""
+    start, step = rows.data_ptr(), rows.stride(0) * rows.element_size()
+    return range(start, start + step * len(rows), step)
+
+
+@cache
+def _parallel() -> int | None:
+    """PyTorch's own threads, which are OpenMP's: others would compete with them."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except AttributeError:
+        return _native.own_threads()
+
+
+def _wide(weight: Any, x: Any) -> Any:
+    if weight is None:
+        return None
+    return weight.to(x.dtype if x.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _dense(x: Any, axis: int) -> tuple[Any, Layout]:
+    """The tensor, copied if its memory has gaps, and that memory as (outer, channels, inner)."""
+    channel = axis % x.dim()
+    if x.is_contiguous():
+        shape = x.shape
+        return x, (math.prod(shape[:channel]), shape[channel], math.prod(shape[channel + 1 :]))
+    for at in (-1, 1):
+        ordered = x.movedim(channel, at)
+        if ordered.is_contiguous():
+            return x, _dense(ordered, at)[1]
+    return _dense(x.contiguous(), axis)

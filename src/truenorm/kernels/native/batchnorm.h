@@ -1,0 +1,33 @@
+/* Batch normalization on the processor: what the bindings of all frameworks call.
+ *
+ * An array is (outer, channels, inner), contiguous; inner is 1 where the channels are last. Values
+ * per channel are float, or double where the array is of doubles.
+ */
+#ifndef TRUENORM_BATCHNORM_H
+#define TRUENORM_BATCHNORM_H
+
+#include <stdint.h>
+
+enum { TN_FLOAT32, TN_FLOAT64, TN_FLOAT16, TN_BFLOAT16 };
+
+/* Runs work(context) on several threads at once, and returns when all are done. */
+typedef void (*tn_parallel)(void (*work)(void *), void *context, unsigned threads, unsigned flags);
+
+typedef struct {
+    int64_t outer, channels, inner;
+    int32_t dtype, relu, threads;
+    double epsilon;
+    tn_parallel parallel;
+    const void *x, *dy;
+    const void *gamma, *beta; /* NULL: ones, zeros */
+    void *mean, *variance;    /* out of tn_forward; given to the others */
+    void *low, *rstd;         /* out of tn_forward; low is what rounding takes from the mean */
+    void *dgamma, *dbeta;     /* out of tn_backward */
+    void *y;                  /* out: y, or dx (NULL: not wanted) */
+} tn_call;
+
+/* What tn_forward, tn_backward and tn_infer are: 0, or -1 where there is no memory. tn_infer
+ * normalises with the mean and variance given; tn_backward does not read the variance. */
+typedef int tn_pass(const tn_call *call);
+
+#endif

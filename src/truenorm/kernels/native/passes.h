@@ -1,0 +1,288 @@
+/* The passes over the data for one type of values, VALUE, with sums in SUM; included once for each.
+ *
+ * NAME(f) is the name of f for this type, LOAD and STORE convert, and FMA(a, b, c) is a * b + c,
+ * rounded the same way wherever it stands: the backward pass of ReLU has to find the same signs.
+ */
+
+/* Constants of each column of a tile, and its sums. */
+typedef struct {
+    const SUM *mean, *scale, *offset, *slope, *level;
+    SUM *first, *second;
+} NAME(columns);
+
+/* A tile: rows x width values, row after row. Channels last it is rows of the array; channels first
+ * a part of one sample's channel made one, of columns with equal constants. */
+
+/* first += x - mean, second += (x - mean)^2. */
+static void NAME(moments)(const VALUE *restrict x, int64_t rows, int64_t width, NAME(columns) k)
+{
+    const SUM *restrict mean = k.mean;
+    SUM *restrict first = k.first, *restrict second = k.second;
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4, x += 4 * width) {
+        const VALUE *x1 = x + width, *x2 = x1 + width, *x3 = x2 + width;
+        for (int64_t c = 0; c < width; c++) {
+            SUM d0 = LOAD(x[c]) - mean[c], d1 = LOAD(x1[c]) - mean[c];
+            SUM d2 = LOAD(x2[c]) - mean[c], d3 = LOAD(x3[c]) - mean[c];
+            first[c] += (d0 + d1) + (d2 + d3);
+            second[c] += FMA(d0, d0, d1 * d1) + FMA(d2, d2, d3 * d3);
+        }
+    }
+    for (; r < rows; r++, x += width)
+        for (int64_t c = 0; c < width; c++) {
+            SUM d = LOAD(x[c]) - mean[c];
+            first[c] += d;
+            second[c] = FMA(d, d, second[c]);
+        }
+}
+
+/* h = dy, or where a ReLU follows what it lets through. first += h, second += h (x - mean). */
+static ALWAYS_INLINE void NAME(products)(const VALUE *restrict x, const VALUE *restrict dy,
+                                         int64_t rows, int64_t width, NAME(columns) k,
+                                         const int relu)
+{
+    const SUM *restrict mean = k.mean, *restrict scale = k.scale, *restrict offset = k.offset;
+    SUM *restrict first = k.first, *restrict second = k.second;
+    int64_t r = 0;
+    for (; r + 2 <= rows; r += 2, x += 2 * width, dy += 2 * width) {
+        const VALUE *x1 = x + width, *dy1 = dy + width;
+        for (int64_t c = 0; c < width; c++) {
+            SUM d0 = LOAD(x[c]) - mean[c], d1 = LOAD(x1[c]) - mean[c];
+            SUM h0 = LOAD(dy[c]), h1 = LOAD(dy1[c]);
+            if (relu) {
+                h0 = FMA(d0, scale[c], offset[c]) > 0 ? h0 : 0;
+                h1 = FMA(d1, scale[c], offset[c]) > 0 ? h1 : 0;
+            }
+            first[c] += h0 + h1;
+            second[c] += FMA(h0, d0, h1 * d1);
+        }
+    }
+    for (; r < rows; r++, x += width, dy += width)
+        for (int64_t c = 0; c < width; c++) {
+            SUM d = LOAD(x[c]) - mean[c], h = LOAD(dy[c]);
+            if (relu) h = FMA(d, scale[c], offset[c]) > 0 ? h : 0;
+            first[c] += h;
+            second[c] = FMA(h, d, second[c]);
+        }
+}
+
+/* y = (x - mean) scale + offset, and ReLU of it. */
+static ALWAYS_INLINE void NAME(normalize)(const VALUE *restrict x, VALUE *restrict y, int64_t rows,
+                                          int64_t width, NAME(columns) k, const int relu)
+{
+    const SUM *restrict mean = k.mean, *restrict scale = k.scale, *restrict offset = k.offset;
+    for (int64_t r = 0; r < rows; r++, x += width, y += width)
+        for (int64_t c = 0; c < width; c++) {
+            SUM v = FMA(LOAD(x[c]) - mean[c], scale[c], offset[c]);
+            if (relu) v = v < 0 ? 0 : v; /* a NaN stays one */
+            y[c] = STORE(v);
+        }
+}
+
+/* dx = h scale + (x - mean) slope + level. */
+static ALWAYS_INLINE void NAME(gradient)(const VALUE *restrict x, const VALUE *restrict dy,
+                                         VALUE *restrict dx, int64_t rows, int64_t width,
+                                         NAME(columns) k, const int relu)
+{
+    const SUM *restrict mean = k.mean, *restrict scale = k.scale, *restrict offset = k.offset;
+    const SUM *restrict slope = k.slope, *restrict level = k.level;
+    for (int64_t r = 0; r < rows; r++, x += width, dy += width, dx += width)
+        for (int64_t c = 0; c < width; c++) {
+            SUM d = LOAD(x[c]) - mean[c], h = LOAD(dy[c]);
+            if (relu) h = FMA(d, scale[c], offset[c]) > 0 ? h : 0;
+            dx[c] = STORE(FMA(h, scale[c], FMA(d, slope[c], level[c])));
+        }
+}
+
+static void NAME(tile)(const job *j, int64_t at, int64_t rows, int64_t width, NAME(columns) k)
+{
+    const VALUE *x = (const VALUE *)j->call->x + at, *dy = (const VALUE *)j->call->dy + at;
+    VALUE *y = (VALUE *)j->call->y + at;
+    switch (j->pass * 2 + (j->call->relu ? 1 : 0)) {
+    case MOMENTS * 2: case MOMENTS * 2 + 1: NAME(moments)(x, rows, width, k); break;
+    case PRODUCTS * 2: NAME(products)(x, dy, rows, width, k, 0); break;
+    case PRODUCTS * 2 + 1: NAME(products)(x, dy, rows, width, k, 1); break;
+    case NORMALIZE * 2: NAME(normalize)(x, y, rows, width, k, 0); break;
+    case NORMALIZE * 2 + 1: NAME(normalize)(x, y, rows, width, k, 1); break;
+    case GRADIENT * 2: NAME(gradient)(x, dy, y, rows, width, k, 0); break;
+    case GRADIENT * 2 + 1: NAME(gradient)(x, dy, y, rows, width, k, 1); break;
+    }
+}
+
+/* The mean of a few rows, itself taken around one of them: a shift for what has no mean yet. */
+static void NAME(first_shift)(const VALUE *x, int64_t rows, int64_t width, SUM *shift, SUM *sums)
+{
+    for (int64_t c = 0; c < width; c++) {
+        shift[c] = LOAD(x[c]);
+        sums[c] = sums[width + c] = 0;
+    }
+    NAME(columns) k = {.mean = shift, .first = sums, .second = sums + width};
+    NAME(moments)(x, rows, width, k);
+    for (int64_t c = 0; c < width; c++) shift[c] += sums[c] / (SUM)rows;
+}
+
+/* Joins the sums of a block to those of the `before` values before it, in double.
+ *
+ * Moments as count, mean and M2 (Chan, Golub and LeVeque, 1983). The next block is shifted by the
+ * mean so far; where that is not the block's own, the sum of squares cancels only against what the
+ * distance of the two adds to M2 anyway. */
+static void NAME(join)(const job *j, int64_t width, double before, double size, NAME(columns) k,
+                       SUM *restrict shift, double *restrict first, double *restrict second)
+{
+    if (j->pass == PRODUCTS) {
+        for (int64_t c = 0; c < width; c++) first[c] += k.first[c], second[c] += k.second[c];
+        return;
+    }
+    const double part = size / (before + size), weight = before * part, inverse = 1 / size;
+    for (int64_t c = 0; c < width; c++) {
+        double step = k.first[c] * inverse, inside = k.second[c] - k.first[c] * step;
+        double delta = (shift[c] - first[c]) + step;
+        second[c] += (inside < 0 ? 0 : inside) + delta * delta * weight;
+        first[c] += delta * part;
+        shift[c] = (SUM)first[c];
+    }
+}
+
+/* Channels last: a chunk is some of the rows, with sums of its own. */
+static void NAME(rows)(job *j, int64_t chunk, void *scratch)
+{
+    const tn_call *call = j->call;
+    const int64_t width = call->channels, start = share(call->outer, chunk, j->chunks);
+    const int64_t end = share(call->outer, chunk + 1, j->chunks);
+    const SUM *constants = j->constants;
+    SUM *sums = scratch, *shift = sums + 2 * width;
+    double *total = j->sums + 2 * width * chunk;
+    NAME(columns) k = {call->mean, constants, constants + width, constants + 2 * width,
+                       constants + 3 * width, sums, sums + width};
+    if (j->pass == MOMENTS) k.mean = shift;
+    if (j->pass == NORMALIZE || j->pass == GRADIENT) {
+        NAME(tile)(j, start * width, end - start, width, k);
+        return;
+    }
+    for (int64_t c = 0; c < 2 * width; c++) total[c] = 0;
+    for (int64_t row = start; row < end; row += BLOCK) {
+        int64_t rows = least(BLOCK, end - row), at = row * width;
+        if (j->pass == MOMENTS && row == start)
+            NAME(first_shift)((const VALUE *)call->x + at, least(rows, 8), width, shift, sums);
+        for (int64_t c = 0; c < 2 * width; c++) sums[c] = 0;
+        NAME(tile)(j, at, rows, width, k);
+        NAME(join)(j, width, (double)(row - start), (double)rows, k, shift, total, total + width);
+    }
+}
+
+/* Channels first: a chunk is some of the channels, of all samples. */
+static void NAME(slices)(job *j, int64_t chunk, void *scratch)
+{
+    const tn_call *call = j->call;
+    const int64_t channels = call->channels, inner = call->inner;
+    const int64_t start = share(channels, chunk, j->chunks);
+    const int64_t end = share(channels, chunk + 1, j->chunks);
+    const SUM *constants = j->constants, *means = call->mean;
+    SUM *shifts = scratch, *lanes = shifts + channels, *sums = lanes + 5 * LANES;
+    const int adds = j->pass == MOMENTS || j->pass == PRODUCTS;
+    NAME(columns) k = {lanes, lanes + LANES, lanes + 2 * LANES, lanes + 3 * LANES,
+                       lanes + 4 * LANES, sums, sums + LANES};
+    if (adds)
+        for (int64_t c = start; c < end; c++) j->sums[c] = j->sums[channels + c] = 0;
+    for (int64_t n = 0; n < call->outer; n++)
+        for (int64_t c = start; c < end; c++) {
+            const int64_t at = (n * channels + c) * inner;
+            if (j->pass == MOMENTS && n == 0)
+                NAME(first_shift)((const VALUE *)call->x + at, least(inner, LANES), 1, shifts + c,
+                                  sums);
+            for (int64_t p = 0; p < inner; p += BLOCK * LANES) {
+                const int64_t size = least(BLOCK * LANES, inner - p), rest = size % LANES;
+                SUM mean = j->pass == MOMENTS ? shifts[c] : means[c];
+                for (int i = 0; i < LANES; i++) {
+                    lanes[i] = mean;
+                    sums[i] = sums[LANES + i] = 0;
+                }
+                if (j->pass != MOMENTS)
+                    for (int a = 1; a < (j->pass == GRADIENT ? 5 : 3); a++)
+                        for (int i = 0; i < LANES; i++)
+                            lanes[a * LANES + i] = constants[(a - 1) * channels + c];
+                NAME(tile)(j, at + p, size / LANES, LANES, k);
+                if (rest) NAME(tile)(j, at + p + size - rest, 1, rest, k);
+                if (!adds) continue;
+                double both[2] = {0, 0};
+                for (int i = 0; i < LANES; i++) both[0] += sums[i], both[1] += sums[LANES + i];
+                sums[0] = (SUM)both[0], sums[LANES] = (SUM)both[1];
+                NAME(join)(j, 1, (double)(n * inner + p), (double)size, k, shifts + c,
+                           j->sums + c, j->sums + channels + c);
+            }
+        }
+}
+
+/* From the moments of all chunks to the statistics, and to the constants of the next pass. */
+static void NAME(finish_moments)(job *j)
+{
+    const tn_call *call = j->call;
+    const int64_t channels = call->channels;
+    SUM *mean = call->mean, *variance = call->variance, *low = call->low, *rstd = call->rstd;
+    double *total = j->sums, *m2 = total + channels, count = (double)call->outer * call->inner;
+    if (call->inner == 1)
+        for (int64_t i = 1; i < j->chunks; i++) {
+            double before = (double)share(call->outer, i, j->chunks);
+            double size = (double)share(call->outer, i + 1, j->chunks) - before;
+            const double *means = total + 2 * channels * i, *m2s = means + channels;
+            double part = size / (before + size), weight = before * part;
+            for (int64_t c = 0; c < channels; c++) {
+                double delta = means[c] - total[c];
+                m2[c] += m2s[c] + delta * delta * weight;
+                total[c] += delta * part;
+            }
+        }
+    for (int64_t c = 0; c < channels; c++) {
+        mean[c] = (SUM)total[c];
+        low[c] = (SUM)(total[c] - mean[c]);
+        variance[c] = (SUM)(m2[c] / count);
+        rstd[c] = (SUM)(1 / sqrt(m2[c] / count + call->epsilon));
+    }
+}
+
+/* scale = gamma rstd, offset = beta - low scale. */
+static void NAME(constants)(job *j)
+{
+    const tn_call *call = j->call;
+    const SUM *gamma = call->gamma, *beta = call->beta, *low = call->low, *rstd = call->rstd;
+    SUM *scale = j->constants, *offset = scale + call->channels;
+    for (int64_t c = 0; c < call->channels; c++) {
+        scale[c] = (gamma ? gamma[c] : 1) * rstd[c];
+        offset[c] = (SUM)((beta ? beta[c] : 0) - (double)low[c] * scale[c]);
+    }
+}
+
+/* The same for a mean and variance that are given. */
+static void NAME(given_constants)(job *j)
+{
+    const tn_call *call = j->call;
+    const SUM *gamma = call->gamma, *beta = call->beta, *variance = call->variance;
+    SUM *scale = j->constants, *offset = scale + call->channels;
+    for (int64_t c = 0; c < call->channels; c++) {
+        scale[c] = (SUM)((gamma ? gamma[c] : 1) / sqrt(variance[c] + call->epsilon));
+        offset[c] = beta ? beta[c] : 0;
+    }
+}
+
+/* The gradients of gamma and beta, and with them the constants of dx; see _jax.py. */
+static void NAME(finish_products)(job *j)
+{
+    const tn_call *call = j->call;
+    const int64_t channels = call->channels;
+    const SUM *low = call->low, *rstd = call->rstd;
+    SUM *dgamma = call->dgamma, *dbeta = call->dbeta;
+    SUM *scale = j->constants, *slope = scale + 2 * channels, *level = slope + channels;
+    double *first = j->sums, *second = first + channels;
+    double count = (double)call->outer * call->inner;
+    if (call->inner == 1)
+        for (int64_t i = 1; i < j->chunks; i++)
+            for (int64_t c = 0; c < 2 * channels; c++) first[c] += first[2 * channels * i + c];
+    for (int64_t c = 0; c < channels; c++) {
+        double normalized = (second[c] - low[c] * first[c]) * rstd[c];
+        double k = normalized * rstd[c] / count;
+        dbeta[c] = (SUM)first[c];
+        dgamma[c] = (SUM)normalized;
+        slope[c] = (SUM)(-scale[c] * k);
+        level[c] = (SUM)(scale[c] * (low[c] * k - first[c] / count));
+    }
+}

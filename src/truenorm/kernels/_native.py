@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
-LIBRARY = "libtruenorm.so"
+PATH = Path(__file__).parent / "native" / "libtruenorm.so"
 
 
 class Call(ctypes.Structure):
@@ -37,7 +37,7 @@ class Call(ctypes.Structure):
 def library() -> Any | None:
     """The shared library, or None where it was not built for this machine."""
     try:
-        found = ctypes.CDLL(str(Path(__file__).parent / "native" / LIBRARY))
+        found = ctypes.CDLL(str(PATH))
     except OSError:
         return None
     for function in (found.tn_forward, found.tn_backward, found.tn_infer):

@@ -1,9 +1,9 @@
-r"""TensorFlow: the closed-form backward over two-dimensional rows, compiled by XLA.
+r"""TensorFlow: the compiled passes where they can be, else a closed-form backward by XLA.
 
-The equation is that of ``_jax.py``. The rows matter: XLA on a CPU reduces the first axis of a
-matrix ten times faster than three axes of a tensor of rank 4. Forward and backward are each one
-compiled function, inside a graph that is compiled as a whole (``jit_compile=True``) and inside one
-that is not. XLA compiles once per shape of the input.
+The equation is that of ``_jax.py``. The latter is for two-dimensional rows: XLA on a CPU reduces
+the first axis of a matrix ten times faster than three axes of a tensor of rank 4. Forward and
+backward are each one compiled function, inside a graph that is compiled as a whole
+(``jit_compile=True``) and inside one that is not. XLA compiles once per shape of the input.
 
 TensorFlow's own fused op is faster still on a CPU, but sums in sequence (an error 10 times larger
 on 100,000 values), has no float64, and becomes E[x²] − E[x]² (NaN where the mean is large) inside
@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import tensorflow  # noqa: ICN001 - its types are wrong: it becomes Any
 
-from truenorm.kernels import _composite
+from truenorm.kernels import _composite, _native_tensorflow
 from truenorm.kernels._contract import Normalized, statistics_dtype
 
 tf: Any = tensorflow
@@ -51,8 +51,10 @@ def normalize(
     last = channel == len(x.shape) - 1
     after = 1 if last else tf.reduce_prod(shape[channel + 1 :])
     before = tf.reduce_prod(shape[:channel])
-    rows = tf.reshape(x, (before, channels) if last else (before, channels, after))
-    kernel = _kernel(epsilon, relu, 2 if last else 3, x.dtype.name, dtype)
+    passes = _compiled if _native_tensorflow.takes(x) else _by_xla
+    flat = last and passes is _by_xla
+    rows = tf.reshape(x, (before, channels) if flat else (before, channels, after))
+    kernel = _kernel(passes, epsilon, relu, 2 if flat else 3, x.dtype.name, dtype)
     output, mean, variance = kernel(rows, scale, offset)
     output = tf.reshape(output, shape)
     output.set_shape(x.shape)
@@ -81,52 +83,70 @@ def normalize_synchronized(
 
 
 @lru_cache(maxsize=64)
-def _kernel(epsilon: float, relu: bool, rank: int, x_dtype: str, dtype: str) -> Callable[..., Any]:
-    """The kernel for one epsilon, with ReLU or not, one rank of the rows and pair of dtypes.
-
-    Its functions are traced once, for any size, so that new shapes never retrace.
-    """
-    rows_spec = tf.TensorSpec([None] * rank, x_dtype)
-    channel_spec = tf.TensorSpec([None], dtype)
-    forward = tf.function(
-        _forward(epsilon, dtype, relu),
-        input_signature=(rows_spec, channel_spec, channel_spec),
-        jit_compile=True,
-        autograph=False,
-    )
-    backward = tf.function(
-        _backward,
-        input_signature=(rows_spec, rows_spec, *[channel_spec] * 4, *[rows_spec] * relu),
-        jit_compile=True,
-        autograph=False,
-    )
+def _kernel(
+    passes: Callable[..., Any], epsilon: float, relu: bool, rank: int, x_dtype: str, dtype: str
+) -> Callable[..., Any]:
+    """The kernel for one epsilon, with ReLU or not, one rank of the rows and pair of dtypes."""
+    forward, backward = passes(epsilon, relu, rank, x_dtype, dtype)
 
     @tf.custom_gradient
-    def differentiable_backward(
-        gradient: Any, rows: Any, gamma: Any, shift: Any, delta: Any, rstd: Any, *rectified: Any
-    ) -> Any:
+    def differentiable_backward(gradient: Any, rows: Any, gamma: Any, beta: Any, *kept: Any) -> Any:
         def second(*cotangents: Any) -> Any:
             # The statistics depend on the rows, which their captured values would hide.
             with tf.GradientTape() as tape:
                 tape.watch((gradient, rows, gamma))
-                _, shift, delta, _, rstd = _forward(epsilon, dtype, relu)(rows, gamma, gamma)
+                output, shift, delta, _, rstd = _forward(epsilon, dtype, relu)(rows, gamma, beta)
+                rectified = (output,) * relu
                 first = _backward(gradient, rows, gamma, shift, delta, rstd, *rectified)
             seconds = tape.gradient(first, (gradient, rows, gamma), output_gradients=cotangents)
-            return (*seconds, None, None, None, *[None] * relu)
+            return (*seconds, None, *[None] * len(kept))
 
-        return backward(gradient, rows, gamma, shift, delta, rstd, *rectified), second
+        return backward(gradient, rows, gamma, beta, *kept), second
 
     @tf.custom_gradient
     def kernel(rows: Any, gamma: Any, beta: Any) -> Any:
-        output, shift, delta, variance, rstd = forward(rows, gamma, beta)
+        output, mean, variance, kept = forward(rows, gamma, beta)
 
         def first(gradient: Any, *_: Any) -> Any:
-            kept = (rows, gamma, shift, delta, rstd, *[output] * relu)
-            return differentiable_backward(gradient, *kept)
+            return differentiable_backward(gradient, rows, gamma, beta, *kept)
 
-        return (output, shift + delta, variance), first
+        return (output, mean, variance), first
 
     return kernel
+
+
+def _compiled(epsilon: float, relu: bool, rank: int, x_dtype: str, dtype: str) -> tuple[Any, Any]:
+    """Forward and backward by the compiled passes; what is kept are numbers per channel."""
+    del rank, x_dtype, dtype  # They take any.
+
+    def forward(rows: Any, gamma: Any, beta: Any) -> Any:
+        output, kept = _native_tensorflow.forward(rows, gamma, beta, epsilon=epsilon, relu=relu)
+        return output, kept[0], kept[1], (kept,)
+
+    return forward, partial(_native_tensorflow.backward, relu=relu)
+
+
+def _by_xla(epsilon: float, relu: bool, rank: int, x_dtype: str, dtype: str) -> tuple[Any, Any]:
+    """Forward and backward, traced once each for any size, so that new shapes never retrace."""
+    rows_spec = tf.TensorSpec([None] * rank, x_dtype)
+    channel_spec = tf.TensorSpec([None], dtype)
+    compiled = partial(tf.function, jit_compile=True, autograph=False)
+    run_forward = compiled(
+        _forward(epsilon, dtype, relu), input_signature=(rows_spec, channel_spec, channel_spec)
+    )
+    run_backward = compiled(
+        _backward,
+        input_signature=(rows_spec, rows_spec, *[channel_spec] * 4, *[rows_spec] * relu),
+    )
+
+    def forward(rows: Any, gamma: Any, beta: Any) -> Any:
+        output, shift, delta, variance, rstd = run_forward(rows, gamma, beta)
+        return output, shift + delta, variance, (shift, delta, rstd, *[output] * relu)
+
+    def backward(gradient: Any, rows: Any, gamma: Any, _: Any, *kept: Any) -> Any:
+        return run_backward(gradient, rows, gamma, *kept)
+
+    return forward, backward
 
 
 def _forward(epsilon: float, dtype: str, relu: bool) -> Callable[..., Any]:

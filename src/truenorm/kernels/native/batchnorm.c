@@ -35,6 +35,8 @@ struct job {
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+/* How many there are of each channel; 1 if none, to divide by. */
+static double values(const tn_call *call) { return (double)most(1, call->outer * call->inner); }
 static int64_t share(int64_t all, int64_t part, int64_t parts) { return all * part / parts; }
 
 /* float, 32 bits */

@@ -29,5 +29,8 @@ typedef struct {
 /* What tn_forward, tn_backward and tn_infer are: 0, or -1 where there is no memory. tn_infer
  * normalises with the mean and variance given; tn_backward does not read the variance. */
 typedef int tn_pass(const tn_call *call);
+tn_pass tn_forward, tn_backward, tn_infer;
+
+void tn_own_threads(void (*work)(void *), void *context, unsigned threads, unsigned flags);
 
 #endif

@@ -219,7 +219,7 @@ static void NAME(finish_moments)(job *j)
     const tn_call *call = j->call;
     const int64_t channels = call->channels;
     SUM *mean = call->mean, *variance = call->variance, *low = call->low, *rstd = call->rstd;
-    double *total = j->sums, *m2 = total + channels, count = (double)call->outer * call->inner;
+    double *total = j->sums, *m2 = total + channels, count = values(call);
     if (call->inner == 1)
         for (int64_t i = 1; i < j->chunks; i++) {
             double before = (double)share(call->outer, i, j->chunks);
@@ -273,7 +273,7 @@ static void NAME(finish_products)(job *j)
     SUM *dgamma = call->dgamma, *dbeta = call->dbeta;
     SUM *scale = j->constants, *slope = scale + 2 * channels, *level = slope + channels;
     double *first = j->sums, *second = first + channels;
-    double count = (double)call->outer * call->inner;
+    const double count = values(call);
     if (call->inner == 1)
         for (int64_t i = 1; i < j->chunks; i++)
             for (int64_t c = 0; c < 2 * channels; c++) first[c] += first[2 * channels * i + c];
@@ -284,5 +284,6 @@ static void NAME(finish_products)(job *j)
         dgamma[c] = (SUM)normalized;
         slope[c] = (SUM)(-scale[c] * k);
         level[c] = (SUM)(scale[c] * (low[c] * k - first[c] / count));
+        if (count == 1) scale[c] = slope[c] = level[c] = 0; /* y is beta, whatever x is */
     }
 }

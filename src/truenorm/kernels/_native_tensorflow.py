@@ -1,0 +1,65 @@
+"""TensorFlow on a processor: the compiled passes as two operations (``native/tensorflow.c``).
+
+XLA cannot compile them into a graph, and other machines and devices do not have them: there
+TensorFlow's own operations are used.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+import tensorflow  # noqa: ICN001 - its types are wrong: it becomes Any
+from tensorflow.python.ops import control_flow_util
+
+from truenorm.kernels import _native
+
+tf: Any = tensorflow
+
+
+def takes(x: Any) -> bool:
+    """Whether the compiled passes can take this tensor in the graph that is being built."""
+    return not (
+        x.dtype.name not in _native.DTYPES
+        or control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+        or isinstance(tf.distribute.get_strategy(), tf.distribute.ParameterServerStrategy)
+        or tf.config.list_physical_devices("GPU")
+        or _operations() is None
+    )
+
+
+def forward(rows: Any, gamma: Any, beta: Any, *, epsilon: float, relu: bool) -> tuple[Any, Any]:
+    """Output, and in rows: mean, variance, what rounding takes from the mean, and rstd.
+
+    ``rows`` is (outer, channels, inner).
+    """
+    output, kept = _operations().truenorm_forward(
+        rows, gamma, beta, tf.constant(epsilon, tf.float64), relu=relu, threads=_threads()
+    )
+    return output, tf.ensure_shape(kept, (4, None))
+
+
+def backward(
+    gradient: Any, rows: Any, gamma: Any, beta: Any, kept: Any, *, relu: bool
+) -> tuple[Any, Any, Any]:
+    """The gradients of a loss with respect to rows, gamma and beta."""
+    d_rows, sums = _operations().truenorm_backward(
+        rows, gamma, beta, kept, gradient, relu=relu, threads=_threads()
+    )
+    d_gamma, d_beta = tf.unstack(tf.ensure_shape(sums, (2, None)))
+    return d_rows, d_gamma, d_beta
+
+
+@cache
+def _operations() -> Any | None:
+    """What TensorFlow makes of the library; None without one."""
+    try:
+        found = tf.load_op_library(str(_native.PATH))
+    except (tf.errors.NotFoundError, OSError):
+        return None
+    return found if hasattr(found, "truenorm_forward") else None
+
+
+def _threads() -> int:
+    return tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count() or 1

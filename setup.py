@@ -67,7 +67,7 @@ class BuildLibrary(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         compiler = own_compiler() or zig()
         environment = {"ZIG_GLOBAL_CACHE_DIR": str(folder.resolve()), **os.environ}
-        units = [(name, []) for name in ("threads", "entry", "tensorflow")]
+        units = [(name, []) for name in ("threads", "entry", "jax", "tensorflow")]
         units += [("batchnorm", [f"-DTN_LEVEL=_{k}", *more]) for k, more in LEVELS.items()]
         objects: list[str] = []
         try:
@@ -77,7 +77,17 @@ class BuildLibrary(build_ext):
                 line = [*compiler, *FLAGS, *more, "-c", source, "-o", objects[-1]]
                 subprocess.run(line, check=True, env=environment)
             strip = ["-Wl,--strip-all"] if sys.platform.startswith("linux") else []
-            line = [*compiler, "-shared", *objects, *strip, "-lm", "-lpthread", "-ldl", "-o", str(target)]
+            line = [
+                *compiler,
+                "-shared",
+                *objects,
+                *strip,
+                "-lm",
+                "-lpthread",
+                "-ldl",
+                "-o",
+                str(target),
+            ]
             subprocess.run(line, check=True, env=environment)
         except (OSError, subprocess.CalledProcessError) as error:
             target.unlink(missing_ok=True)

@@ -313,14 +313,17 @@ class BatchNormalization(keras.layers.BatchNormalization):
             inputs = ops.cast(inputs, dtype)
         gamma, beta = (None if w is None else w.value for w in cast(Any, (self.gamma, self.beta)))
         rectifies = self.activation is keras.activations.relu and not self.renorm
-        moving_mean, moving_variance = cast(Any, (self.moving_mean, self.moving_variance))
+        fallback = None
+        if mask is not None or self.synchronized:  # There may be no value to normalise with.
+            moving = cast(Any, (self.moving_mean, self.moving_variance))
+            fallback = tuple(variable.value for variable in moving)
         batch = self._kernel()(
             inputs,
             *(() if self.renorm else (gamma, beta)),
             axis=self.axis,
             epsilon=self.epsilon,
             mask=mask,
-            fallback=(moving_mean.value, moving_variance.value),
+            fallback=fallback,
             relu=rectifies,
         )
         output = self._renormalize(batch, gamma, beta) if self.renorm else batch.output

@@ -1,4 +1,4 @@
-r"""JAX: the closed-form backward, over two-dimensional rows; XLA does the rest.
+r"""JAX: compiled moments, the closed-form backward over two-dimensional rows; XLA does the rest.
 
 With :math:`\hat x` normalised and :math:`g = \partial\ell / \partial y`, the three ways in which
 the loss reaches x (see ``_reference.py``) add up to
@@ -22,7 +22,7 @@ from typing import Any, cast
 import jax
 from jax import numpy as jnp
 
-from truenorm.kernels import _composite
+from truenorm.kernels import _composite, _native_jax
 from truenorm.kernels._contract import Normalized, statistics_dtype
 
 
@@ -69,12 +69,16 @@ def _normalize(epsilon: float, relu: bool, rows: Any, gamma: Any, beta: Any) -> 
 
 def _forward(epsilon: float, relu: bool, rows: Any, gamma: Any, beta: Any) -> Any:
     values = rows.astype(gamma.dtype)
-    share = 1.0 / max(rows.size // max(rows.shape[1], 1), 1)
-    shift = jax.lax.stop_gradient(_total(values) * share)
-    shift = jnp.where(jnp.isfinite(shift), shift, 0)  # see _composite.py
-    deviations = values - _spread(shift, rows)
-    delta = _total(deviations) * share
-    variance = jnp.maximum(_total(jnp.square(deviations)) * share - jnp.square(delta), 0.0)
+    if _native_jax.takes(rows):
+        shift, delta, variance = _compiled_moments(rows, gamma.dtype)
+        deviations = values - _spread(shift, rows)
+    else:
+        share = _share(rows)
+        shift = jax.lax.stop_gradient(_total(values) * share)
+        shift = jnp.where(jnp.isfinite(shift), shift, 0)  # see _composite.py
+        deviations = values - _spread(shift, rows)
+        delta = _total(deviations) * share
+        variance = jnp.maximum(_total(jnp.square(deviations)) * share - jnp.square(delta), 0.0)
     rstd = jax.lax.rsqrt(variance + epsilon)
     output = (deviations - _spread(delta, rows)) * _spread(rstd * gamma, rows)
     output = (output + _spread(beta, rows)).astype(rows.dtype)
@@ -90,7 +94,7 @@ def _backward(epsilon: float, relu: bool, kept: Any, cotangents: Any) -> Any:
     gradient = cotangents[0].astype(gamma.dtype)
     if relu:
         gradient = jnp.where(output > 0, gradient, 0)
-    share = 1.0 / max(rows.size // max(rows.shape[1], 1), 1)
+    share = _share(rows)
     deviations = (rows.astype(gamma.dtype) - _spread(shift, rows)) - _spread(delta, rows)
     normalized = deviations * _spread(rstd, rows)
     d_beta = _total(gradient)
@@ -102,6 +106,26 @@ def _backward(epsilon: float, relu: bool, kept: Any, cotangents: Any) -> Any:
 
 
 _normalize.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _compiled_moments(rows: Any, dtype: Any) -> Any:
+    return _native_jax.moments(rows, dtype)
+
+
+@_compiled_moments.defjvp
+def _moving_rows(dtype: Any, at: Any, tangents: Any) -> Any:
+    """How the moments change with the rows: all of the mean's change is in its correction."""
+    rows, change = at[0], tangents[0].astype(dtype)
+    shift, delta, variance = moments = _compiled_moments(rows, dtype)
+    deviations = (rows.astype(dtype) - _spread(shift, rows)) - _spread(delta, rows)
+    of_mean = _total(change) * _share(rows)
+    of_variance = 2 * _total(deviations * change) * _share(rows)
+    return moments, (jnp.zeros_like(shift), of_mean, of_variance)
+
+
+def _share(rows: Any) -> float:
+    return 1.0 / max(rows.size // max(rows.shape[1], 1), 1)
 
 
 def _total(rows: Any) -> Any:

@@ -19,15 +19,13 @@ static void NAME(moments)(const VALUE *restrict x, int64_t rows, int64_t width, 
     const SUM *restrict mean = k.mean;
     SUM *restrict first = k.first, *restrict second = k.second;
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4, x += 4 * width) {
-        const VALUE *x1 = x + width, *x2 = x1 + width, *x3 = x2 + width;
+    for (; r + 4 <= rows; r += 4, x += 4 * width)
         for (int64_t c = 0; c < width; c++) {
-            SUM d0 = LOAD(x[c]) - mean[c], d1 = LOAD(x1[c]) - mean[c];
-            SUM d2 = LOAD(x2[c]) - mean[c], d3 = LOAD(x3[c]) - mean[c];
-            first[c] += (d0 + d1) + (d2 + d3);
-            second[c] += FMA(d0, d0, d1 * d1) + FMA(d2, d2, d3 * d3);
+            SUM d[4];
+            for (int i = 0; i < 4; i++) d[i] = LOAD(x[i * width + c]) - mean[c];
+            first[c] += (d[0] + d[1]) + (d[2] + d[3]);
+            second[c] += FMA(d[0], d[0], d[1] * d[1]) + FMA(d[2], d[2], d[3] * d[3]);
         }
-    }
     for (; r < rows; r++, x += width)
         for (int64_t c = 0; c < width; c++) {
             SUM d = LOAD(x[c]) - mean[c];
@@ -44,19 +42,16 @@ static ALWAYS_INLINE void NAME(products)(const VALUE *restrict x, const VALUE *r
     const SUM *restrict mean = k.mean, *restrict scale = k.scale, *restrict offset = k.offset;
     SUM *restrict first = k.first, *restrict second = k.second;
     int64_t r = 0;
-    for (; r + 2 <= rows; r += 2, x += 2 * width, dy += 2 * width) {
-        const VALUE *x1 = x + width, *dy1 = dy + width;
+    for (; r + 4 <= rows; r += 4, x += 4 * width, dy += 4 * width)
         for (int64_t c = 0; c < width; c++) {
-            SUM d0 = LOAD(x[c]) - mean[c], d1 = LOAD(x1[c]) - mean[c];
-            SUM h0 = LOAD(dy[c]), h1 = LOAD(dy1[c]);
-            if (relu) {
-                h0 = FMA(d0, scale[c], offset[c]) > 0 ? h0 : 0;
-                h1 = FMA(d1, scale[c], offset[c]) > 0 ? h1 : 0;
+            SUM d[4], h[4];
+            for (int i = 0; i < 4; i++) {
+                d[i] = LOAD(x[i * width + c]) - mean[c], h[i] = LOAD(dy[i * width + c]);
+                if (relu) h[i] = FMA(d[i], scale[c], offset[c]) > 0 ? h[i] : 0;
             }
-            first[c] += h0 + h1;
-            second[c] += FMA(h0, d0, h1 * d1);
+            first[c] += (h[0] + h[1]) + (h[2] + h[3]);
+            second[c] += FMA(h[0], d[0], h[1] * d[1]) + FMA(h[2], d[2], h[3] * d[3]);
         }
-    }
     for (; r < rows; r++, x += width, dy += width)
         for (int64_t c = 0; c < width; c++) {
             SUM d = LOAD(x[c]) - mean[c], h = LOAD(dy[c]);

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
@@ -14,10 +16,23 @@ import pytest
 from helpers import CASES, EPSILON, Case, array, error, gradients, precision, tensor
 
 from truenorm import kernels
-from truenorm.kernels import _composite
+from truenorm.kernels import _composite, _native
 from truenorm.kernels import _reference as reference
 
-KERNELS = {"composite": _composite.normalize, "selected": kernels.normalize}
+NATIVE = importlib.import_module(f"truenorm.kernels._native_{keras.config.backend()}")
+
+
+def uncompiled(*arguments: Any, **options: Any) -> Any:
+    """The backend's kernel as it is where the compiled passes could not be built."""
+    with mock.patch.object(NATIVE, "takes", return_value=False):
+        return kernels.normalize(*arguments, **options)
+
+
+KERNELS = {
+    "composite": _composite.normalize,
+    "selected": kernels.normalize,
+    "uncompiled": uncompiled,
+}
 # Units in the last place, relative to the largest magnitude of the result.
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 EASY = [c for c in CASES if c.mean == 0.5]
@@ -55,7 +70,7 @@ def test_forward_and_backward(normalize: Callable[..., Any], case: Case) -> None
         drawn, tensors, options = arguments(case)
         call = bound(normalize, case, options)
         result = call(*tensors)
-        _, found = gradients(
+        output, found = gradients(
             lambda *a: call(*a).output, tensors, tensor(drawn.gradient, case.dtype)
         )
         options["mask"] = drawn.mask
@@ -64,7 +79,8 @@ def test_forward_and_backward(normalize: Callable[..., Any], case: Case) -> None
         assert keras.backend.standardize_dtype(result.output.dtype) == case.dtype
         assert tuple(result.output.shape) == case.shape
         wide = EPS["float64"] if case.dtype == "float64" else EPS["float32"]
-        assert error(array(result.output), forward.output) < 4 * EPS[case.dtype]
+        for have in (result.output, output):  # without gradients, and with
+            assert error(array(have), forward.output) < 4 * EPS[case.dtype]
         assert error(array(result.mean), forward.mean) < 8 * wide
         assert error(array(result.variance), forward.variance) < 8 * wide
         assert float(result.count) == forward.count
@@ -185,6 +201,19 @@ def test_nan_stays_in_its_channel(normalize: Callable[..., Any]) -> None:
     assert np.isnan(array(result.mean)).tolist() == [False, True, False]
     expected = reference.forward(x[..., [0, 2]]).output
     assert error(array(result.output)[..., [0, 2]], expected) < 4 * EPS["float32"]
+
+
+def test_the_compiled_passes_take_plain_batches() -> None:
+    """They are built with the package; without them only what replaces them would be tested."""
+    assert _native.library() is not None
+    taken = []
+
+    def call(x: Any) -> Any:
+        taken.append(NATIVE.takes(x))
+        return x * x
+
+    gradients(call, [tensor(np.ones((2, 3)))], tensor(np.ones((2, 3))))
+    assert taken[0]
 
 
 @pytest.mark.skipif(keras.config.backend() != "torch", reason="counts bytes that autograd keeps")

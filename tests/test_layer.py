@@ -42,8 +42,11 @@ def test_numbers_against_the_oracle_and_the_stock_layer(case: Case) -> None:
         stocks = train(stock, drawn, case.dtype) if stock_can(case) else None
     wide = EPS["float64"] if case.dtype == "float64" else EPS["float32"]
     ulps = {"output": EPS[case.dtype], "x": EPS[case.dtype], "moving_variance": wide}
-    # PyTorch on one thread adds 512 values one after the other: 6.3 ulps in gamma, on two 4.
-    ulps |= {"gamma": 8 * wide, "beta": 8 * wide, "moving_mean": 4 * wide}
+    # Nothing is wider than float64 to add its values in. Masks are left to Keras's operations.
+    ulps["moving_mean"] = (4 if case.masked else 3 if case.dtype == "float64" else 1) * wide
+    ulps |= dict.fromkeys(
+        ("gamma", "beta"), (8 if case.masked else 3 if case.dtype == "float64" else 2) * wide
+    )
     for name, few in ulps.items():
         want = getattr(true, name)
         if want is None:

@@ -205,3 +205,26 @@ def test_what_is_exported_gives_what_predict_gives(
 ) -> None:
     network, x, expected = trained
     np.testing.assert_allclose(np.asarray(export(network, x, tmp_path)), expected, atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch's exporters see the composite's operations")
+def test_a_call_in_training_mode_is_exported_without_the_compiled_passes(
+    tmp_path: pathlib.Path,
+) -> None:
+    inputs = keras.Input((5,))
+    network = keras.Model(inputs, BatchNormalization(momentum=0.0)(inputs, training=True))
+    network.export(str(tmp_path), verbose=False)
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(tmp_path))
+    graph = loaded.signatures["serving_default"].graph.as_graph_def()
+    used = {n.op for part in (graph, *graph.library.function) for n in node_defs(part)}
+    assert not [name for name in used if "ruenorm" in name]
+    x = RNG.normal(3, 2, (8, 5)).astype("float32")
+    expected = reference.forward(x).output
+    np.testing.assert_allclose(np.asarray(loaded.serve(x)), expected, atol=1e-5)
+
+
+def node_defs(part: Any) -> Any:
+    """The nodes of a graph, or of a function of it."""
+    return part.node if hasattr(part, "node") else part.node_def

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import keras
@@ -51,8 +52,8 @@ def expected(drawn: Drawn, axis: int) -> list[Any]:
     return [*found, *[of_gamma] * (drawn.gamma is not None), *[of_beta] * (drawn.beta is not None)]
 
 
-def run(kind: Any, case: Case, drawn: Drawn, *, frozen: bool) -> list[np.ndarray]:
-    """The same, as a layer of this class gives it; of a frozen one no gamma and beta."""
+def restored(kind: Any, case: Case, drawn: Drawn, *, frozen: bool) -> Any:
+    """A layer of this class with the parameters and statistics of the case."""
     layer = kind(
         axis=case.axis,
         scale=case.scale,
@@ -65,6 +66,12 @@ def run(kind: Any, case: Case, drawn: Drawn, *, frozen: bool) -> list[np.ndarray
     numbers = [*values, *statistics(drawn, case.axis)]
     for variable, value in zip(layer.variables, numbers, strict=True):
         variable.assign(value)
+    return layer
+
+
+def run(kind: Any, case: Case, drawn: Drawn, *, frozen: bool) -> list[np.ndarray]:
+    """The same, as a layer of this class gives it; of a frozen one no gamma and beta."""
+    layer = restored(kind, case, drawn, frozen=frozen)
     weights = layer.trainable_variables
 
     def call(x: Any, *inside: Any) -> Any:
@@ -72,12 +79,37 @@ def run(kind: Any, case: Case, drawn: Drawn, *, frozen: bool) -> list[np.ndarray
             return layer(x, training=False)
 
     wide = "float64" if case.dtype == "float64" else "float32"
-    learning = [] if frozen else [tensor(value, wide) for value in values]
+    values = [] if frozen else [drawn.gamma] * case.scale + [drawn.beta] * case.center
+    learning = [tensor(value, wide) for value in values]
     upstream = keras.ops.cast(tensor(drawn.gradient, case.dtype), layer.compute_dtype)
     output, found = gradients(call, [tensor(drawn.x, case.dtype), *learning], upstream)
     if keras.config.backend() == "torch":
         output, found = output.detach(), [f.detach() for f in found]
     return [array(value) for value in (output, *found)]
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in (*SHAPES[::3], *PARAMETERS, *DTYPES, *HARD[::4]) if not c.masked], ids=str
+)
+def test_predictions_against_float64_and_the_stock_layer(case: Case) -> None:
+    """Without gradients, where PyTorch takes another path."""
+    drawn = case.draw()
+    found = []
+    with precision(case.dtype), without_gradients():
+        for kind in (BatchNormalization, keras.layers.BatchNormalization):
+            layer = restored(kind, case, drawn, frozen=False)
+            found.append(array(layer(tensor(drawn.x, case.dtype), training=False)))
+    want = expected(drawn, case.axis)[0]
+    assert error(found[0], want) <= error(found[1], want) + ULP[case.dtype]
+
+
+def without_gradients() -> contextlib.AbstractContextManager[Any]:
+    """As ``predict`` calls a layer on PyTorch."""
+    if keras.config.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
 
 
 FROZEN = [(case, True) for case in (*SHAPES[::2], *PARAMETERS, *DTYPES, *HARD[:10])]

@@ -117,7 +117,8 @@ def _compiled_moments(rows: Any, dtype: Any) -> Any:
 def _moving_rows(dtype: Any, at: Any, tangents: Any) -> Any:
     """How the moments change with the rows: all of the mean's change is in its correction."""
     rows, change = at[0], tangents[0].astype(dtype)
-    shift, delta, variance = moments = _compiled_moments(rows, dtype)
+    moments = _compiled_moments(rows, dtype)
+    shift, delta, _ = moments
     deviations = (rows.astype(dtype) - _spread(shift, rows)) - _spread(delta, rows)
     of_mean = _total(change) * _share(rows)
     of_variance = 2 * _total(deviations * change) * _share(rows)

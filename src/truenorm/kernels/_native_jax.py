@@ -22,9 +22,11 @@ def takes(x: Any) -> bool:
     """Whether the compiled passes can take such an array.
 
     Of an array that is spread over devices, a custom call would have to gather the parts first.
+    Where a size is a symbol, a program is exported: a custom call would bind it to the library.
     """
     return (
-        x.size > 0
+        all(isinstance(size, int) for size in x.shape)
+        and x.size > 0
         and str(x.dtype) in _native.DTYPES
         and jax.default_backend() == "cpu"
         and keras.distribution.distribution() is None

@@ -1,7 +1,8 @@
 """TensorFlow on a processor: the compiled passes as two operations (``native/tensorflow.c``).
 
 XLA cannot compile them into a graph, and other machines and devices do not have them: there
-TensorFlow's own operations are used.
+TensorFlow's own operations are used. So they are where nothing is differentiated, which may be the
+graph of a model that is exported.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import tensorflow  # noqa: ICN001 - its types are wrong: it becomes Any
+from tensorflow.python.eager import record
 from tensorflow.python.ops import control_flow_util
 
 from truenorm.kernels import _native
@@ -22,6 +24,7 @@ def takes(x: Any) -> bool:
     """Whether the compiled passes can take this tensor in the graph that is being built."""
     return not (
         x.dtype.name not in _native.DTYPES
+        or not record.could_possibly_record()
         or control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
         or isinstance(tf.distribute.get_strategy(), tf.distribute.ParameterServerStrategy)
         or tf.config.list_physical_devices("GPU")
@@ -52,7 +55,7 @@ def backward(
 
 
 @cache
-def _operations() -> Any | None:
+def _operations() -> Any:
     """What TensorFlow makes of the library; None without one."""
     try:
         found = tf.load_op_library(str(_native.PATH))

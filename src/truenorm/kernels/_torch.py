@@ -1,12 +1,13 @@
-r"""PyTorch: native kernels for the passes over the data, accurate statistics between them.
+r"""PyTorch: the compiled passes on a processor; else native kernels around accurate statistics.
 
 ``torch.nn.functional.batch_norm`` adds float32 numbers one after the other, so that its mean of
-100,000 values is off by 5e-6 standard deviations. Here the same native kernel is asked for the
-statistics of about 32 groups of rows (a free view: groups as channels), which are merged exactly
-(law of total variance, :mod:`truenorm._moments`) in float64. The native inference kernel
-normalises with them, and the native training-mode backward, given these statistics, is the closed
-form that differentiates through them. It keeps x, mean and rstd. PyTorch differentiates it once
-more; third derivatives are not right.
+100,000 values is off by 5e-6 standard deviations. Where the compiled passes (``_native_torch.py``)
+cannot be used, the same native kernel is asked for the statistics of about 32 groups of rows (a
+free view: groups as channels), which are merged exactly (law of total variance,
+:mod:`truenorm._moments`) in float64. The native inference kernel normalises with them, and the
+native training-mode backward, given these statistics, is the closed form that differentiates
+through them. It keeps x, mean and rstd. PyTorch differentiates it once more; third derivatives are
+not right.
 
 The native kernel computes :math:`x \cdot a + (\beta - \mu a)` with :math:`a = \gamma / \sigma`: it
 loses digits as :math:`|\mu| / \sigma` grows. Beyond a ratio of 8 the input is shifted by its mean
@@ -98,6 +99,8 @@ def infer(
         or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     ):
         return None
+    if _native_torch.takes(x) and not (x.requires_grad and torch.is_grad_enabled()):
+        return _native_torch.infer(x, gamma, beta, mean, variance, axis=axis, epsilon=epsilon)
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean, variance = mean.to(dtype), variance.to(dtype)
     try:

@@ -182,7 +182,7 @@ static void NAME(slices)(job *j, int64_t chunk, void *scratch)
     for (int64_t n = 0; n < call->outer; n++)
         for (int64_t c = start; c < end; c++) {
             const int64_t at = (n * channels + c) * inner;
-            if (j->pass == MOMENTS && n == 0)
+            if (j->pass == MOMENTS && n == 0 && inner > 0)
                 NAME(first_shift)((const VALUE *)call->x + at, least(inner, LANES), 1, shifts + c,
                                   sums);
             for (int64_t p = 0; p < inner; p += BLOCK * LANES) {

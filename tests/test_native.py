@@ -1,0 +1,188 @@
+"""The compiled passes by themselves, on NumPy arrays: layouts, dtypes, threads, edges of memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import error
+
+from truenorm.kernels import _native
+from truenorm.kernels import _reference as reference
+
+TYPES: dict[str, Any] = {
+    "float32": np.float32,
+    "float64": np.float64,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
+EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+# Rows and columns that do not fill the blocks, and more of them than one chunk.
+SHAPES = [
+    *((1, 3, 1), (2, 1, 1), (7, 5, 1), (65, 33, 1), (1000, 1, 1), (5003, 37, 1), (300, 600, 1)),
+    *((1, 3, 2), (3, 1, 7), (2, 5, 63), (2, 3, 64), (3, 4, 65), (2, 3, 9000), (3, 70, 700)),
+]
+GUARD = 64
+
+
+@dataclass(frozen=True)
+class Step:
+    """All results of one training step."""
+
+    y: Any
+    mean: Any
+    variance: Any
+    low: Any
+    rstd: Any
+    d_x: Any
+    d_gamma: Any
+    d_beta: Any
+
+
+def guarded(shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """An array, and the memory around it, all of one pattern."""
+    memory = np.full(math.prod(shape) * np.dtype(dtype).itemsize + 2 * GUARD, 0xA5, np.uint8)
+    return memory[GUARD:-GUARD].view(dtype).reshape(shape), memory
+
+
+def step(x: Any, dy: Any, gamma: Any, beta: Any, *, relu: bool = False, threads: int = 2) -> Step:
+    """Forward and backward; nothing outside the results may be written."""
+    name = np.dtype(x.dtype).name
+    wide = np.float64 if name == "float64" else np.float32
+    (y, around_y), (d_x, around_d_x) = (guarded(x.shape, x.dtype) for _ in range(2))
+    rows, around_rows = guarded((6, x.shape[1]), wide)
+    given = [None if a is None else np.ascontiguousarray(a, wide) for a in (gamma, beta)]
+    how = (*x.shape, _native.DTYPES[name], relu, threads, 1e-3, _native.own_threads())
+    held = [None if a is None else a.ctypes.data for a in given]
+    kept, sums = ([row.ctypes.data for row in part] for part in (rows[:4], rows[4:]))
+    forward = _native.Call(*how, x.ctypes.data, None, *held, *kept, None, None, y.ctypes.data)
+    backward = _native.Call(
+        *how, x.ctypes.data, dy.ctypes.data, *held, *kept, *sums, d_x.ctypes.data
+    )
+    _native.run("tn_forward", forward)
+    _native.run("tn_backward", backward)
+    for memory in (around_y, around_d_x, around_rows):
+        assert (memory[:GUARD] == 0xA5).all()
+        assert (memory[-GUARD:] == 0xA5).all()
+    return Step(y, *rows[:4], d_x, *rows[4:])
+
+
+def draw(shape: tuple[int, ...], dtype: str, mean: float = 0.5) -> tuple[Any, ...]:
+    rng = np.random.default_rng(3)
+    x, dy = (rng.normal(m, 1.5, shape).astype(TYPES[dtype]) for m in (mean, 0))
+    gamma, beta = rng.uniform(0.5, 2, shape[1]), rng.normal(size=shape[1])
+    return x, dy, *(a.astype("float32").astype("float64") for a in (gamma, beta))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_step_is_the_oracles(shape: tuple[int, ...], dtype: str, relu: bool) -> None:
+    x, dy, gamma, beta = draw(shape, dtype)
+    have = step(x, dy, gamma, beta, relu=relu)
+    true = reference.forward(x, gamma, beta, axis=1)
+    upstream = np.float64(dy) * (true.output > 0) if relu else dy
+    want = reference.backward(upstream, x, gamma, axis=1)
+    # Sums of float64 have no wider type to be joined in.
+    one, wide = (16 * EPS[dtype],) * 2 if dtype == "float64" else (EPS[dtype], EPS["float32"])
+    deviation = np.sqrt(true.variance)
+    assert error(have.y, np.maximum(true.output, 0) if relu else true.output) < 2 * one
+    assert (abs(np.float64(have.mean) + have.low - true.mean) <= wide * deviation).all()
+    assert error(have.variance, true.variance) < 2 * wide
+    assert error(have.rstd, 1 / np.sqrt(true.variance + 1e-3)) < 2 * wide
+    # Where little is left of a difference, it is what the difference is of that is rounded.
+    size = np.abs(np.float64(dy)).max() * np.abs(gamma * have.rstd).max()
+    assert np.abs(np.float64(have.d_x) - want.x).max() < 2 * one * size
+    for total, exact in ((have.d_gamma, want.gamma), (have.d_beta, want.beta)):
+        assert np.abs(total - exact).max() < 4 * wide * np.abs(np.float64(dy)).sum((0, 2)).max()
+
+
+@pytest.mark.parametrize("shape", [(5003, 37, 1), (3, 70, 700)], ids=str)
+def test_the_same_bits_on_any_number_of_threads(shape: tuple[int, ...]) -> None:
+    drawn = draw(shape, "float32")
+    one, *others = (step(*drawn, relu=True, threads=n) for n in (1, 2, 3, 64))
+    for other in others:
+        for name in Step.__dataclass_fields__:
+            assert getattr(one, name).tobytes() == getattr(other, name).tobytes(), name
+
+
+def test_callers_at_the_same_time_do_not_disturb_each_other() -> None:
+    inputs = [draw((5003, 37, 1), "float32", mean=k) for k in range(8)]
+    alone = [step(*drawn) for drawn in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            for a, b in zip(alone, pool.map(lambda drawn: step(*drawn), inputs), strict=True):
+                assert a.y.tobytes() == b.y.tobytes()
+                assert a.d_x.tobytes() == b.d_x.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(4096, 7, 1), (64, 7, 64)], ids=str)
+@pytest.mark.parametrize("order", ["sorted", "first_zero", "last_huge"])
+def test_an_order_that_misleads_the_shift_costs_no_digits(
+    shape: tuple[int, ...], order: str
+) -> None:
+    """The shift is the mean of what came before, at first of eight rows."""
+    x, dy, gamma, beta = draw(shape, "float32", mean=1000)
+    if order == "sorted":
+        x = np.sort(x.ravel()).reshape(shape)
+    elif order == "first_zero":
+        x[: shape[0] // 4] = 0
+    else:
+        x[-1] = 1e7
+    have = step(x, dy, gamma, beta)
+    true = reference.forward(x, gamma, beta, axis=1)
+    off = abs(np.float64(have.mean) + have.low - true.mean)
+    assert (off <= EPS["float32"] * np.sqrt(true.variance)).all()
+    assert error(have.variance, true.variance) < 2 * EPS["float32"]
+    assert error(have.y, true.output) < 2 * EPS["float32"]
+
+
+def test_gamma_and_beta_may_be_missing() -> None:
+    x, dy, *_ = draw((65, 33, 1), "float32")
+    without, with_them = step(x, dy, None, None), step(x, dy, np.ones(33), np.zeros(33))
+    assert without.y.tobytes() == with_them.y.tobytes()
+    assert without.d_x.tobytes() == with_them.d_x.tobytes()
+
+
+def test_nan_and_infinity_stay_in_their_channel() -> None:
+    x, dy, gamma, beta = draw((130, 4, 1), "float32")
+    clean = step(x, dy, gamma, beta, relu=True)
+    x[100, 1], x[3, 2] = np.nan, np.inf
+    have = step(x, dy, gamma, beta, relu=True)
+    assert np.isnan(have.y[:, 1]).all()
+    assert not np.isfinite(have.variance[1:3]).any()
+    for channel in (0, 3):
+        assert have.y[:, channel].tobytes() == clean.y[:, channel].tobytes()
+        assert have.d_x[:, channel].tobytes() == clean.d_x[:, channel].tobytes()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 1), (4, 3, 0), (1, 3, 1), (4, 0, 1)], ids=str)
+def test_no_value_or_one(shape: tuple[int, ...]) -> None:
+    x, dy, gamma, beta = draw(shape, "float32")
+    have = step(x, dy, gamma, beta)
+    assert (have.variance == 0).all()
+    assert (have.d_x == 0).all()
+    assert np.float32(have.y).tolist() == np.broadcast_to(np.float32(beta)[:, None], shape).tolist()
+
+
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    program = (
+        "import os, numpy as np, sys; sys.path.insert(0, 'tests')\n"
+        "from test_native import draw, step\n"
+        "drawn = draw((5003, 37, 1), 'float32'); before = step(*drawn).y.tobytes()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os._exit(0 if step(*drawn).y.tobytes() == before else 1)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    line = [sys.executable, "-W", "ignore", "-c", program]
+    found = subprocess.run(line, capture_output=True, text=True, env=dict(os.environ), timeout=100)
+    assert found.returncode == 0, found.stderr

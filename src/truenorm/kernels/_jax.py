@@ -80,8 +80,9 @@ def _forward(epsilon: float, relu: bool, rows: Any, gamma: Any, beta: Any) -> An
         delta = _total(deviations) * share
         variance = jnp.maximum(_total(jnp.square(deviations)) * share - jnp.square(delta), 0.0)
     rstd = jax.lax.rsqrt(variance + epsilon)
-    output = (deviations - _spread(delta, rows)) * _spread(rstd * gamma, rows)
-    output = (output + _spread(beta, rows)).astype(rows.dtype)
+    scale = rstd * gamma
+    output = deviations * _spread(scale, rows) + _spread(beta - delta * scale, rows)
+    output = output.astype(rows.dtype)
     if relu:
         output = jnp.where(output < 0, 0, output)  # Not maximum: a NaN stays.
     kept = (rows, gamma, shift, delta, rstd, output if relu else None)
@@ -95,13 +96,14 @@ def _backward(epsilon: float, relu: bool, kept: Any, cotangents: Any) -> Any:
     if relu:
         gradient = jnp.where(output > 0, gradient, 0)
     share = _share(rows)
-    deviations = (rows.astype(gamma.dtype) - _spread(shift, rows)) - _spread(delta, rows)
-    normalized = deviations * _spread(rstd, rows)
+    deviations = rows.astype(gamma.dtype) - _spread(shift, rows)
     d_beta = _total(gradient)
-    d_gamma = _total(gradient * normalized)
-    d_rows = (
-        gradient - _spread(d_beta * share, rows) - normalized * _spread(d_gamma * share, rows)
-    ) * _spread(gamma * rstd, rows)
+    d_gamma = (_total(gradient * deviations) - delta * d_beta) * rstd
+    # What is the same for all values of a channel is computed once: dx = g scale + d slope + level.
+    scale, slope = gamma * rstd, -gamma * jnp.square(rstd) * d_gamma * share
+    level = -scale * d_beta * share - slope * delta
+    d_rows = gradient * _spread(scale, rows)
+    d_rows = d_rows + (deviations * _spread(slope, rows) + _spread(level, rows))
     return d_rows.astype(rows.dtype), d_gamma, d_beta
 
 

@@ -159,8 +159,9 @@ def _forward(epsilon: float, dtype: str, relu: bool) -> Callable[..., Any]:
         delta = _total(deviations) * share
         variance = tf.maximum(_total(tf.square(deviations)) * share - tf.square(delta), 0.0)
         rstd = tf.math.rsqrt(variance + epsilon)
-        output = (deviations - _spread(delta, rows)) * _spread(rstd * gamma, rows)
-        output = tf.cast(output + _spread(beta, rows), rows.dtype)
+        scale = rstd * gamma
+        output = deviations * _spread(scale, rows) + _spread(beta - delta * scale, rows)
+        output = tf.cast(output, rows.dtype)
         if relu:
             output = tf.nn.relu(output)
         return output, shift, delta, variance, rstd
@@ -175,13 +176,13 @@ def _backward(
         gradient = tf.where(output > 0, gradient, tf.zeros_like(gradient))
     share = _share(rows, gamma.dtype)
     gradient = tf.cast(gradient, gamma.dtype)
-    deviations = (tf.cast(rows, gamma.dtype) - _spread(shift, rows)) - _spread(delta, rows)
-    normalized = deviations * _spread(rstd, rows)
+    deviations = tf.cast(rows, gamma.dtype) - _spread(shift, rows)
     d_beta = _total(gradient)
-    d_gamma = _total(gradient * normalized)
-    d_rows = (
-        gradient - _spread(d_beta * share, rows) - normalized * _spread(d_gamma * share, rows)
-    ) * _spread(gamma * rstd, rows)
+    d_gamma = (_total(gradient * deviations) - delta * d_beta) * rstd
+    scale, slope = gamma * rstd, -gamma * tf.square(rstd) * d_gamma * share  # see _jax.py
+    level = -scale * d_beta * share - slope * delta
+    d_rows = gradient * _spread(scale, rows)
+    d_rows = d_rows + (deviations * _spread(slope, rows) + _spread(level, rows))
     return tf.cast(d_rows, rows.dtype), d_gamma, d_beta
 
 

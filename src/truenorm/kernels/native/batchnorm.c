@@ -18,6 +18,7 @@
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
 enum { BLOCK = 64, LANES = 64, MOST_CHUNKS = 64, LEAST_CHUNK = 1 << 15, LARGE = 1 << 25 };
+enum { FEW = 1 << 18 }; /* Values that are done before another thread has woken up. */
 enum { MOMENTS, PRODUCTS, NORMALIZE, GRADIENT };
 
 typedef struct job job;
@@ -124,7 +125,7 @@ static void run(job *j, int pass)
     j->pass = pass;
     atomic_store(&j->next, 0);
     atomic_store(&j->entered, 0);
-    if (threads <= 1)
+    if (threads <= 1 || j->call->outer * j->call->channels * j->call->inner < FEW)
         work(j);
     else
         j->call->parallel(work, j, threads, 0);

@@ -61,14 +61,11 @@ def step(x: Any, dy: Any, gamma: Any, beta: Any, *, relu: bool = False, threads:
     rows, around_rows = guarded((6, x.shape[1]), wide)
     given = [None if a is None else np.ascontiguousarray(a, wide) for a in (gamma, beta)]
     how = (*x.shape, _native.DTYPES[name], relu, threads, 1e-3, _native.own_threads())
-    held = [None if a is None else a.ctypes.data for a in given]
+    held = [0 if a is None else a.ctypes.data for a in given]
     kept, sums = ([row.ctypes.data for row in part] for part in (rows[:4], rows[4:]))
-    forward = _native.Call(*how, x.ctypes.data, None, *held, *kept, None, None, y.ctypes.data)
-    backward = _native.Call(
-        *how, x.ctypes.data, dy.ctypes.data, *held, *kept, *sums, d_x.ctypes.data
-    )
-    _native.run("tn_forward", forward)
-    _native.run("tn_backward", backward)
+    _native.run("tn_forward", *how, x.ctypes.data, 0, *held, *kept, 0, 0, y.ctypes.data)
+    addresses = (x.ctypes.data, dy.ctypes.data, *held, *kept, *sums, d_x.ctypes.data)
+    _native.run("tn_backward", *how, *addresses)
     for memory in (around_y, around_d_x, around_rows):
         assert (memory[:GUARD] == 0xA5).all()
         assert (memory[-GUARD:] == 0xA5).all()

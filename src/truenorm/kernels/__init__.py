@@ -22,8 +22,8 @@ the ``size`` of a ghost batch besides.
 ``infer`` normalises with statistics that are given, in inference mode, where a backend can do so
 faster than by Keras's operations, and returns None if not this time; it is None on other backends.
 
-``isfinite`` and ``where`` are Keras's operations; on PyTorch, where these small ones are run one by
-one, its own, which take a third of the time.
+``isfinite`` and ``where`` are Keras's operations, or on PyTorch its own, since there all that Keras
+converts and checks for such small ones is done at each step.
 
 Only the files named after a framework import one, and only that of the backend in use is loaded.
 """

@@ -8,6 +8,7 @@ no framework: those that use it pass addresses.
 from __future__ import annotations
 
 import ctypes
+import struct
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -16,21 +17,10 @@ DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 PATH = Path(__file__).parent / "native" / "libtruenorm.so"
 
 
-class Call(ctypes.Structure):
-    """What ``tn_forward`` and ``tn_backward`` take; addresses that are None are not used."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("outer", "channels", "inner")),
-        *((name, ctypes.c_int32) for name in ("dtype", "relu", "threads")),
-        ("epsilon", ctypes.c_double),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                *("parallel", "x", "dy", "gamma", "beta", "mean", "variance", "low", "rstd"),
-                *("d_gamma", "d_beta", "y"),
-            )
-        ),
-    )
+CALL = struct.Struct("@3q3id12P")
+"""The call in C: outer, channels, inner; dtype, relu, threads; epsilon; and twelve addresses, 0 for
+none: parallel, x, dy, gamma, beta, mean, variance, low, rstd, d_gamma, d_beta, y.
+"""
 
 
 @cache
@@ -41,16 +31,16 @@ def library() -> Any | None:
     except OSError:
         return None
     for function in (found.tn_forward, found.tn_backward, found.tn_infer):
-        function.argtypes = (ctypes.POINTER(Call),)
+        function.argtypes = (ctypes.c_char_p,)
     return found
 
 
-def run(name: str, call: Call) -> None:
-    """Call one of the library's functions."""
-    if getattr(library(), name)(call) != 0:
+def run(name: str, *call: float) -> None:
+    """Call one of the library's functions with the numbers of :data:`CALL`."""
+    if getattr(library(), name)(CALL.pack(*call)) != 0:
         raise MemoryError("no memory for the sums of BatchNormalization")
 
 
-def own_threads() -> int | None:
+def own_threads() -> int:
     """The address of the library's own threads, for frameworks that do not lend theirs."""
-    return ctypes.cast(cast(Any, library()).tn_own_threads, ctypes.c_void_p).value
+    return ctypes.cast(cast(Any, library()).tn_own_threads, ctypes.c_void_p).value or 0

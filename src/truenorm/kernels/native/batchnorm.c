@@ -132,8 +132,8 @@ static void run(job *j, int pass)
 }
 
 /* Asks Linux for large pages where the output is so large that the C library maps new memory for it
- * each time: to be given 51 MB by pages of 4 KiB took 9 ms here, by large ones 2. Smaller outputs
- * lie in a heap that grows and shrinks, where large pages are broken up again, which takes longer. */
+ * each time: getting it by pages of 4 KiB takes longer than filling it. Smaller outputs lie in a heap
+ * that grows and shrinks, where large pages would be broken up again. */
 static void ask_for_large_pages(const tn_call *call, size_t size)
 {
 #ifdef MADV_HUGEPAGE

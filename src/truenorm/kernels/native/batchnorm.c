@@ -155,7 +155,7 @@ static int prepare(job *j, const tn_call *call)
     chunks = most(1, least(chunks, rows ? call->outer / BLOCK : channels));
     const size_t sums = (size_t)(2 * channels * (rows ? chunks : 1)) * sizeof(double);
     const size_t constants = 4 * (size_t)channels * size;
-    j->scratch_size = (3 * (size_t)channels + 7 * LANES) * size + 128;
+    j->scratch_size = (3 * (size_t)channels + 5 * LANES) * size + 128;
     ask_for_large_pages(call, call->dtype == TN_FLOAT64 ? 8 : call->dtype == TN_FLOAT32 ? 4 : 2);
     j->call = call;
     j->chunks = chunks;

@@ -61,14 +61,16 @@ static ALWAYS_INLINE void NAME(products)(const VALUE *restrict x, const VALUE *r
         }
 }
 
-/* y = (x - mean) scale + offset, and ReLU of it. */
+/* y = (x - mean) scale + offset, and ReLU of it; `alike`: the first column's constants are all. */
 static ALWAYS_INLINE void NAME(normalize)(const VALUE *restrict x, VALUE *restrict y, int64_t rows,
-                                          int64_t width, NAME(columns) k, const int relu)
+                                          int64_t width, NAME(columns) k, const int relu,
+                                          const int alike)
 {
     const SUM *restrict mean = k.mean, *restrict scale = k.scale, *restrict offset = k.offset;
     for (int64_t r = 0; r < rows; r++, x += width, y += width)
         for (int64_t c = 0; c < width; c++) {
-            SUM v = FMA(LOAD(x[c]) - mean[c], scale[c], offset[c]);
+            const int64_t a = alike ? 0 : c;
+            SUM v = FMA(LOAD(x[c]) - mean[a], scale[a], offset[a]);
             if (relu) v = v < 0 ? 0 : v; /* a NaN stays one */
             y[c] = STORE(v);
         }
@@ -77,15 +79,16 @@ static ALWAYS_INLINE void NAME(normalize)(const VALUE *restrict x, VALUE *restri
 /* dx = h scale + (x - mean) slope + level. */
 static ALWAYS_INLINE void NAME(gradient)(const VALUE *restrict x, const VALUE *restrict dy,
                                          VALUE *restrict dx, int64_t rows, int64_t width,
-                                         NAME(columns) k, const int relu)
+                                         NAME(columns) k, const int relu, const int alike)
 {
     const SUM *restrict mean = k.mean, *restrict scale = k.scale, *restrict offset = k.offset;
     const SUM *restrict slope = k.slope, *restrict level = k.level;
     for (int64_t r = 0; r < rows; r++, x += width, dy += width, dx += width)
         for (int64_t c = 0; c < width; c++) {
-            SUM d = LOAD(x[c]) - mean[c], h = LOAD(dy[c]);
-            if (relu) h = FMA(d, scale[c], offset[c]) > 0 ? h : 0;
-            dx[c] = STORE(FMA(h, scale[c], FMA(d, slope[c], level[c])));
+            const int64_t a = alike ? 0 : c;
+            SUM d = LOAD(x[c]) - mean[a], h = LOAD(dy[c]);
+            if (relu) h = FMA(d, scale[a], offset[a]) > 0 ? h : 0;
+            dx[c] = STORE(FMA(h, scale[a], FMA(d, slope[a], level[a])));
         }
 }
 
@@ -93,15 +96,28 @@ static void NAME(tile)(const job *j, int64_t at, int64_t rows, int64_t width, NA
 {
     const VALUE *x = (const VALUE *)j->call->x + at, *dy = (const VALUE *)j->call->dy + at;
     VALUE *y = (VALUE *)j->call->y + at;
-    switch (j->pass * 2 + (j->call->relu ? 1 : 0)) {
-    case MOMENTS * 2: case MOMENTS * 2 + 1: NAME(moments)(x, rows, width, k); break;
-    case PRODUCTS * 2: NAME(products)(x, dy, rows, width, k, 0); break;
-    case PRODUCTS * 2 + 1: NAME(products)(x, dy, rows, width, k, 1); break;
-    case NORMALIZE * 2: NAME(normalize)(x, y, rows, width, k, 0); break;
-    case NORMALIZE * 2 + 1: NAME(normalize)(x, y, rows, width, k, 1); break;
-    case GRADIENT * 2: NAME(gradient)(x, dy, y, rows, width, k, 0); break;
-    case GRADIENT * 2 + 1: NAME(gradient)(x, dy, y, rows, width, k, 1); break;
+    const int alike = j->call->inner != 1;
+#define EACH(relu, alike) ((relu) * 2 + (alike))
+    if (j->pass == MOMENTS) {
+        NAME(moments)(x, rows, width, k);
+        return;
     }
+    if (j->pass == PRODUCTS) {
+        if (j->call->relu) NAME(products)(x, dy, rows, width, k, 1);
+        else NAME(products)(x, dy, rows, width, k, 0);
+        return;
+    }
+    switch (EACH(j->call->relu ? 1 : 0, alike) + (j->pass == GRADIENT ? 4 : 0)) {
+    case EACH(0, 0): NAME(normalize)(x, y, rows, width, k, 0, 0); break;
+    case EACH(0, 1): NAME(normalize)(x, y, rows, width, k, 0, 1); break;
+    case EACH(1, 0): NAME(normalize)(x, y, rows, width, k, 1, 0); break;
+    case EACH(1, 1): NAME(normalize)(x, y, rows, width, k, 1, 1); break;
+    case EACH(0, 0) + 4: NAME(gradient)(x, dy, y, rows, width, k, 0, 0); break;
+    case EACH(0, 1) + 4: NAME(gradient)(x, dy, y, rows, width, k, 0, 1); break;
+    case EACH(1, 0) + 4: NAME(gradient)(x, dy, y, rows, width, k, 1, 0); break;
+    case EACH(1, 1) + 4: NAME(gradient)(x, dy, y, rows, width, k, 1, 1); break;
+    }
+#undef EACH
 }
 
 /* The mean of a few rows, itself taken around one of them: a shift for what has no mean yet. */
@@ -165,20 +181,28 @@ static void NAME(rows)(job *j, int64_t chunk, void *scratch)
     }
 }
 
-/* Channels first: a chunk is some of the channels, of all samples. */
+/* Channels first: a chunk is some of the channels, of all samples. What has sums is taken in rows of
+ * LANES columns, with equal constants. */
 static void NAME(slices)(job *j, int64_t chunk, void *scratch)
 {
     const tn_call *call = j->call;
     const int64_t channels = call->channels, inner = call->inner;
     const int64_t start = share(channels, chunk, j->chunks);
     const int64_t end = share(channels, chunk + 1, j->chunks);
-    const SUM *constants = j->constants, *means = call->mean;
-    SUM *shifts = scratch, *lanes = shifts + channels, *sums = lanes + 5 * LANES;
-    const int adds = j->pass == MOMENTS || j->pass == PRODUCTS;
-    NAME(columns) k = {lanes, lanes + LANES, lanes + 2 * LANES, lanes + 3 * LANES,
-                       lanes + 4 * LANES, sums, sums + LANES};
-    if (adds)
-        for (int64_t c = start; c < end; c++) j->sums[c] = j->sums[channels + c] = 0;
+    const SUM *means = call->mean, *scales = j->constants, *offsets = scales + channels;
+    SUM *shifts = scratch, *lanes = shifts + channels, *sums = lanes + 3 * LANES;
+    NAME(columns) k = {.mean = lanes, .scale = lanes + LANES, .offset = lanes + 2 * LANES,
+                       .first = sums, .second = sums + LANES};
+    if (j->pass == NORMALIZE || j->pass == GRADIENT) {
+        for (int64_t n = 0; n < call->outer; n++)
+            for (int64_t c = start; c < end; c++) {
+                NAME(columns) one = {means + c, scales + c, offsets + c, offsets + channels + c,
+                                     offsets + 2 * channels + c, NULL, NULL};
+                NAME(tile)(j, (n * channels + c) * inner, 1, inner, one);
+            }
+        return;
+    }
+    for (int64_t c = start; c < end; c++) j->sums[c] = j->sums[channels + c] = 0;
     for (int64_t n = 0; n < call->outer; n++)
         for (int64_t c = start; c < end; c++) {
             const int64_t at = (n * channels + c) * inner;
@@ -187,18 +211,16 @@ static void NAME(slices)(job *j, int64_t chunk, void *scratch)
                                   sums);
             for (int64_t p = 0; p < inner; p += BLOCK * LANES) {
                 const int64_t size = least(BLOCK * LANES, inner - p), rest = size % LANES;
-                SUM mean = j->pass == MOMENTS ? shifts[c] : means[c];
+                const SUM mean = j->pass == MOMENTS ? shifts[c] : means[c];
                 for (int i = 0; i < LANES; i++) {
                     lanes[i] = mean;
                     sums[i] = sums[LANES + i] = 0;
                 }
-                if (j->pass != MOMENTS)
-                    for (int a = 1; a < (j->pass == GRADIENT ? 5 : 3); a++)
-                        for (int i = 0; i < LANES; i++)
-                            lanes[a * LANES + i] = constants[(a - 1) * channels + c];
+                if (j->pass == PRODUCTS && call->relu)
+                    for (int i = 0; i < LANES; i++)
+                        lanes[LANES + i] = scales[c], lanes[2 * LANES + i] = offsets[c];
                 NAME(tile)(j, at + p, size / LANES, LANES, k);
                 if (rest) NAME(tile)(j, at + p + size - rest, 1, rest, k);
-                if (!adds) continue;
                 double both[2] = {0, 0};
                 for (int i = 0; i < LANES; i++) both[0] += sums[i], both[1] += sums[LANES + i];
                 sums[0] = (SUM)both[0], sums[LANES] = (SUM)both[1];

@@ -54,7 +54,7 @@ SMALL = ((32, 4, 4, 64), (64, 128, 100))  # not in the mean: the call itself is 
 COMPILED = importlib.import_module(f"truenorm.kernels._native_{keras.config.backend()}")
 INSTEAD: dict[str, tuple[Any, str, Any]] = {
     "composite": (kernels, "normalize", _composite.normalize),
-    "uncompiled": (COMPILED, "takes", lambda _: False),
+    "uncompiled": (COMPILED, "takes", lambda *_: False),
 }
 Step = Callable[[], tuple[Any, ...]]
 

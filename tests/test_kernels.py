@@ -216,6 +216,33 @@ def test_the_compiled_passes_take_plain_batches() -> None:
     assert taken[0]
 
 
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="orders of memory are PyTorch's")
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("order", ["channels_last", "sliced", "expanded", "negated"])
+def test_any_order_of_memory(order: str, axis: int) -> None:
+    import torch
+
+    rng = np.random.default_rng(0)
+    x, dy = (torch.tensor(rng.normal(3, 2, (4, 6, 5, 7)).astype("float32")) for _ in range(2))
+    if order == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif order == "sliced":
+        x, dy = x[:, ::2], dy[:, ::2]
+    elif order == "expanded":
+        dy = torch.ones(()).expand(x.shape)
+    else:
+        x, dy = (torch.complex(torch.zeros_like(t), -t).conj().imag for t in (x, dy))
+        assert x.is_neg()
+    leaf = x.detach().requires_grad_()
+    output = kernels.normalize(leaf, axis=axis, epsilon=EPSILON).output
+    (d_x,) = torch.autograd.grad(output, leaf, dy)
+    numbers, upstream = (t.resolve_neg().numpy() for t in (x, dy))
+    expected = reference.forward(numbers, axis=axis).output
+    assert error(array(output.detach()), expected) < 4 * EPS["float32"]
+    want = reference.backward(upstream, numbers, axis=axis).x
+    assert np.abs(array(d_x) - want).max() < 4 * EPS["float32"] * np.abs(upstream).max()
+
+
 @pytest.mark.skipif(keras.config.backend() != "torch", reason="counts bytes that autograd keeps")
 def test_backward_keeps_the_input_and_little_else() -> None:
     import torch

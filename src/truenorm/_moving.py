@@ -23,18 +23,17 @@ from typing import Any
 
 import keras
 
-from truenorm.kernels import Normalized, isfinite, where
+from truenorm.kernels import Normalized, blend, isfinite, where
 
 ops: Any = keras.ops
 
 
 def step(layer: Any, batch: Normalized) -> None:
     """Move all moving statistics of the layer by one batch."""
-    known = isfinite(batch.mean + batch.variance)
-    some, enough = (
-        known if yes is True else known & yes  # A count may be a plain number.
-        for yes in (batch.count > 0, batch.count > batch.batches)
-    )
+    some, enough = batch.count > 0, batch.count > batch.batches  # plain booleans, or tensors
+    if layer.momentum is None or not batch.finite:
+        known = isfinite(batch.mean + batch.variance)
+        some, enough = (known if yes is True else known & yes for yes in (some, enough))
     variance = batch.variance
     if layer.bessel_correction or layer.momentum is None:
         variance = variance * (batch.count / ops.where(enough, batch.count - batch.batches, 1.0))
@@ -84,8 +83,9 @@ def _move(variable: Any, value: Any, momentum: Any, counts: Any) -> Any:
     old = variable.value
     if keras.backend.standardize_dtype(value.dtype) != variable.dtype:
         value = ops.cast(value, variable.dtype)
-    new = old * momentum + value * (1.0 - momentum)
-    new = where(counts, new, old)
+    new = blend(old, value, momentum)
+    if counts is not True:
+        new = where(counts, new, old)
     variable.assign(new)
     return new
 

@@ -22,8 +22,8 @@ the ``size`` of a ghost batch besides.
 ``infer`` normalises with statistics that are given, in inference mode, where a backend can do so
 faster than by Keras's operations, and returns None if not this time; it is None on other backends.
 
-``isfinite`` and ``where`` are Keras's operations, or on PyTorch its own, since there all that Keras
-converts and checks for such small ones is done at each step.
+``isfinite``, ``where`` and ``blend`` are Keras's operations, or on PyTorch its own, since there all
+that Keras converts and checks for such small ones is done at each step.
 
 Only the files named after a framework import one, and only that of the backend in use is loaded.
 """
@@ -40,6 +40,13 @@ from truenorm.kernels._ghosts import normalize_ghosts
 
 infer: Callable[..., Any] | None = None
 isfinite: Callable[..., Any] = keras.ops.isfinite
+
+
+def blend(old: Any, value: Any, momentum: Any) -> Any:
+    """One step of a moving average."""
+    return old * momentum + value * (1.0 - momentum)
+
+
 where: Callable[..., Any] = keras.ops.where
 if keras.config.backend() == "jax":
     from truenorm.kernels._jax import normalize, normalize_synchronized
@@ -47,6 +54,7 @@ elif keras.config.backend() == "tensorflow":
     from truenorm.kernels._tensorflow import normalize, normalize_synchronized
 elif keras.config.backend() == "torch":
     from truenorm.kernels._torch import (
+        blend,
         infer,
         isfinite,
         normalize,
@@ -60,6 +68,7 @@ else:
 
 __all__ = [
     "Normalized",
+    "blend",
     "infer",
     "isfinite",
     "normalize",

@@ -18,6 +18,7 @@ class Normalized:
         variance: Population (biased) variance per channel, as ``mean``.
         count: Number of values per channel that the statistics are of: a scalar tensor, or a number
             where it is known.
+        finite: True where mean and variance are known to be finite numbers in all channels.
         batches: Number of (ghost) batches that the statistics are the average of.
     """
 
@@ -26,6 +27,7 @@ class Normalized:
     variance: Any
     count: Any
     batches: Any = 1
+    finite: bool = False
 
 
 def statistics_dtype(dtype: Any) -> str:

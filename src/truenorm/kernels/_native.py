@@ -35,10 +35,15 @@ def library() -> Any | None:
     return found
 
 
-def run(name: str, *call: float) -> None:
-    """Call one of the library's functions with the numbers of :data:`CALL`."""
-    if getattr(library(), name)(CALL.pack(*call)) != 0:
+def run(name: str, *call: float) -> bool:
+    """Call one of the library's functions with the numbers of :data:`CALL`.
+
+    Whether all statistics that it found are finite numbers.
+    """
+    status = getattr(library(), name)(CALL.pack(*call))
+    if status < 0:
         raise MemoryError("no memory for the sums of BatchNormalization")
+    return status == 0
 
 
 def own_threads() -> int:

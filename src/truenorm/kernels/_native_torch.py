@@ -24,14 +24,20 @@ DTYPES = {getattr(torch, name): code for name, code in _native.DTYPES.items()}
 Layout = tuple[int, int, int]
 
 
-def takes(x: Any) -> bool:
-    """Whether the compiled passes can take this tensor now."""
+def takes(x: Any, *weights: Any) -> bool:
+    """Whether the compiled passes can take this tensor now, and what goes with it, or None.
+
+    All must have memory here: while Keras finds out shapes, weights have none.
+    """
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        or x.device.type != "cpu"
         or x.dtype not in DTYPES
-        or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        or any(
+            t.device.type != "cpu" or type(t) not in (torch.Tensor, torch.nn.Parameter)
+            for t in (x, *weights)
+            if t is not None
+        )
         or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
         or _native.library() is None
     )
@@ -43,8 +49,9 @@ def normalize(
     """See :mod:`truenorm.kernels`."""
     x, layout = _dense(x, axis)
     how = (layout, axis % x.dim(), epsilon, relu)
-    output, kept = _Normalize.apply(x, _wide(gamma, x), _wide(beta, x), how)
-    return Normalized(output, kept[0], kept[1], layout[0] * layout[2])
+    output, kept, finite = _Normalize.apply(x, _wide(gamma, x), _wide(beta, x), how)
+    count = layout[0] * layout[2]
+    return Normalized(output, kept[0], kept[1], count, finite=finite)
 
 
 def infer(
@@ -67,20 +74,20 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Any, gamma: Any, beta: Any, how: tuple[Layout, int, float, bool]
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, Any, bool]:
         layout, _, epsilon, relu = how
         output = torch.empty_like(x)
         kept = torch.empty(4, layout[1], dtype=torch.promote_types(x.dtype, torch.float32))
         arrays = (x, None, gamma, beta, *_addresses(kept), None, None, output)
-        _run("tn_forward", layout, epsilon, relu, *arrays)
+        finite = _run("tn_forward", layout, epsilon, relu, *arrays)
         ctx.how = how
         ctx.mark_non_differentiable(kept)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, gamma, beta, kept)
-        return output, kept
+        return output, kept, finite
 
     @staticmethod
-    def backward(ctx: Any, gradient: Any, _: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, gradient: Any, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if gradient is None:
             return None, None, None, None
         x, gamma, beta, kept = ctx.saved_tensors
@@ -88,6 +95,7 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = _differentiable(gradient, x, gamma, beta, kept, channel, epsilon, relu)
         else:
+            gradient = gradient.resolve_neg()
             if gradient.stride() != x.stride():
                 gradient = torch.empty_like(x).copy_(gradient)
             d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
@@ -124,13 +132,13 @@ def _differentiable(
     return d_x.movedim(1, channel).to(x.dtype), d_gamma, d_beta
 
 
-def _run(name: str, layout: Layout, epsilon: float, relu: bool, x: Any, *arrays: Any) -> None:
+def _run(name: str, layout: Layout, epsilon: float, relu: bool, x: Any, *arrays: Any) -> bool:
     """Call a function of the library; arrays are tensors, addresses, or None."""
     addresses = [
         0 if a is None else a if isinstance(a, int) else a.data_ptr() for a in (x, *arrays)
     ]
     how = (DTYPES[x.dtype], relu, torch.get_num_threads(), epsilon, _parallel())
-    _native.run(name, *layout, *how, *addresses)
+    return _native.run(name, *layout, *how, *addresses)
 
 
 def _addresses(rows: Any) -> range:
@@ -157,6 +165,7 @@ def _wide(weight: Any, x: Any) -> Any:
 def _dense(x: Any, axis: int) -> tuple[Any, Layout]:
     """The tensor, copied if its memory has gaps, and that memory as (outer, channels, inner)."""
     channel = axis % x.dim()
+    x = x.resolve_neg()  # A view can be the negative of its memory.
     if x.is_contiguous():
         shape = x.shape
         return x, (math.prod(shape[:channel]), shape[channel], math.prod(shape[channel + 1 :]))

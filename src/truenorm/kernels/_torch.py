@@ -35,6 +35,11 @@ LARGEST_RATIO = 8.0
 isfinite, where = torch.isfinite, torch.where
 
 
+def blend(old: Any, value: Any, momentum: Any) -> Any:
+    """One step of a moving average."""
+    return torch.lerp(old, value, 1.0 - momentum)
+
+
 def normalize(
     x: Any,
     gamma: Any = None,
@@ -61,7 +66,7 @@ def normalize(
         return _composite.normalize(
             x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, fallback=fallback, relu=relu
         )
-    if _native_torch.takes(x):
+    if _native_torch.takes(x, gamma, beta):
         return _native_torch.normalize(x, gamma, beta, axis=axis, epsilon=epsilon, relu=relu)
     dtype = torch.promote_types(x.dtype, torch.float32)
     after = math.prod(x.shape[axis % x.dim() + 1 :])
@@ -99,8 +104,10 @@ def infer(
         or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     ):
         return None
-    if _native_torch.takes(x) and not (x.requires_grad and torch.is_grad_enabled()):
-        return _native_torch.infer(x, gamma, beta, mean, variance, axis=axis, epsilon=epsilon)
+    given = (gamma, beta, mean, variance)
+    differentiated = x.requires_grad and torch.is_grad_enabled()
+    if not differentiated and _native_torch.takes(x, *given):
+        return _native_torch.infer(x, *given, axis=axis, epsilon=epsilon)
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean, variance = mean.to(dtype), variance.to(dtype)
     try:

@@ -181,11 +181,11 @@ int JOIN(tn_forward, TN_LEVEL)(const tn_call *call)
     job j;
     if (prepare(&j, call)) return -1;
     run(&j, MOMENTS);
-    FINISH(finish_moments);
+    const int status = FINISH(finish_moments);
     FINISH(constants);
     if (call->y) run(&j, NORMALIZE);
     free(j.sums);
-    return 0;
+    return status;
 }
 
 int JOIN(tn_backward, TN_LEVEL)(const tn_call *call)

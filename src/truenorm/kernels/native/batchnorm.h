@@ -26,7 +26,8 @@ typedef struct {
     void *y;                  /* out: y, or dx (NULL: not wanted) */
 } tn_call;
 
-/* What tn_forward, tn_backward and tn_infer are: 0, or -1 where there is no memory. tn_infer
+/* What tn_forward, tn_backward and tn_infer are: 0, or -1 where there is no memory, or 1 from
+ * tn_forward where a mean or variance is not a finite number. tn_infer
  * normalises with the mean and variance given; tn_backward does not read the variance. */
 typedef int tn_pass(const tn_call *call);
 tn_pass tn_forward, tn_backward, tn_infer;

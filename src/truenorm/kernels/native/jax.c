@@ -13,5 +13,5 @@ __attribute__((visibility("default"))) void tn_xla_moments(char *rows, void **op
         .threads = (int32_t)n.threads, .parallel = tn_own_threads, .x = operands[1],
         .mean = rows, .variance = rows + row, .low = rows + 2 * row, .rstd = rows + 3 * row,
     };
-    if (tn_forward(&call)) memset(rows, 0xff, (size_t)(4 * row)); /* no memory: NaN */
+    if (tn_forward(&call) < 0) memset(rows, 0xff, (size_t)(4 * row)); /* no memory: NaN */
 }

@@ -231,7 +231,7 @@ static void NAME(slices)(job *j, int64_t chunk, void *scratch)
 }
 
 /* From the moments of all chunks to the statistics, and to the constants of the next pass. */
-static void NAME(finish_moments)(job *j)
+static int NAME(finish_moments)(job *j)
 {
     const tn_call *call = j->call;
     const int64_t channels = call->channels;
@@ -255,6 +255,9 @@ static void NAME(finish_moments)(job *j)
         variance[c] = (SUM)(m2[c] / count);
         rstd[c] = (SUM)(1 / sqrt(m2[c] / count + call->epsilon));
     }
+    int finite = 1;
+    for (int64_t c = 0; c < channels; c++) finite &= isfinite(mean[c]) && isfinite(variance[c]);
+    return !finite;
 }
 
 /* scale = gamma rstd, offset = beta - low scale. */

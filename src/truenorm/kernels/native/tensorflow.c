@@ -146,7 +146,7 @@ static void forward(void *asked, void *context)
         call.epsilon = *(double *)tf.TensorData(inputs[EPSILON]);
         call.y = tf.TensorData(y);
         set_statistics(&call, kept);
-        failed = tn_forward(&call);
+        failed = tn_forward(&call) < 0;
     }
     finish(context, failed, inputs, FORWARD_INPUTS, y, kept, status);
 }
@@ -162,7 +162,7 @@ static void backward(void *asked, void *context)
         call.y = tf.TensorData(dx);
         call.dgamma = row(sums, 0, &call), call.dbeta = row(sums, 1, &call);
         set_statistics(&call, inputs[STATISTICS]);
-        failed = tn_backward(&call);
+        failed = tn_backward(&call) < 0;
     }
     finish(context, failed, inputs, BACKWARD_INPUTS, dx, sums, status);
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pathlib
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -223,6 +225,20 @@ def test_a_call_in_training_mode_is_exported_without_the_compiled_passes(
     x = RNG.normal(3, 2, (8, 5)).astype("float32")
     expected = reference.forward(x).output
     np.testing.assert_allclose(np.asarray(loaded.serve(x)), expected, atol=1e-5)
+
+
+def test_training_writes_nothing_of_ours_to_standard_error() -> None:
+    """XLA and TensorFlow log what they dislike in an operation there, and go on."""
+    program = (
+        "import keras, numpy as np; from truenorm import BatchNormalization; "
+        "model = keras.Sequential([keras.Input((3,)), BatchNormalization(), keras.layers.Dense(1)]); "
+        "model.compile('sgd', 'mse'); "
+        "model.fit(np.ones((8, 3)), np.zeros((8, 1)), verbose=0, batch_size=4)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "tn_" not in found.stderr.lower()
+    assert "truenorm" not in found.stderr.lower()
 
 
 def node_defs(part: Any) -> Any:

@@ -6,16 +6,15 @@ in whole models saves more than a compiled pass that is faster by itself (docs/p
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any
 
 import jax
 import keras
-import numpy as np
-from jax import numpy as jnp
 
 from truenorm.kernels import _native
+
+TARGET = "tn_xla_moments"
 
 
 def takes(x: Any) -> bool:
@@ -36,17 +35,8 @@ def takes(x: Any) -> bool:
 
 def moments(rows: Any, dtype: Any) -> tuple[Any, Any, Any]:
     """Mean, what rounding takes from it, and variance; ``rows`` is (outer, channels[, inner])."""
-    outer, channels, *inner = rows.shape
-    code, threads = _native.DTYPES[str(rows.dtype)], os.cpu_count() or 1
-    numbers = np.array((outer, channels, *(inner or [1]), code, threads), np.int64)
-    call = jax.ffi.ffi_call(
-        "tn_xla_moments",
-        jax.ShapeDtypeStruct((4, channels), dtype),
-        vmap_method="sequential",
-        custom_call_api_version=1,
-    )
-    # As 32-bit words: JAX has no others where it was not asked for them.
-    mean, variance, low, _ = call(jnp.asarray(numbers.view("int32")), rows)
+    result = jax.ShapeDtypeStruct((4, rows.shape[1]), dtype)
+    mean, variance, low, _ = jax.ffi.ffi_call(TARGET, result, vmap_method="sequential")(rows)
     return mean, low, variance
 
 
@@ -55,9 +45,8 @@ def _registered() -> bool:
     library = _native.library()
     if library is None:
         return False
-    target = jax.ffi.pycapsule(library.tn_xla_moments)
     try:
-        jax.ffi.register_ffi_target("tn_xla_moments", target, platform="cpu", api_version=0)
-    except (NotImplementedError, RuntimeError, ValueError):  # a JAX without this interface
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.tn_xla_moments), "cpu")
+    except (NotImplementedError, RuntimeError, ValueError):  # another version of the interface
         return False
     return True

@@ -231,7 +231,8 @@ def test_training_writes_nothing_of_ours_to_standard_error() -> None:
     """XLA and TensorFlow log what they dislike in an operation there, and go on."""
     program = (
         "import keras, numpy as np; from truenorm import BatchNormalization; "
-        "model = keras.Sequential([keras.Input((3,)), BatchNormalization(), keras.layers.Dense(1)]); "
+        "layers = [keras.Input((3,)), BatchNormalization(), keras.layers.Dense(1)]; "
+        "model = keras.Sequential(layers); "
         "model.compile('sgd', 'mse'); "
         "model.fit(np.ones((8, 3)), np.zeros((8, 1)), verbose=0, batch_size=4)"
     )

@@ -2,6 +2,7 @@
  * mean, variance, low, rstd as rows. What its C interface lays down is declared here as far as it is
  * used, so that nothing of XLA is needed to build.
  */
+#include <stdatomic.h>
 #include <stddef.h>
 #include <string.h>
 #include <unistd.h>
@@ -26,6 +27,14 @@ typedef struct {
     buffers operands, results;
 } frame;
 
+/* Asked once: the C library opens a file to find out. */
+static int processors(void)
+{
+    static atomic_int found;
+    if (!found) found = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    return found;
+}
+
 __attribute__((visibility("default"))) void *tn_xla_moments(frame *f)
 {
     if (f->extensions && f->extensions->type == METADATA) { /* asked which version this is of */
@@ -42,7 +51,7 @@ __attribute__((visibility("default"))) void *tn_xla_moments(frame *f)
         .outer = x->shape[0], .channels = channels, .inner = x->rank == 3 ? x->shape[2] : 1,
         .dtype = x->type == F32 ? TN_FLOAT32 : x->type == F64 ? TN_FLOAT64
                  : x->type == F16 ? TN_FLOAT16 : TN_BFLOAT16,
-        .threads = (int32_t)sysconf(_SC_NPROCESSORS_ONLN), .parallel = tn_own_threads,
+        .threads = processors(), .parallel = tn_own_threads,
         .x = x->data, .mean = rows, .variance = rows + row, .low = rows + 2 * row,
         .rstd = rows + 3 * row,
     };

@@ -90,7 +90,8 @@ class BuildLibrary(build_ext):
             ]
             subprocess.run(line, check=True, env=environment)
         except (OSError, subprocess.CalledProcessError) as error:
-            target.unlink(missing_ok=True)
+            for left in (target, NATIVE / target.name):  # none at all rather than an old one
+                left.unlink(missing_ok=True)
             print(f"truenorm: without its compiled passes ({error})", file=sys.stderr)
 
 
@@ -103,6 +104,7 @@ class PlatformWheel(bdist_wheel):
 
 
 supported = sys.platform.startswith("linux") or sys.platform == "darwin"
+supported = supported and os.environ.get("TRUENORM_NATIVE") != "0"
 library = Extension("truenorm.kernels.native.libtruenorm", [], optional=True)
 setup(
     ext_modules=[library] if supported else [],

@@ -8,6 +8,7 @@ no framework: those that use it pass addresses.
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 from functools import cache
 from pathlib import Path
@@ -25,10 +26,12 @@ none: parallel, x, dy, gamma, beta, mean, variance, low, rstd, d_gamma, d_beta, 
 
 @cache
 def library() -> Any | None:
-    """The shared library, or None where it was not built for this machine."""
+    """The shared library, or None where it was not built for this machine, or from other code."""
     try:
         found = ctypes.CDLL(str(PATH))
-    except OSError:
+        if ctypes.c_int.in_dll(found, "tn_call_size").value != CALL.size:
+            return None
+    except (OSError, ValueError):
         return None
     for function in (found.tn_forward, found.tn_backward, found.tn_infer):
         function.argtypes = (ctypes.c_char_p,)
@@ -44,6 +47,13 @@ def run(name: str, *call: float) -> bool:
     if status < 0:
         raise MemoryError("no memory for the sums of BatchNormalization")
     return status == 0
+
+
+def processors() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def own_threads() -> int:

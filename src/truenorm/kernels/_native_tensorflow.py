@@ -7,7 +7,6 @@ graph of a model that is exported.
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any
 
@@ -44,11 +43,13 @@ def forward(rows: Any, gamma: Any, beta: Any, *, epsilon: float, relu: bool) -> 
 
 
 def backward(
-    gradient: Any, rows: Any, gamma: Any, beta: Any, kept: Any, *, relu: bool
+    gradient: Any, rows: Any, gamma: Any, beta: Any, kept: Any, *, epsilon: Any, relu: bool
 ) -> tuple[Any, Any, Any]:
     """The gradients of a loss with respect to rows, gamma and beta."""
     d_rows, sums = _operations().truenorm_backward(
-        rows, gamma, beta, kept, gradient, relu=relu, threads=_threads()
+        *(rows, gamma, beta, kept, gradient, tf.convert_to_tensor(epsilon, tf.float64)),
+        relu=relu,
+        threads=_threads(),
     )
     d_gamma, d_beta = tf.unstack(tf.ensure_shape(sums, (2, None)))
     return d_rows, d_gamma, d_beta
@@ -64,5 +65,17 @@ def _operations() -> Any:
     return found if hasattr(found, "truenorm_forward") else None
 
 
+_operations()  # Graphs that were saved with them find them as soon as this is imported.
+
+
+@tf.RegisterGradient("TruenormForward")
+def _gradient(op: Any, gradient: Any, _: Any) -> Any:
+    """For what looks past the custom gradient: vectorized maps, forward accumulators."""
+    rows, gamma, beta, epsilon = op.inputs
+    kept, relu = op.outputs[1], op.get_attr("relu")
+    found = backward(gradient, rows, gamma, beta, kept, epsilon=epsilon, relu=relu)
+    return *found, None
+
+
 def _threads() -> int:
-    return tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count() or 1
+    return tf.config.threading.get_intra_op_parallelism_threads() or _native.processors()

@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from truenorm.kernels import _native
 from truenorm.kernels._contract import Normalized
@@ -33,13 +34,22 @@ def takes(x: Any, *weights: Any) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         or x.dtype not in DTYPES
-        or any(
-            t.device.type != "cpu" or type(t) not in (torch.Tensor, torch.nn.Parameter)
-            for t in (x, *weights)
+        or not _plain(x, *weights)
+        or _native.library() is None
+    )
+
+
+def _plain(*tensors: Any) -> bool:
+    """Whether these are numbers in memory, and nobody watches what is done with them."""
+    return (
+        forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
+        and torch._C._len_torch_dispatch_stack() == 0  # pyright: ignore[reportPrivateUsage]
+        and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+        and all(
+            t.device.type == "cpu" and type(t) in (torch.Tensor, torch.nn.Parameter)
+            for t in tensors
             if t is not None
         )
-        or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
-        or _native.library() is None
     )
 
 
@@ -77,7 +87,8 @@ class _Normalize(torch.autograd.Function):
     ) -> tuple[Any, Any, bool]:
         layout, _, epsilon, relu = how
         output = torch.empty_like(x)
-        kept = torch.empty(4, layout[1], dtype=torch.promote_types(x.dtype, torch.float32))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        kept = torch.empty(4, layout[1], dtype=dtype, device=x.device)
         arrays = (x, None, gamma, beta, *_addresses(kept), None, None, output)
         finite = _run("tn_forward", layout, epsilon, relu, *arrays)
         ctx.how = how
@@ -92,9 +103,11 @@ class _Normalize(torch.autograd.Function):
             return None, None, None, None
         x, gamma, beta, kept = ctx.saved_tensors
         layout, channel, epsilon, relu = ctx.how
-        if torch.is_grad_enabled():
+        batched = torch._C._functorch.is_legacy_batchedtensor(gradient)  # pyright: ignore
+        if torch.is_grad_enabled() or batched or not _plain(gradient):
             found = _differentiable(gradient, x, gamma, beta, kept, channel, epsilon, relu)
         else:
+            x, layout = _dense(x, channel)  # Who keeps tensors elsewhere may order them anew.
             gradient = gradient.resolve_neg()
             if gradient.stride() != x.stride():
                 gradient = torch.empty_like(x).copy_(gradient)
@@ -134,11 +147,16 @@ def _differentiable(
 
 def _run(name: str, layout: Layout, epsilon: float, relu: bool, x: Any, *arrays: Any) -> bool:
     """Call a function of the library; arrays are tensors, addresses, or None."""
-    addresses = [
-        0 if a is None else a if isinstance(a, int) else a.data_ptr() for a in (x, *arrays)
-    ]
+    addresses = [0 if a is None else a if isinstance(a, int) else _address(a) for a in (x, *arrays)]
     how = (DTYPES[x.dtype], relu, torch.get_num_threads(), epsilon, _parallel())
     return _native.run(name, *layout, *how, *addresses)
+
+
+def _address(tensor: Any) -> int:
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel() > 0:
+        raise RuntimeError("a tensor of BatchNormalization has no memory")
+    return address
 
 
 def _addresses(rows: Any) -> range:
@@ -159,7 +177,8 @@ def _parallel() -> int:
 def _wide(weight: Any, x: Any) -> Any:
     if weight is None:
         return None
-    return weight.to(x.dtype if x.dtype == torch.float64 else torch.float32).contiguous()
+    weight = weight.to(x.dtype if x.dtype == torch.float64 else torch.float32)
+    return weight.resolve_neg().contiguous()
 
 
 def _dense(x: Any, axis: int) -> tuple[Any, Layout]:

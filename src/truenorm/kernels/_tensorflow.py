@@ -92,13 +92,7 @@ def _kernel(
     @tf.custom_gradient
     def differentiable_backward(gradient: Any, rows: Any, gamma: Any, beta: Any, *kept: Any) -> Any:
         def second(*cotangents: Any) -> Any:
-            # The statistics depend on the rows, which their captured values would hide.
-            with tf.GradientTape() as tape:
-                tape.watch((gradient, rows, gamma))
-                output, shift, delta, _, rstd = _forward(epsilon, dtype, relu)(rows, gamma, beta)
-                rectified = (output,) * relu
-                first = _backward(gradient, rows, gamma, shift, delta, rstd, *rectified)
-            seconds = tape.gradient(first, (gradient, rows, gamma), output_gradients=cotangents)
+            seconds = _second(gradient, rows, gamma, beta, epsilon, relu, cotangents)
             return (*seconds, None, *[None] * len(kept))
 
         return backward(gradient, rows, gamma, beta, *kept), second
@@ -123,7 +117,7 @@ def _compiled(epsilon: float, relu: bool, rank: int, x_dtype: str, dtype: str) -
         output, kept = _native_tensorflow.forward(rows, gamma, beta, epsilon=epsilon, relu=relu)
         return output, kept[0], kept[1], (kept,)
 
-    return forward, partial(_native_tensorflow.backward, relu=relu)
+    return forward, partial(_native_tensorflow.backward, epsilon=epsilon, relu=relu)
 
 
 def _by_xla(epsilon: float, relu: bool, rank: int, x_dtype: str, dtype: str) -> tuple[Any, Any]:
@@ -149,7 +143,30 @@ def _by_xla(epsilon: float, relu: bool, rank: int, x_dtype: str, dtype: str) -> 
     return forward, backward
 
 
-def _forward(epsilon: float, dtype: str, relu: bool) -> Callable[..., Any]:
+def _second(
+    gradient: Any, rows: Any, gamma: Any, beta: Any, epsilon: Any, relu: bool, cotangents: Any
+) -> Any:
+    """The derivatives of the backward pass with respect to gradient, rows and gamma."""
+    # The statistics depend on the rows, which their captured values would hide.
+    with tf.GradientTape() as tape:
+        tape.watch((gradient, rows, gamma))
+        forward = _forward(epsilon, gamma.dtype, relu)
+        output, shift, delta, _, rstd = forward(rows, gamma, beta)
+        first = _backward(gradient, rows, gamma, shift, delta, rstd, *[output] * relu)
+    return tape.gradient(first, (gradient, rows, gamma), output_gradients=cotangents)
+
+
+@tf.RegisterGradient("TruenormBackward")
+def _gradient_of_backward(op: Any, of_rows: Any, of_sums: Any) -> Any:
+    rows, gamma, beta, _, gradient, epsilon = op.inputs
+    cotangents = (of_rows, *tf.unstack(of_sums))
+    epsilon = tf.cast(epsilon, gamma.dtype)
+    relu = op.get_attr("relu")
+    seconds = _second(gradient, rows, gamma, beta, epsilon, relu, cotangents)
+    return seconds[1], seconds[2], None, None, seconds[0], None
+
+
+def _forward(epsilon: Any, dtype: str, relu: bool) -> Callable[..., Any]:
     def forward(rows: Any, gamma: Any, beta: Any) -> Any:
         values = tf.cast(rows, dtype)
         share = _share(rows, dtype)

@@ -24,6 +24,7 @@ __attribute__((constructor)) static void choose(void)
 }
 #endif
 
+EXPORT const int tn_call_size = sizeof(tn_call);
 EXPORT int tn_forward(const tn_call *call) { return forward(call); }
 EXPORT int tn_backward(const tn_call *call) { return backward(call); }
 EXPORT int tn_infer(const tn_call *call) { return infer(call); }

@@ -2,6 +2,8 @@
  * mean, variance, low, rstd as rows. What its C interface lays down is declared here as far as it is
  * used, so that nothing of XLA is needed to build.
  */
+#define _GNU_SOURCE
+#include <sched.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <string.h>
@@ -27,11 +29,18 @@ typedef struct {
     buffers operands, results;
 } frame;
 
-/* Asked once: the C library opens a file to find out. */
+/* How many processors this process may use; asked once. */
 static int processors(void)
 {
     static atomic_int found;
-    if (!found) found = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    if (!found) {
+#ifdef __linux__
+        cpu_set_t mine;
+        found = sched_getaffinity(0, sizeof mine, &mine) ? 1 : CPU_COUNT(&mine);
+#else
+        found = (int)sysconf(_SC_NPROCESSORS_ONLN);
+#endif
+    }
     return found;
 }
 

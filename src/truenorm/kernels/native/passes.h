@@ -94,8 +94,9 @@ static ALWAYS_INLINE void NAME(gradient)(const VALUE *restrict x, const VALUE *r
 
 static void NAME(tile)(const job *j, int64_t at, int64_t rows, int64_t width, NAME(columns) k)
 {
-    const VALUE *x = (const VALUE *)j->call->x + at, *dy = (const VALUE *)j->call->dy + at;
-    VALUE *y = (VALUE *)j->call->y + at;
+    const VALUE *x = (const VALUE *)j->call->x + at;
+    const VALUE *dy = j->call->dy ? (const VALUE *)j->call->dy + at : NULL;
+    VALUE *y = j->call->y ? (VALUE *)j->call->y + at : NULL;
     const int alike = j->call->inner != 1;
 #define EACH(relu, alike) ((relu) * 2 + (alike))
     if (j->pass == MOMENTS) {

@@ -2,7 +2,9 @@
  * the library is loaded: where there is no TensorFlow in the process, nothing happens.
  *
  *   TruenormForward: x (outer, channels, inner), gamma, beta, epsilon -> y; mean, variance, low, rstd
- *   TruenormBackward: x, dy, gamma, beta, these four -> dx; dgamma, dbeta
+ *   TruenormBackward: x, gamma, beta, these four, dy, epsilon -> dx; dgamma, dbeta
+ *
+ * The backward operation needs no epsilon; its derivative does.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -12,7 +14,7 @@
 #include "batchnorm.h"
 
 enum { TF_FLOAT = 1, TF_DOUBLE = 2, TF_BFLOAT16 = 14, TF_HALF = 19, RESOURCE_EXHAUSTED = 8 };
-enum { X, GAMMA, BETA, EPSILON, FORWARD_INPUTS, STATISTICS = 3, DY, BACKWARD_INPUTS };
+enum { X, GAMMA, BETA, EPSILON, FORWARD_INPUTS, STATISTICS = 3, DY, EPSILON_AGAIN, BACKWARD_INPUTS };
 
 /* TensorFlow's functions: result, name without TF_, arguments. Its types are opaque. */
 #define FUNCTIONS(F) \
@@ -204,7 +206,7 @@ __attribute__((constructor)) static void register_operations(void)
 {
     static const char *const of_forward[] = {"x: T", "gamma: S", "beta: S", "epsilon: double", NULL};
     static const char *const of_backward[] = {"x: T", "gamma: S", "beta: S", "statistics: S",
-                                              "dy: T", NULL};
+                                              "dy: T", "epsilon: double", NULL};
     if (!find_tensorflow()) return;
     add("TruenormForward", forward, of_forward, "y: T");
     add("TruenormBackward", backward, of_backward, "dx: T");

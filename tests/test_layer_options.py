@@ -44,6 +44,14 @@ def test_bessel_correction_keeps_unbiased_variances() -> None:
     np.testing.assert_allclose(array(layer.moving_variance), x.var(0, ddof=1), rtol=1e-6)
 
 
+def test_bessel_correction_in_float64() -> None:
+    x = RNG.normal(3, 2, (5, 3))
+    with precision("float64"):
+        layer = BatchNormalization(momentum=0.0, bessel_correction=True, dtype="float64")
+        layer(tensor(x, "float64"), training=True)
+        np.testing.assert_allclose(array(layer.moving_variance), x.var(0, ddof=1), rtol=1e-14)
+
+
 def test_bessel_correction_with_renorm() -> None:
     x = RNG.normal(3, 2, (5, 3))
     layer = BatchNormalization(renorm=True, momentum=None)

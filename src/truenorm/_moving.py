@@ -36,7 +36,7 @@ def step(layer: Any, batch: Normalized) -> None:
         some, enough = (known if yes is True else known & yes for yes in (some, enough))
     variance = batch.variance
     if layer.bessel_correction or layer.momentum is None:
-        variance = variance * (batch.count / ops.where(enough, batch.count - batch.batches, 1.0))
+        variance = variance * _unbiased(batch.count, batch.batches)
     of_mean, of_variance = layer.momentum, layer.momentum
     if layer.momentum is None:
         seen = layer.batches_seen.value
@@ -77,6 +77,13 @@ def correction(layer: Any, batch: Normalized) -> tuple[Any, Any]:
     most = limits.get("dmax")
     d = _clip(d, None if most is None else -most, most)
     return ops.where(batch.count > 0, r, 1.0), ops.where(batch.count > 0, d, 0.0)
+
+
+def _unbiased(count: Any, batches: Any) -> Any:
+    """n / (n - g); 1 where that is not defined, and not used. In the precision of the count."""
+    if isinstance(count, int):
+        return count / (count - batches if count > batches else 1)
+    return count / ops.where(count > batches, count - batches, 1.0)
 
 
 def _move(variable: Any, value: Any, momentum: Any, counts: Any) -> Any:

@@ -80,7 +80,7 @@ def correction(layer: Any, batch: Normalized) -> tuple[Any, Any]:
 
 
 def _unbiased(count: Any, batches: Any) -> Any:
-    """n / (n - g); 1 where that is not defined, and not used. In the precision of the count."""
+    """Bessel's n / (n - g), in the precision of the count; 1 where it is not defined nor used."""
     if isinstance(count, int):
         return count / (count - batches if count > batches else 1)
     return count / ops.where(count > batches, count - batches, 1.0)

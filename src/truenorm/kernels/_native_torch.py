@@ -104,7 +104,7 @@ class _Normalize(torch.autograd.Function):
         x, gamma, beta, kept = ctx.saved_tensors
         layout, channel, epsilon, relu = ctx.how
         batched = torch._C._functorch.is_legacy_batchedtensor(gradient)  # pyright: ignore
-        if torch.is_grad_enabled() or batched or not _plain(gradient):
+        if torch.is_grad_enabled() or batched or not _plain(gradient, x, gamma, beta, kept):
             found = _differentiable(gradient, x, gamma, beta, kept, channel, epsilon, relu)
         else:
             x, layout = _dense(x, channel)  # Who keeps tensors elsewhere may order them anew.

@@ -40,6 +40,7 @@ from truenorm.kernels._ghosts import normalize_ghosts
 
 infer: Callable[..., Any] | None = None
 isfinite: Callable[..., Any] = keras.ops.isfinite
+where: Callable[..., Any] = keras.ops.where
 
 
 def blend(old: Any, value: Any, momentum: Any) -> Any:
@@ -47,7 +48,6 @@ def blend(old: Any, value: Any, momentum: Any) -> Any:
     return old * momentum + value * (1.0 - momentum)
 
 
-where: Callable[..., Any] = keras.ops.where
 if keras.config.backend() == "jax":
     from truenorm.kernels._jax import normalize, normalize_synchronized
 elif keras.config.backend() == "tensorflow":

@@ -16,7 +16,7 @@ import pytest
 from helpers import CASES, EPSILON, Case, array, error, gradients, precision, tensor
 
 from truenorm import kernels
-from truenorm.kernels import _composite, _native
+from truenorm.kernels import Moving, _composite, _native
 from truenorm.kernels import _reference as reference
 
 NATIVE = importlib.import_module(f"truenorm.kernels._native_{keras.config.backend()}")
@@ -187,7 +187,7 @@ def test_nothing_valid_normalises_with_the_fallback(normalize: Callable[..., Any
         axis=-1,
         epsilon=0.0,
         mask=tensor([False, False], "bool"),
-        fallback=(tensor([1.0, 5.0]), tensor([4.0, 1.0])),
+        moving=Moving(tensor([1.0, 5.0]), tensor([4.0, 1.0])),
     )
     assert float(result.count) == 0
     assert array(result.output).tolist() == [[0.0, 0.0], [1.0, 2.0]]

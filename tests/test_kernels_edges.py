@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import EPSILON, array, error
+from helpers import EPSILON, array, error, tensor
 
 from truenorm import BatchNormalization, kernels
 from truenorm.kernels import _reference as reference
@@ -143,3 +143,28 @@ def test_a_saved_training_step_loads_where_the_layer_is_imported(tmp_path: Any) 
     found = subprocess.run(line, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "(4, 3)" in found.stdout
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_a_stateless_step_leaves_the_variables_alone(momentum: float | None) -> None:
+    made = layer(momentum=momentum)
+    before = [array(v).copy() for v in made.variables]
+    values = [tensor(v.copy()) for v in before]
+    output, moved = made.stateless_call(values[:2], values[2:], tensor(X), training=True)
+    assert error(array(output), reference.forward(X).output) < 1e-6
+    wanted = 0.1 * X.mean(0) if momentum else X.mean(0)
+    np.testing.assert_allclose(array(moved[0]), wanted, rtol=1e-5)
+    for old, *same in zip(before, values, made.variables, strict=True):
+        for value in same:
+            np.testing.assert_array_equal(array(value), old)
+
+
+@on_torch
+def test_a_backward_pass_that_needs_statistics_of_before_is_refused() -> None:
+    import torch
+
+    made = layer()
+    kept = (torch.ones(3, requires_grad=True) * made.moving_mean.value).sum()
+    made(torch.tensor(X), training=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()

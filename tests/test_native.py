@@ -60,11 +60,11 @@ def step(x: Any, dy: Any, gamma: Any, beta: Any, *, relu: bool = False, threads:
     (y, around_y), (d_x, around_d_x) = (guarded(x.shape, x.dtype) for _ in range(2))
     rows, around_rows = guarded((6, x.shape[1]), wide)
     given = [None if a is None else np.ascontiguousarray(a, wide) for a in (gamma, beta)]
-    how = (*x.shape, _native.DTYPES[name], relu, threads, 1e-3, _native.own_threads())
+    how = (*x.shape, _native.DTYPES[name], relu, threads, 0, 1e-3, 0.0, _native.own_threads())
     held = [0 if a is None else a.ctypes.data for a in given]
     kept, sums = ([row.ctypes.data for row in part] for part in (rows[:4], rows[4:]))
-    _native.run("tn_forward", *how, x.ctypes.data, 0, *held, *kept, 0, 0, y.ctypes.data)
-    addresses = (x.ctypes.data, dy.ctypes.data, *held, *kept, *sums, d_x.ctypes.data)
+    _native.run("tn_forward", *how, x.ctypes.data, 0, *held, *kept, 0, 0, y.ctypes.data, *[0] * 4)
+    addresses = (x.ctypes.data, dy.ctypes.data, *held, *kept, *sums, d_x.ctypes.data, *[0] * 4)
     _native.run("tn_backward", *how, *addresses)
     for memory in (around_y, around_d_x, around_rows):
         assert (memory[:GUARD] == 0xA5).all()
@@ -168,6 +168,38 @@ def test_no_value_or_one(shape: tuple[int, ...]) -> None:
     assert (have.variance == 0).all()
     assert (have.d_x == 0).all()
     assert np.float32(have.y).tolist() == np.broadcast_to(np.float32(beta)[:, None], shape).tolist()
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(65, 5, 1), (3, 5, 70), (1, 5, 1), (0, 5, 1)], ids=str)
+def test_a_step_of_the_moving_statistics(
+    shape: tuple[int, ...], dtype: str, in_place: bool, unbiased: bool
+) -> None:
+    x, *_ = draw(shape, dtype)
+    x[:1, 1] = np.nan
+    x[:1, 2] = np.inf
+    wide = np.float64 if dtype == "float64" else np.float32
+    old = np.random.default_rng(4).uniform(1, 2, (2, 5)).astype(wide)
+    (moved, around), (kept, _) = guarded(old.shape, wide), guarded((4, 5), wide)
+    moved[:] = old if in_place else 0
+    given = moved if in_place else old
+    before, count = old.copy(), shape[0] * shape[2]
+    how = (*shape, _native.DTYPES[dtype], False, 2, unbiased, 1e-3, 0.9, _native.own_threads())
+    rows = [row.ctypes.data for part in (kept, given, moved) for row in part]
+    _native.run("tn_forward", *how, x.ctypes.data, *[0] * 3, *rows[:4], *[0] * 3, *rows[4:])
+    assert (around[:GUARD] == 0xA5).all()
+    assert (around[-GUARD:] == 0xA5).all()
+    with np.errstate(invalid="ignore"):
+        true = reference.forward(x, axis=1)
+    factor = count / max(count - 1, 1) if unbiased else 1.0
+    toward = (true.mean, true.variance * factor)
+    for row, (batch, least) in enumerate(zip(toward, (1, 2), strict=True)):
+        want = reference.moving(before[row], batch, 0.9) if count >= least else before[row]
+        clean = [0, 3, 4]
+        np.testing.assert_allclose(moved[row][clean], want[clean], rtol=2 * EPS["float32"])
+        np.testing.assert_array_equal(moved[row][1:3], before[row][1:3])
 
 
 def test_a_forked_child_has_threads_of_its_own() -> None:

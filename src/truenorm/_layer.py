@@ -311,19 +311,22 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if self.renorm or not keras.backend.is_float_dtype(dtype):
             dtype = kernels.statistics_dtype(dtype)
             inputs = ops.cast(inputs, dtype)
-        gamma, beta = (None if w is None else w.value for w in cast(Any, (self.gamma, self.beta)))
         rectifies = self.activation is keras.activations.relu and not self.renorm
-        fallback = None
-        if mask is not None or self.synchronized:  # There may be no value to normalise with.
-            moving = cast(Any, (self.moving_mean, self.moving_variance))
-            fallback = tuple(variable.value for variable in moving)
+        weights = cast(Any, (self.gamma, self.beta, self.moving_mean, self.moving_variance))
+        gamma, beta, mean, variance = (None if w is None else w.value for w in weights)
         batch = self._kernel()(
             inputs,
             *(() if self.renorm else (gamma, beta)),
             axis=self.axis,
             epsilon=self.epsilon,
             mask=mask,
-            fallback=fallback,
+            moving=kernels.Moving(
+                mean,
+                variance,
+                momentum=None if self.renorm else self.momentum,
+                unbiased=self.bessel_correction,
+                writable=kernels.writable(),
+            ),
             relu=rectifies,
         )
         output = self._renormalize(batch, gamma, beta) if self.renorm else batch.output

@@ -29,11 +29,16 @@ ops: Any = keras.ops
 
 
 def step(layer: Any, batch: Normalized) -> None:
-    """Move all moving statistics of the layer by one batch."""
+    """Move all moving statistics of the layer by one batch, unless the kernel has."""
+    if batch.moved is not None:
+        for variable, value in zip(
+            (layer.moving_mean, layer.moving_variance), batch.moved, strict=False
+        ):
+            variable.assign(value)
+        return
     some, enough = batch.count > 0, batch.count > batch.batches  # plain booleans, or tensors
-    if layer.momentum is None or not batch.finite:
-        known = isfinite(batch.mean + batch.variance)
-        some, enough = (known if yes is True else known & yes for yes in (some, enough))
+    known = isfinite(batch.mean + batch.variance)
+    some, enough = (known if yes is True else known & yes for yes in (some, enough))
     variance = batch.variance
     if layer.bessel_correction or layer.momentum is None:
         variance = variance * _unbiased(batch.count, batch.batches)
@@ -90,9 +95,7 @@ def _move(variable: Any, value: Any, momentum: Any, counts: Any) -> Any:
     old = variable.value
     if keras.backend.standardize_dtype(value.dtype) != variable.dtype:
         value = ops.cast(value, variable.dtype)
-    new = blend(old, value, momentum)
-    if counts is not True:
-        new = where(counts, new, old)
+    new = where(counts, blend(old, value, momentum), old)
     variable.assign(new)
     return new
 

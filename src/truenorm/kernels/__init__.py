@@ -9,7 +9,8 @@ A kernel is a function ``normalize`` with exactly the signature of :func:`normal
 * ``epsilon``: added to the variance, in units of ``x`` squared.
 * ``mask``: booleans in the shape of ``x`` without its channel axis (axes of size 1 stretch), or
   None. False: the value does not count in the statistics. It is normalised all the same.
-* ``fallback``: mean and variance that normalise if the mask leaves no value.
+* ``moving``: a layer's moving statistics (:class:`Moving`), or None. They normalise if the mask
+  leaves no value; and a kernel to which it costs nothing moves them (``Normalized.moved``).
 * ``relu``: whether negative outputs become 0, in the same pass where the backend can.
 
 It returns :class:`Normalized`. It computes in float32 at least; its output differentiates through
@@ -35,7 +36,7 @@ from typing import Any
 
 import keras
 
-from truenorm.kernels._contract import Normalized, statistics_dtype
+from truenorm.kernels._contract import Moving, Normalized, statistics_dtype
 from truenorm.kernels._ghosts import normalize_ghosts
 
 infer: Callable[..., Any] | None = None
@@ -46,6 +47,11 @@ where: Callable[..., Any] = keras.ops.where
 def blend(old: Any, value: Any, momentum: Any) -> Any:
     """One step of a moving average."""
     return old * momentum + value * (1.0 - momentum)
+
+
+def writable() -> bool:
+    """Whether the values of variables are in memory that a step may change."""
+    return False
 
 
 if keras.config.backend() == "jax":
@@ -60,6 +66,7 @@ elif keras.config.backend() == "torch":
         normalize,
         normalize_synchronized,
         where,
+        writable,
     )
 else:
     from truenorm.kernels._composite import normalize
@@ -67,6 +74,7 @@ else:
     normalize_synchronized = normalize
 
 __all__ = [
+    "Moving",
     "Normalized",
     "blend",
     "infer",
@@ -76,4 +84,5 @@ __all__ = [
     "normalize_synchronized",
     "statistics_dtype",
     "where",
+    "writable",
 ]

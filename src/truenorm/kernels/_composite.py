@@ -26,7 +26,7 @@ from typing import Any
 
 import keras
 
-from truenorm.kernels._contract import Normalized, statistics_dtype
+from truenorm.kernels._contract import Moving, Normalized, statistics_dtype
 
 ops: Any = keras.ops
 
@@ -42,7 +42,7 @@ def normalize(
     axis: int,
     epsilon: float,
     mask: Any = None,
-    fallback: tuple[Any, Any] | None = None,
+    moving: Moving | None = None,
     relu: bool = False,
     gather: Gather | None = None,
 ) -> Normalized:
@@ -50,7 +50,7 @@ def normalize(
     channel = axis % len(x.shape)
     valid = None if mask is None else ops.expand_dims(ops.cast(mask, "bool"), channel)
     result = normalize_apart(
-        x, gamma, beta, (channel,), epsilon, valid, fallback, relu=relu, gather=gather
+        x, gamma, beta, (channel,), epsilon, valid, moving, relu=relu, gather=gather
     )
     return Normalized(
         result.output,
@@ -67,7 +67,7 @@ def normalize_apart(
     kept: tuple[int, ...],
     epsilon: float,
     valid: Any = None,
-    fallback: tuple[Any, Any] | None = None,
+    moving: Moving | None = None,
     *,
     relu: bool = False,
     gather: Gather | None = None,
@@ -113,10 +113,10 @@ def normalize_apart(
     if gather is not None:
         count, shift, delta, variance = _merged(count, shift, delta, variance, gather)
         deviations = values - shift
-    if fallback is not None and (valid is not None or gather is not None):
+    if moving is not None and (valid is not None or gather is not None):
         # No valid value: normalise with the statistics given, shifted as the deviations are.
         given_mean, given_variance = (
-            ops.reshape(ops.cast(value, dtype), broadcast) for value in fallback
+            ops.reshape(ops.cast(value, dtype), broadcast) for value in moving[:2]
         )
         delta = ops.where(count > 0, delta, given_mean - shift)
         variance = ops.where(count > 0, variance, given_variance)

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from keras import backend
 
 
-@dataclass(frozen=True)
-class Normalized:
+class Moving(NamedTuple):
+    """A layer's moving statistics, before the batch.
+
+    Args:
+        mean: Shape ``(channels,)``.
+        variance: As ``mean``.
+        momentum: Weight of these in the step toward the batch's; None: the layer takes the step.
+        unbiased: Whether the step is toward the unbiased variance of the batch.
+        writable: Whether the step may be taken in the memory of these.
+    """
+
+    mean: Any
+    variance: Any
+    momentum: float | None = None
+    unbiased: bool = False
+    writable: bool = False
+
+
+class Normalized(NamedTuple):
     """One normalised batch and its statistics.
 
     Args:
         output: As the input, in the input's dtype.
-        mean: Mean per channel, shape ``(channels,)``, :func:`statistics_dtype`; no gradient.
+        mean: Mean per channel, shape ``(channels,)``, :func:`statistics_dtype`; no gradient. None
+            where the step has been taken in memory.
         variance: Population (biased) variance per channel, as ``mean``.
         count: Number of values per channel that the statistics are of: a scalar tensor, or a number
             where it is known.
-        finite: True where mean and variance are known to be finite numbers in all channels.
         batches: Number of (ghost) batches that the statistics are the average of.
+        moved: Where the kernel has taken the step, by the rules of :mod:`truenorm._moving`: the
+            moving mean and variance after it, or nothing if they lie where those before it lay.
+            None: the layer takes it.
     """
 
     output: Any
@@ -27,7 +46,7 @@ class Normalized:
     variance: Any
     count: Any
     batches: Any = 1
-    finite: bool = False
+    moved: tuple[Any, ...] | None = None
 
 
 def statistics_dtype(dtype: Any) -> str:

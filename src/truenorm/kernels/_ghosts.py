@@ -14,7 +14,7 @@ from typing import Any
 import keras
 
 from truenorm.kernels._composite import normalize_apart
-from truenorm.kernels._contract import Normalized
+from truenorm.kernels._contract import Moving, Normalized
 
 ops: Any = keras.ops
 
@@ -28,7 +28,7 @@ def normalize_ghosts(
     axis: int,
     epsilon: float,
     mask: Any = None,
-    fallback: tuple[Any, Any] | None = None,
+    moving: Moving | None = None,
     relu: bool = False,
 ) -> Normalized:
     """See :mod:`truenorm.kernels`; ``size`` is the number of samples in a ghost batch."""
@@ -53,7 +53,7 @@ def normalize_ghosts(
         inside = ops.reshape(ops.arange(rows * groups) < samples, [rows, groups, *[1] * len(inner)])
         valid = ops.logical_and(split(given), inside)
     result = normalize_apart(
-        split(x), gamma, beta, (1, channel + 1), epsilon, valid, fallback, relu=relu
+        split(x), gamma, beta, (1, channel + 1), epsilon, valid, moving, relu=relu
     )
     output = ops.reshape(result.output, [rows * groups, *inner])[:samples]
     return Normalized(output, *_pooled(result, groups))

@@ -23,7 +23,7 @@ import jax
 from jax import numpy as jnp
 
 from truenorm.kernels import _composite, _native_jax
-from truenorm.kernels._contract import Normalized, statistics_dtype
+from truenorm.kernels._contract import Moving, Normalized, statistics_dtype
 
 
 def normalize(
@@ -34,13 +34,13 @@ def normalize(
     axis: int,
     epsilon: float,
     mask: Any = None,
-    fallback: tuple[Any, Any] | None = None,
+    moving: Moving | None = None,
     relu: bool = False,
 ) -> Normalized:
     """See :mod:`truenorm.kernels`. Masks take the composite."""
     if mask is not None:
         return _composite.normalize(
-            x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, fallback=fallback, relu=relu
+            x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, moving=moving, relu=relu
         )
     channel = axis % x.ndim
     channels = x.shape[channel]

@@ -18,9 +18,10 @@ DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 PATH = Path(__file__).parent / "native" / "libtruenorm.so"
 
 
-CALL = struct.Struct("@3q3id12P")
-"""The call in C: outer, channels, inner; dtype, relu, threads; epsilon; and twelve addresses, 0 for
-none: parallel, x, dy, gamma, beta, mean, variance, low, rstd, d_gamma, d_beta, y.
+CALL = struct.Struct("@3q4i2d16P")
+"""The call in C: outer, channels, inner; dtype, relu, threads, unbiased; epsilon, momentum; and
+addresses, 0 for none: parallel, x, dy, gamma, beta, mean, variance, low, rstd, d_gamma, d_beta, y,
+moving mean and variance, and these moved.
 """
 
 
@@ -38,15 +39,10 @@ def library() -> Any | None:
     return found
 
 
-def run(name: str, *call: float) -> bool:
-    """Call one of the library's functions with the numbers of :data:`CALL`.
-
-    Whether all statistics that it found are finite numbers.
-    """
-    status = getattr(library(), name)(CALL.pack(*call))
-    if status < 0:
+def run(name: str, *call: float) -> None:
+    """Call one of the library's functions with the numbers of :data:`CALL`."""
+    if getattr(library(), name)(CALL.pack(*call)) < 0:
         raise MemoryError("no memory for the sums of BatchNormalization")
-    return status == 0
 
 
 def processors() -> int:

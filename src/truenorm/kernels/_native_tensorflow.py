@@ -18,6 +18,9 @@ from truenorm.kernels import _native
 
 tf: Any = tensorflow
 
+How = tuple[float, bool]
+"""Momentum, and whether the moving variance is unbiased."""
+
 
 def takes(x: Any) -> bool:
     """Whether the compiled passes can take this tensor in the graph that is being built."""
@@ -31,15 +34,23 @@ def takes(x: Any) -> bool:
     )
 
 
-def forward(rows: Any, gamma: Any, beta: Any, *, epsilon: float, relu: bool) -> tuple[Any, Any]:
+def forward(
+    rows: Any, gamma: Any, beta: Any, *moving: Any, epsilon: float, relu: bool, how: How
+) -> tuple[Any, Any]:
     """Output, and in rows: mean, variance, what rounding takes from the mean, and rstd.
 
-    ``rows`` is (outer, channels, inner).
+    And the moving mean and variance after a step of this momentum, if they are given. ``rows`` is
+    (outer, channels, inner).
     """
+    momentum, unbiased = how
     output, kept = _operations().truenorm_forward(
-        rows, gamma, beta, tf.constant(epsilon, tf.float64), relu=relu, threads=_threads()
+        *(rows, gamma, beta, *(moving or [tf.zeros(0, gamma.dtype)] * 2)),
+        tf.constant((epsilon, momentum), tf.float64),
+        relu=relu,
+        unbiased=unbiased,
+        threads=_threads(),
     )
-    return output, tf.ensure_shape(kept, (4, None))
+    return output, tf.ensure_shape(kept, (4 + len(moving), None))
 
 
 def backward(
@@ -71,10 +82,10 @@ _operations()  # Graphs that were saved with them find them as soon as this is i
 @tf.RegisterGradient("TruenormForward")
 def _gradient(op: Any, gradient: Any, _: Any) -> Any:
     """For what looks past the custom gradient: vectorized maps, forward accumulators."""
-    rows, gamma, beta, epsilon = op.inputs
+    rows, gamma, beta, _, _, numbers = op.inputs
     kept, relu = op.outputs[1], op.get_attr("relu")
-    found = backward(gradient, rows, gamma, beta, kept, epsilon=epsilon, relu=relu)
-    return *found, None
+    found = backward(gradient, rows, gamma, beta, kept, epsilon=numbers[0], relu=relu)
+    return *found, None, None, None
 
 
 def _threads() -> int:

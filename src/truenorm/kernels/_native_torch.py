@@ -19,10 +19,12 @@ import torch
 from torch.autograd import forward_ad
 
 from truenorm.kernels import _native
-from truenorm.kernels._contract import Normalized
+from truenorm.kernels._contract import Moving, Normalized
 
 DTYPES = {getattr(torch, name): code for name, code in _native.DTYPES.items()}
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 Layout = tuple[int, int, int]
+How = tuple[Layout, int, float, bool, Any]
 
 
 def takes(x: Any, *weights: Any) -> bool:
@@ -30,38 +32,55 @@ def takes(x: Any, *weights: Any) -> bool:
 
     All must have memory here: while Keras finds out shapes, weights have none.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        or x.dtype not in DTYPES
-        or not _plain(x, *weights)
-        or _native.library() is None
+    return (
+        x.dtype in DTYPES
+        and not torch.compiler.is_compiling()
+        and not torch._C._get_tracing_state()  # pyright: ignore[reportPrivateUsage]
+        and _plain(x, *weights)
+        and _native.library() is not None
     )
 
 
 def _plain(*tensors: Any) -> bool:
     """Whether these are numbers in memory, and nobody watches what is done with them."""
+    for tensor in tensors:
+        if tensor is not None and not (type(tensor) in PLAIN and tensor.is_cpu):
+            return False
     return (
         forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
         and torch._C._len_torch_dispatch_stack() == 0  # pyright: ignore[reportPrivateUsage]
         and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
-        and all(
-            t.device.type == "cpu" and type(t) in (torch.Tensor, torch.nn.Parameter)
-            for t in tensors
-            if t is not None
-        )
     )
 
 
 def normalize(
-    x: Any, gamma: Any, beta: Any, *, axis: int, epsilon: float, relu: bool
+    x: Any, gamma: Any, beta: Any, *, axis: int, epsilon: float, relu: bool, moving: Moving | None
 ) -> Normalized:
     """See :mod:`truenorm.kernels`."""
     x, layout = _dense(x, axis)
-    how = (layout, axis % x.dim(), epsilon, relu)
-    output, kept, finite = _Normalize.apply(x, _wide(gamma, x), _wide(beta, x), how)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if moving is not None and not _writable(moving, wide):
+        moving = None
+    # Mean, variance, what rounding takes from the mean, and rstd.
+    rows = torch.empty(4, layout[1], dtype=wide, device="cpu")
+    how = (layout, axis % x.dim(), epsilon, relu, rows)
+    output = _Normalize.apply(x, _wide(gamma, wide), _wide(beta, wide), how, moving)
     count = layout[0] * layout[2]
-    return Normalized(output, kept[0], kept[1], count, finite=finite)
+    if moving is None:
+        return Normalized(output, rows[0], rows[1], count)
+    torch.autograd.graph.increment_version(moving[:2])
+    return Normalized(output, None, None, count, moved=())
+
+
+def _writable(moving: Moving, dtype: Any) -> bool:
+    """Whether the compiled passes can take the step of the moving statistics, where they lie."""
+    return (
+        moving.writable
+        and moving.momentum is not None
+        and moving.mean.dtype == moving.variance.dtype == dtype
+        and moving.mean.is_contiguous()
+        and moving.variance.is_contiguous()
+    )
 
 
 def infer(
@@ -70,54 +89,50 @@ def infer(
     """Normalise with statistics that are given; not differentiable."""
     x, layout = _dense(x.detach(), axis)
     output = torch.empty_like(x)
-    weights = (_wide(weight, x) for weight in (gamma, beta, mean, variance))
-    _run("tn_infer", layout, epsilon, False, x, None, *weights, *[None] * 4, output)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weights = (_wide(weight, wide) for weight in (gamma, beta, mean, variance))
+    _run("tn_infer", x, layout, epsilon, False, None, *weights, *[None] * 4, output)
     return output
 
 
 class _Normalize(torch.autograd.Function):
-    """The output, and in rows: mean, variance, what rounding takes from the mean, and rstd.
+    """The output; ``how`` ends with what the statistics are written to.
 
     Without ``setup_context``, with which PyTorch inspects signatures at each call.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Any, gamma: Any, beta: Any, how: tuple[Layout, int, float, bool]
-    ) -> tuple[Any, Any, bool]:
-        layout, _, epsilon, relu = how
+    def forward(ctx: Any, x: Any, gamma: Any, beta: Any, how: How, moving: Moving | None) -> Any:
+        layout, _, epsilon, relu, rows = how
         output = torch.empty_like(x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        kept = torch.empty(4, layout[1], dtype=dtype, device=x.device)
-        arrays = (x, None, gamma, beta, *_addresses(kept), None, None, output)
-        finite = _run("tn_forward", layout, epsilon, relu, *arrays)
-        ctx.how = how
-        ctx.mark_non_differentiable(kept)
+        arrays = (None, gamma, beta, *_addresses(rows), None, None, output)
+        _run("tn_forward", x, layout, epsilon, relu, *arrays, moving=moving)
+        ctx.how = how[:-1]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, gamma, beta, kept)
-        return output, kept, finite
+        ctx.save_for_backward(x, gamma, beta, rows)
+        return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Any, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if gradient is None:
-            return None, None, None, None
-        x, gamma, beta, kept = ctx.saved_tensors
+            return None, None, None, None, None
+        x, gamma, beta, rows = ctx.saved_tensors
         layout, channel, epsilon, relu = ctx.how
+        needed = ctx.needs_input_grad
         batched = torch._C._functorch.is_legacy_batchedtensor(gradient)  # pyright: ignore
-        if torch.is_grad_enabled() or batched or not _plain(gradient, x, gamma, beta, kept):
-            found = _differentiable(gradient, x, gamma, beta, kept, channel, epsilon, relu)
+        if torch.is_grad_enabled() or batched or not _plain(gradient, x, gamma, beta, rows):
+            found = _differentiable(gradient, x, gamma, beta, rows, channel, epsilon, relu)
         else:
             x, layout = _dense(x, channel)  # Who keeps tensors elsewhere may order them anew.
-            gradient = gradient.resolve_neg()
-            if gradient.stride() != x.stride():
+            if gradient.stride() != x.stride() or gradient.is_neg():
                 gradient = torch.empty_like(x).copy_(gradient)
-            d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-            sums = torch.empty_like(kept[:2])
-            arrays = (x, gradient, gamma, beta, *_addresses(kept), *_addresses(sums), d_x)
-            _run("tn_backward", layout, epsilon, relu, *arrays)
+            d_x = torch.empty_like(x) if needed[0] else None
+            sums = [torch.empty(layout[1], dtype=rows.dtype, device="cpu") for _ in range(2)]
+            arrays = (gradient, gamma, beta, *_addresses(rows), *sums, d_x)
+            _run("tn_backward", x, layout, epsilon, relu, *arrays)
             found = (d_x, *sums)
-        needed = zip(found, ctx.needs_input_grad[:3], strict=True)
-        return *(part if needs else None for part, needs in needed), None
+        needed = zip(found, needed, strict=False)
+        return *(part if needs else None for part, needs in needed), None, None
 
 
 def _differentiable(
@@ -145,14 +160,30 @@ def _differentiable(
     return d_x.movedim(1, channel).to(x.dtype), d_gamma, d_beta
 
 
-def _run(name: str, layout: Layout, epsilon: float, relu: bool, x: Any, *arrays: Any) -> bool:
+def _run(
+    name: str,
+    x: Any,
+    layout: Layout,
+    epsilon: float,
+    relu: bool,
+    *arrays: Any,
+    moving: Moving | None = None,
+) -> None:
     """Call a function of the library; arrays are tensors, addresses, or None."""
-    addresses = [0 if a is None else a if isinstance(a, int) else _address(a) for a in (x, *arrays)]
-    how = (DTYPES[x.dtype], relu, torch.get_num_threads(), epsilon, _parallel())
-    return _native.run(name, *layout, *how, *addresses)
+    mean, variance, momentum, unbiased, _ = moving or Moving(None, None)
+    _native.run(
+        name,
+        *layout,
+        *(DTYPES[x.dtype], relu, torch.get_num_threads(), unbiased),
+        *(epsilon, momentum or 0.0, _parallel()),
+        *map(_address, (x, *arrays, mean, variance, mean, variance)),
+    )
 
 
 def _address(tensor: Any) -> int:
+    """That of a tensor's memory; an address as it is, and 0 for None."""
+    if tensor is None or type(tensor) is int:
+        return tensor or 0
     address = tensor.data_ptr()
     if address == 0 and tensor.numel() > 0:
         raise RuntimeError("a tensor of BatchNormalization has no memory")
@@ -174,17 +205,17 @@ def _parallel() -> int:
         return _native.own_threads()
 
 
-def _wide(weight: Any, x: Any) -> Any:
-    if weight is None:
-        return None
-    weight = weight.to(x.dtype if x.dtype == torch.float64 else torch.float32)
-    return weight.resolve_neg().contiguous()
+def _wide(weight: Any, dtype: Any) -> Any:
+    if weight is None or (weight.dtype == dtype and weight.is_contiguous() and not weight.is_neg()):
+        return weight
+    return weight.to(dtype).resolve_neg().contiguous()
 
 
 def _dense(x: Any, axis: int) -> tuple[Any, Layout]:
     """The tensor, copied if its memory has gaps, and that memory as (outer, channels, inner)."""
     channel = axis % x.dim()
-    x = x.resolve_neg()  # A view can be the negative of its memory.
+    if x.is_neg():  # A view can be the negative of its memory.
+        x = x.resolve_neg()
     if x.is_contiguous():
         shape = x.shape
         return x, (math.prod(shape[:channel]), shape[channel], math.prod(shape[channel + 1 :]))

@@ -20,7 +20,7 @@ from typing import Any
 import tensorflow  # noqa: ICN001 - its types are wrong: it becomes Any
 
 from truenorm.kernels import _composite, _native_tensorflow
-from truenorm.kernels._contract import Normalized, statistics_dtype
+from truenorm.kernels._contract import Moving, Normalized, statistics_dtype
 
 tf: Any = tensorflow
 
@@ -33,14 +33,14 @@ def normalize(
     axis: int,
     epsilon: float,
     mask: Any = None,
-    fallback: tuple[Any, Any] | None = None,
+    moving: Moving | None = None,
     relu: bool = False,
 ) -> Normalized:
     """See :mod:`truenorm.kernels`. Masks take the composite."""
     x = tf.convert_to_tensor(x)
     if mask is not None:
         return _composite.normalize(
-            x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, fallback=fallback, relu=relu
+            x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, moving=moving, relu=relu
         )
     channel = axis % len(x.shape)
     channels = x.shape[channel]
@@ -54,14 +54,25 @@ def normalize(
     passes = _compiled if _native_tensorflow.takes(x) else _by_xla
     flat = last and passes is _by_xla
     rows = tf.reshape(x, (before, channels) if flat else (before, channels, after))
-    kernel = _kernel(passes, epsilon, relu, 2 if flat else 3, x.dtype.name, dtype)
-    output, mean, variance = kernel(rows, scale, offset)
+    moves, how = _steps(moving, dtype) if passes is _compiled else ((), None)
+    kernel = _kernel(passes, epsilon, relu, 2 if flat else 3, x.dtype.name, dtype, how)
+    output, *statistics = kernel(rows, scale, offset, *moves)
     output = tf.reshape(output, shape)
     output.set_shape(x.shape)
-    mean.set_shape((channels,))
-    variance.set_shape((channels,))
+    for vector in statistics:
+        vector.set_shape((channels,))
+    mean, variance, *moved = (tf.stop_gradient(vector) for vector in statistics)
     count = tf.cast(before * after, dtype)
-    return Normalized(output, tf.stop_gradient(mean), tf.stop_gradient(variance), count)
+    return Normalized(output, mean, variance, count, moved=tuple(moved) or None)
+
+
+def _steps(moving: Moving | None, dtype: str) -> tuple[Any, Any]:
+    """What the compiled passes are to move, and how; nothing if the layer has to."""
+    if moving is None or moving.momentum is None:
+        return (), None
+    if not moving.mean.dtype == moving.variance.dtype == dtype:
+        return (), None
+    return moving[:2], (moving.momentum, moving.unbiased)
 
 
 def normalize_synchronized(
@@ -84,10 +95,16 @@ def normalize_synchronized(
 
 @lru_cache(maxsize=64)
 def _kernel(
-    passes: Callable[..., Any], epsilon: float, relu: bool, rank: int, x_dtype: str, dtype: str
+    passes: Callable[..., Any],
+    epsilon: float,
+    relu: bool,
+    rank: int,
+    x_dtype: str,
+    dtype: str,
+    how: _native_tensorflow.How | None,
 ) -> Callable[..., Any]:
     """The kernel for one epsilon, with ReLU or not, one rank of the rows and pair of dtypes."""
-    forward, backward = passes(epsilon, relu, rank, x_dtype, dtype)
+    forward, backward = passes(epsilon, relu, rank, x_dtype, dtype, how)
 
     @tf.custom_gradient
     def differentiable_backward(gradient: Any, rows: Any, gamma: Any, beta: Any, *kept: Any) -> Any:
@@ -98,30 +115,44 @@ def _kernel(
         return backward(gradient, rows, gamma, beta, *kept), second
 
     @tf.custom_gradient
-    def kernel(rows: Any, gamma: Any, beta: Any) -> Any:
-        output, mean, variance, kept = forward(rows, gamma, beta)
+    def kernel(rows: Any, gamma: Any, beta: Any, *moving: Any) -> Any:
+        output, statistics, kept = forward(rows, gamma, beta, *moving)
 
         def first(gradient: Any, *_: Any) -> Any:
-            return differentiable_backward(gradient, rows, gamma, beta, *kept)
+            found = differentiable_backward(gradient, rows, gamma, beta, *kept)
+            return *found, *[None] * len(moving)
 
-        return (output, mean, variance), first
+        return (output, *statistics), first
 
     return kernel
 
 
-def _compiled(epsilon: float, relu: bool, rank: int, x_dtype: str, dtype: str) -> tuple[Any, Any]:
+def _compiled(
+    epsilon: float,
+    relu: bool,
+    rank: int,
+    x_dtype: str,
+    dtype: str,
+    how: _native_tensorflow.How | None,
+) -> tuple[Any, Any]:
     """Forward and backward by the compiled passes; what is kept are numbers per channel."""
     del rank, x_dtype, dtype  # They take any.
 
-    def forward(rows: Any, gamma: Any, beta: Any) -> Any:
-        output, kept = _native_tensorflow.forward(rows, gamma, beta, epsilon=epsilon, relu=relu)
-        return output, kept[0], kept[1], (kept,)
+    def forward(rows: Any, gamma: Any, beta: Any, *moving: Any) -> Any:
+        output, kept = _native_tensorflow.forward(
+            *(rows, gamma, beta, *moving), epsilon=epsilon, relu=relu, how=how or (0.0, False)
+        )
+        mean, variance, _, _, *moved = tf.unstack(kept)
+        return output, (mean, variance, *moved), (kept,)
 
     return forward, partial(_native_tensorflow.backward, epsilon=epsilon, relu=relu)
 
 
-def _by_xla(epsilon: float, relu: bool, rank: int, x_dtype: str, dtype: str) -> tuple[Any, Any]:
+def _by_xla(
+    epsilon: float, relu: bool, rank: int, x_dtype: str, dtype: str, how: None
+) -> tuple[Any, Any]:
     """Forward and backward, traced once each for any size, so that new shapes never retrace."""
+    del how
     rows_spec = tf.TensorSpec([None] * rank, x_dtype)
     channel_spec = tf.TensorSpec([None], dtype)
     compiled = partial(tf.function, jit_compile=True, autograph=False)
@@ -135,7 +166,7 @@ def _by_xla(epsilon: float, relu: bool, rank: int, x_dtype: str, dtype: str) -> 
 
     def forward(rows: Any, gamma: Any, beta: Any) -> Any:
         output, shift, delta, variance, rstd = run_forward(rows, gamma, beta)
-        return output, shift + delta, variance, (shift, delta, rstd, *[output] * relu)
+        return output, (shift + delta, variance), (shift, delta, rstd, *[output] * relu)
 
     def backward(gradient: Any, rows: Any, gamma: Any, _: Any, *kept: Any) -> Any:
         return run_backward(gradient, rows, gamma, *kept)

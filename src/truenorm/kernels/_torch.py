@@ -21,10 +21,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from keras.src.backend.common.stateless_scope import in_stateless_scope  # there is no public way
 from torch import distributed
 
 from truenorm.kernels import _composite, _native_torch
-from truenorm.kernels._contract import Normalized
+from truenorm.kernels._contract import Moving, Normalized
 
 MOST_GROUPS = 32  # These three weigh time against digits.
 MOST_GROUPED_CHANNELS = 2**12  # More running sums than these do not stay in the cache.
@@ -40,6 +41,11 @@ def blend(old: Any, value: Any, momentum: Any) -> Any:
     return torch.lerp(old, value, 1.0 - momentum)
 
 
+def writable() -> bool:
+    """Whether the values of variables are those that a step is to change."""
+    return not in_stateless_scope()
+
+
 def normalize(
     x: Any,
     gamma: Any = None,
@@ -48,7 +54,7 @@ def normalize(
     axis: int,
     epsilon: float,
     mask: Any = None,
-    fallback: tuple[Any, Any] | None = None,
+    moving: Moving | None = None,
     relu: bool = False,
 ) -> Normalized:
     """See :mod:`truenorm.kernels`.
@@ -64,10 +70,12 @@ def normalize(
         or torch.compiler.is_compiling()
     ):
         return _composite.normalize(
-            x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, fallback=fallback, relu=relu
+            x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, moving=moving, relu=relu
         )
-    if _native_torch.takes(x, gamma, beta):
-        return _native_torch.normalize(x, gamma, beta, axis=axis, epsilon=epsilon, relu=relu)
+    if _native_torch.takes(x, gamma, beta, *(moving[:2] if moving else ())):
+        return _native_torch.normalize(
+            x, gamma, beta, axis=axis, epsilon=epsilon, relu=relu, moving=moving
+        )
     dtype = torch.promote_types(x.dtype, torch.float32)
     after = math.prod(x.shape[axis % x.dim() + 1 :])
     rows = x.reshape((-1, channels, after) if after > 1 else (-1, channels))

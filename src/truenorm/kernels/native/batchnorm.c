@@ -2,10 +2,11 @@
  *
  * Forward: one pass for the moments, one for the output. Backward: one for the two sums, one for
  * dx. The data is divided into chunks, by its shape alone: results are the same bits for any number
- * of threads. The second pass takes them in the reverse order, since the last are still cached.
+ * of threads.
  */
 #define _DEFAULT_SOURCE
 #include <math.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,19 +20,30 @@
 
 enum { BLOCK = 64, LANES = 64, MOST_CHUNKS = 64, LEAST_CHUNK = 1 << 15, LARGE = 1 << 25 };
 enum { FEW = 1 << 18 }; /* Values that are done before another thread has woken up. */
-enum { MOMENTS, PRODUCTS, NORMALIZE, GRADIENT };
+enum { NONE, MOMENTS, PRODUCTS, NORMALIZE, GRADIENT };
+
+enum { SPINS = 1 << 12 }; /* Before a thread that waits lends its processor. */
+
+static ALWAYS_INLINE void pause_briefly(void)
+{
+#ifdef __x86_64__
+    __builtin_ia32_pause();
+#endif
+}
 
 typedef struct job job;
 struct job {
     const tn_call *call;
-    int pass;
     int64_t chunks;
     double *sums;    /* two per channel; channels last: for each chunk */
     void *constants; /* scale, offset, slope, level per channel */
     char *scratch;   /* of each thread */
     size_t scratch_size;
-    void (*of_chunk)(job *, int64_t, void *);
-    atomic_llong next, entered;
+    void (*of_chunk)(job *, int, int64_t, void *);
+    int passes[2]; /* the first is NONE if there is one only */
+    void (*before)(job *), (*between)(job *);
+    atomic_llong first, second, done, entered;
+    atomic_int ready;
 };
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -108,27 +120,32 @@ static ALWAYS_INLINE uint16_t to_bfloat16(float value)
 #endif
 #include "passes.h"
 
+/* Takes chunks of the pass until none is left. A later pass goes backwards: what the one before read
+ * last is still cached. */
+static void take(job *j, int pass, atomic_llong *next, char *scratch)
+{
+    for (int64_t i; (i = atomic_fetch_add(next, 1)) < j->chunks;) {
+        j->of_chunk(j, pass, pass >= NORMALIZE ? j->chunks - 1 - i : i, scratch);
+        if (pass < NORMALIZE && atomic_fetch_add(&j->done, 1) == j->chunks - 1) {
+            j->between(j);
+            atomic_store(&j->ready, 1);
+        }
+    }
+}
+
+/* What each thread does. Whoever ends the first pass does what comes between the two; the others
+ * wait for chunks that are being worked on, so for no thread that has not come. */
 static void work(void *context)
 {
     job *j = context;
     char *scratch = j->scratch + (size_t)atomic_fetch_add(&j->entered, 1) * j->scratch_size;
-    for (;;) {
-        int64_t i = atomic_fetch_add(&j->next, 1);
-        if (i >= j->chunks) return;
-        j->of_chunk(j, j->pass >= NORMALIZE ? j->chunks - 1 - i : i, scratch);
+    if (j->passes[0]) {
+        take(j, j->passes[0], &j->first, scratch);
+        for (int spins = 0; !atomic_load(&j->ready); spins++)
+            if (spins < SPINS) pause_briefly();
+            else sched_yield();
     }
-}
-
-static void run(job *j, int pass)
-{
-    unsigned threads = (unsigned)least(j->call->threads, j->chunks);
-    j->pass = pass;
-    atomic_store(&j->next, 0);
-    atomic_store(&j->entered, 0);
-    if (threads <= 1 || j->call->outer * j->call->channels * j->call->inner < FEW)
-        work(j);
-    else
-        j->call->parallel(work, j, threads, 0);
+    if (j->call->y) take(j, j->passes[1], &j->second, scratch);
 }
 
 /* Asks Linux for large pages where the output is so large that the C library maps new memory for it
@@ -146,8 +163,9 @@ static void ask_for_large_pages(const tn_call *call, size_t size)
 #endif
 }
 
-static int prepare(job *j, const tn_call *call)
+static int prepare(job *j)
 {
+    const tn_call *call = j->call;
     const int64_t channels = call->channels, count = call->outer * call->inner;
     const int64_t threads = most(call->threads, 1), rows = call->inner == 1;
     const size_t size = call->dtype == TN_FLOAT64 ? sizeof(double) : sizeof(float);
@@ -157,10 +175,9 @@ static int prepare(job *j, const tn_call *call)
     const size_t constants = 4 * (size_t)channels * size;
     j->scratch_size = (3 * (size_t)channels + 5 * LANES) * size + 128;
     ask_for_large_pages(call, call->dtype == TN_FLOAT64 ? 8 : call->dtype == TN_FLOAT32 ? 4 : 2);
-    j->call = call;
     j->chunks = chunks;
     j->sums = malloc(sums + constants + j->scratch_size * (size_t)threads);
-    if (!j->sums) return -1;
+    if (!j->sums) return 0;
     j->constants = (char *)j->sums + sums;
     j->scratch = (char *)j->constants + constants;
 #define OF_CHUNK(name) (rows ? rows_##name : slices_##name)
@@ -170,42 +187,48 @@ static int prepare(job *j, const tn_call *call)
     case TN_FLOAT16: j->of_chunk = OF_CHUNK(float16); break;
     default: j->of_chunk = OF_CHUNK(bfloat16); break;
     }
-    return 0;
+    return 1;
 }
 
 /* The statistics are of one type for float, bfloat16 and float16. */
-#define FINISH(step) (call->dtype == TN_FLOAT64 ? step##_float64(&j) : step##_float32(&j))
+#define FINISH(step) (j->call->dtype == TN_FLOAT64 ? step##_float64(j) : step##_float32(j))
+
+static void constants_given(job *j) { FINISH(given_constants); }
+static void constants_known(job *j) { FINISH(constants); }
+static void after_products(job *j) { FINISH(finish_products); }
+static void after_moments(job *j)
+{
+    FINISH(finish_moments);
+    FINISH(constants);
+}
+
+static int run(job *j)
+{
+    const tn_call *call = j->call;
+    if (!prepare(j)) return -1;
+    if (j->before) j->before(j);
+    unsigned threads = (unsigned)least(call->threads, j->chunks);
+    if (threads <= 1 || call->outer * call->channels * call->inner < FEW) work(j);
+    else call->parallel(work, j, threads, 0);
+    free(j->sums);
+    return 0;
+}
 
 int JOIN(tn_forward, TN_LEVEL)(const tn_call *call)
 {
-    job j;
-    if (prepare(&j, call)) return -1;
-    run(&j, MOMENTS);
-    const int status = FINISH(finish_moments);
-    FINISH(constants);
-    if (call->y) run(&j, NORMALIZE);
-    free(j.sums);
-    return status;
+    job j = {.call = call, .passes = {MOMENTS, NORMALIZE}, .between = after_moments};
+    return run(&j);
 }
 
 int JOIN(tn_backward, TN_LEVEL)(const tn_call *call)
 {
-    job j;
-    if (prepare(&j, call)) return -1;
-    FINISH(constants);
-    run(&j, PRODUCTS);
-    FINISH(finish_products);
-    if (call->y) run(&j, GRADIENT);
-    free(j.sums);
-    return 0;
+    job j = {.call = call, .before = constants_known, .passes = {PRODUCTS, GRADIENT},
+             .between = after_products};
+    return run(&j);
 }
 
 int JOIN(tn_infer, TN_LEVEL)(const tn_call *call)
 {
-    job j;
-    if (prepare(&j, call)) return -1;
-    FINISH(given_constants);
-    run(&j, NORMALIZE);
-    free(j.sums);
-    return 0;
+    job j = {.call = call, .before = constants_given, .passes = {NONE, NORMALIZE}};
+    return run(&j);
 }

@@ -15,8 +15,8 @@ typedef void (*tn_parallel)(void (*work)(void *), void *context, unsigned thread
 
 typedef struct {
     int64_t outer, channels, inner;
-    int32_t dtype, relu, threads;
-    double epsilon;
+    int32_t dtype, relu, threads, unbiased;
+    double epsilon, momentum;
     tn_parallel parallel;
     const void *x, *dy;
     const void *gamma, *beta; /* NULL: ones, zeros */
@@ -24,10 +24,14 @@ typedef struct {
     void *low, *rstd;         /* out of tn_forward; low is what rounding takes from the mean */
     void *dgamma, *dbeta;     /* out of tn_backward */
     void *y;                  /* out: y, or dx (NULL: not wanted) */
+    /* Moving statistics, and out of tn_forward, there or elsewhere, as one step has moved them: by
+     * (1 - momentum) of the way to the batch's, whose variance is the unbiased one if asked for. What
+     * the batch does not have, or not as a finite number, moves nothing. NULL: there are none. */
+    const void *moving_mean, *moving_variance;
+    void *moved_mean, *moved_variance;
 } tn_call;
 
-/* What tn_forward, tn_backward and tn_infer are: 0, or -1 where there is no memory, or 1 from
- * tn_forward where a mean or variance is not a finite number. tn_infer
+/* What tn_forward, tn_backward and tn_infer are: 0, or -1 where there is no memory. tn_infer
  * normalises with the mean and variance given; tn_backward does not read the variance. */
 typedef int tn_pass(const tn_call *call);
 tn_pass tn_forward, tn_backward, tn_infer;

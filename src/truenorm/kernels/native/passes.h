@@ -92,23 +92,24 @@ static ALWAYS_INLINE void NAME(gradient)(const VALUE *restrict x, const VALUE *r
         }
 }
 
-static void NAME(tile)(const job *j, int64_t at, int64_t rows, int64_t width, NAME(columns) k)
+static void NAME(tile)(const job *j, int pass, int64_t at, int64_t rows, int64_t width,
+                       NAME(columns) k)
 {
     const VALUE *x = (const VALUE *)j->call->x + at;
     const VALUE *dy = j->call->dy ? (const VALUE *)j->call->dy + at : NULL;
     VALUE *y = j->call->y ? (VALUE *)j->call->y + at : NULL;
     const int alike = j->call->inner != 1;
 #define EACH(relu, alike) ((relu) * 2 + (alike))
-    if (j->pass == MOMENTS) {
+    if (pass == MOMENTS) {
         NAME(moments)(x, rows, width, k);
         return;
     }
-    if (j->pass == PRODUCTS) {
+    if (pass == PRODUCTS) {
         if (j->call->relu) NAME(products)(x, dy, rows, width, k, 1);
         else NAME(products)(x, dy, rows, width, k, 0);
         return;
     }
-    switch (EACH(j->call->relu ? 1 : 0, alike) + (j->pass == GRADIENT ? 4 : 0)) {
+    switch (EACH(j->call->relu ? 1 : 0, alike) + (pass == GRADIENT ? 4 : 0)) {
     case EACH(0, 0): NAME(normalize)(x, y, rows, width, k, 0, 0); break;
     case EACH(0, 1): NAME(normalize)(x, y, rows, width, k, 0, 1); break;
     case EACH(1, 0): NAME(normalize)(x, y, rows, width, k, 1, 0); break;
@@ -138,10 +139,10 @@ static void NAME(first_shift)(const VALUE *x, int64_t rows, int64_t width, SUM *
  * Moments as count, mean and M2 (Chan, Golub and LeVeque, 1983). The next block is shifted by the
  * mean so far; where that is not the block's own, the sum of squares cancels only against what the
  * distance of the two adds to M2 anyway. */
-static void NAME(join)(const job *j, int64_t width, double before, double size, NAME(columns) k,
+static void NAME(join)(int pass, int64_t width, double before, double size, NAME(columns) k,
                        SUM *restrict shift, double *restrict first, double *restrict second)
 {
-    if (j->pass == PRODUCTS) {
+    if (pass == PRODUCTS) {
         for (int64_t c = 0; c < width; c++) first[c] += k.first[c], second[c] += k.second[c];
         return;
     }
@@ -156,7 +157,7 @@ static void NAME(join)(const job *j, int64_t width, double before, double size, 
 }
 
 /* Channels last: a chunk is some of the rows, with sums of its own. */
-static void NAME(rows)(job *j, int64_t chunk, void *scratch)
+static void NAME(rows)(job *j, int pass, int64_t chunk, void *scratch)
 {
     const tn_call *call = j->call;
     const int64_t width = call->channels, start = share(call->outer, chunk, j->chunks);
@@ -166,25 +167,25 @@ static void NAME(rows)(job *j, int64_t chunk, void *scratch)
     double *total = j->sums + 2 * width * chunk;
     NAME(columns) k = {call->mean, constants, constants + width, constants + 2 * width,
                        constants + 3 * width, sums, sums + width};
-    if (j->pass == MOMENTS) k.mean = shift;
-    if (j->pass == NORMALIZE || j->pass == GRADIENT) {
-        NAME(tile)(j, start * width, end - start, width, k);
+    if (pass == MOMENTS) k.mean = shift;
+    if (pass == NORMALIZE || pass == GRADIENT) {
+        NAME(tile)(j, pass, start * width, end - start, width, k);
         return;
     }
     for (int64_t c = 0; c < 2 * width; c++) total[c] = 0;
     for (int64_t row = start; row < end; row += BLOCK) {
         int64_t rows = least(BLOCK, end - row), at = row * width;
-        if (j->pass == MOMENTS && row == start)
+        if (pass == MOMENTS && row == start)
             NAME(first_shift)((const VALUE *)call->x + at, least(rows, 8), width, shift, sums);
         for (int64_t c = 0; c < 2 * width; c++) sums[c] = 0;
-        NAME(tile)(j, at, rows, width, k);
-        NAME(join)(j, width, (double)(row - start), (double)rows, k, shift, total, total + width);
+        NAME(tile)(j, pass, at, rows, width, k);
+        NAME(join)(pass, width, (double)(row - start), (double)rows, k, shift, total, total + width);
     }
 }
 
 /* Channels first: a chunk is some of the channels, of all samples. What has sums is taken in rows of
  * LANES columns, with equal constants. */
-static void NAME(slices)(job *j, int64_t chunk, void *scratch)
+static void NAME(slices)(job *j, int pass, int64_t chunk, void *scratch)
 {
     const tn_call *call = j->call;
     const int64_t channels = call->channels, inner = call->inner;
@@ -194,12 +195,12 @@ static void NAME(slices)(job *j, int64_t chunk, void *scratch)
     SUM *shifts = scratch, *lanes = shifts + channels, *sums = lanes + 3 * LANES;
     NAME(columns) k = {.mean = lanes, .scale = lanes + LANES, .offset = lanes + 2 * LANES,
                        .first = sums, .second = sums + LANES};
-    if (j->pass == NORMALIZE || j->pass == GRADIENT) {
+    if (pass == NORMALIZE || pass == GRADIENT) {
         for (int64_t n = 0; n < call->outer; n++)
             for (int64_t c = start; c < end; c++) {
                 NAME(columns) one = {means + c, scales + c, offsets + c, offsets + channels + c,
                                      offsets + 2 * channels + c, NULL, NULL};
-                NAME(tile)(j, (n * channels + c) * inner, 1, inner, one);
+                NAME(tile)(j, pass, (n * channels + c) * inner, 1, inner, one);
             }
         return;
     }
@@ -207,32 +208,48 @@ static void NAME(slices)(job *j, int64_t chunk, void *scratch)
     for (int64_t n = 0; n < call->outer; n++)
         for (int64_t c = start; c < end; c++) {
             const int64_t at = (n * channels + c) * inner;
-            if (j->pass == MOMENTS && n == 0 && inner > 0)
+            if (pass == MOMENTS && n == 0 && inner > 0)
                 NAME(first_shift)((const VALUE *)call->x + at, least(inner, LANES), 1, shifts + c,
                                   sums);
             for (int64_t p = 0; p < inner; p += BLOCK * LANES) {
                 const int64_t size = least(BLOCK * LANES, inner - p), rest = size % LANES;
-                const SUM mean = j->pass == MOMENTS ? shifts[c] : means[c];
+                const SUM mean = pass == MOMENTS ? shifts[c] : means[c];
                 for (int i = 0; i < LANES; i++) {
                     lanes[i] = mean;
                     sums[i] = sums[LANES + i] = 0;
                 }
-                if (j->pass == PRODUCTS && call->relu)
+                if (pass == PRODUCTS && call->relu)
                     for (int i = 0; i < LANES; i++)
                         lanes[LANES + i] = scales[c], lanes[2 * LANES + i] = offsets[c];
-                NAME(tile)(j, at + p, size / LANES, LANES, k);
-                if (rest) NAME(tile)(j, at + p + size - rest, 1, rest, k);
+                NAME(tile)(j, pass, at + p, size / LANES, LANES, k);
+                if (rest) NAME(tile)(j, pass, at + p + size - rest, 1, rest, k);
                 double both[2] = {0, 0};
                 for (int i = 0; i < LANES; i++) both[0] += sums[i], both[1] += sums[LANES + i];
                 sums[0] = (SUM)both[0], sums[LANES] = (SUM)both[1];
-                NAME(join)(j, 1, (double)(n * inner + p), (double)size, k, shifts + c,
+                NAME(join)(pass, 1, (double)(n * inner + p), (double)size, k, shifts + c,
                            j->sums + c, j->sums + channels + c);
             }
         }
 }
 
+/* One step of the moving statistics toward the batch's. */
+static void NAME(move)(const tn_call *call, const double *means, const double *m2)
+{
+    const SUM *mean = call->mean, *variance = call->variance;
+    const SUM *old_mean = call->moving_mean, *old_variance = call->moving_variance;
+    SUM *new_mean = call->moved_mean, *new_variance = call->moved_variance;
+    const double m = call->momentum, count = (double)(call->outer * call->inner);
+    for (int64_t c = 0; c < call->channels; c++) {
+        int finite = isfinite(mean[c]) && isfinite(variance[c]);
+        double next = m2[c] / (call->unbiased ? count - 1 : count);
+        new_mean[c] = finite && count > 0 ? (SUM)(m * old_mean[c] + (1 - m) * means[c]) : old_mean[c];
+        new_variance[c] =
+            finite && count > 1 ? (SUM)(m * old_variance[c] + (1 - m) * next) : old_variance[c];
+    }
+}
+
 /* From the moments of all chunks to the statistics, and to the constants of the next pass. */
-static int NAME(finish_moments)(job *j)
+static void NAME(finish_moments)(job *j)
 {
     const tn_call *call = j->call;
     const int64_t channels = call->channels;
@@ -256,9 +273,7 @@ static int NAME(finish_moments)(job *j)
         variance[c] = (SUM)(m2[c] / count);
         rstd[c] = (SUM)(1 / sqrt(m2[c] / count + call->epsilon));
     }
-    int finite = 1;
-    for (int64_t c = 0; c < channels; c++) finite &= isfinite(mean[c]) && isfinite(variance[c]);
-    return !finite;
+    if (call->moved_mean) NAME(move)(call, total, m2);
 }
 
 /* scale = gamma rstd, offset = beta - low scale. */

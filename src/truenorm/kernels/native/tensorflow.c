@@ -1,7 +1,8 @@
 /* The passes as two operations of TensorFlow, by its C interface, whose functions are looked up when
  * the library is loaded: where there is no TensorFlow in the process, nothing happens.
  *
- *   TruenormForward: x (outer, channels, inner), gamma, beta, epsilon -> y; mean, variance, low, rstd
+ *   TruenormForward: x (outer, channels, inner), gamma, beta, moving mean and variance (or vectors of
+ *     size 0), epsilon and momentum -> y; mean, variance, low, rstd, and the moving ones after a step
  *   TruenormBackward: x, gamma, beta, these four, dy, epsilon -> dx; dgamma, dbeta
  *
  * The backward operation needs no epsilon; its derivative does.
@@ -14,7 +15,8 @@
 #include "batchnorm.h"
 
 enum { TF_FLOAT = 1, TF_DOUBLE = 2, TF_BFLOAT16 = 14, TF_HALF = 19, RESOURCE_EXHAUSTED = 8 };
-enum { X, GAMMA, BETA, EPSILON, FORWARD_INPUTS, STATISTICS = 3, DY, EPSILON_AGAIN, BACKWARD_INPUTS };
+enum { X, GAMMA, BETA, MEAN, VARIANCE, NUMBERS, FORWARD_INPUTS };
+enum { STATISTICS = 3, DY, EPSILON, BACKWARD_INPUTS };
 
 /* TensorFlow's functions: result, name without TF_, arguments. Its types are opaque. */
 #define FUNCTIONS(F) \
@@ -64,7 +66,7 @@ static int find_tensorflow(void)
 
 typedef struct {
     int64_t threads;
-    unsigned char relu;
+    unsigned char relu, unbiased;
 } options;
 
 static void *create(void *construction)
@@ -74,6 +76,7 @@ static void *create(void *construction)
     if (made) {
         tf.OpKernelConstruction_GetAttrInt64(construction, "threads", &made->threads, status);
         tf.OpKernelConstruction_GetAttrBool(construction, "relu", &made->relu, status);
+        tf.OpKernelConstruction_GetAttrBool(construction, "unbiased", &made->unbiased, status);
     }
     tf.DeleteStatus(status);
     return made;
@@ -89,7 +92,8 @@ static tn_call begin(const options *asked, void *context, void **inputs, int cou
         .inner = tf.Dim(inputs[X], 2),
         .dtype = type == TF_FLOAT ? TN_FLOAT32 : type == TF_DOUBLE ? TN_FLOAT64
                  : type == TF_HALF ? TN_FLOAT16 : TN_BFLOAT16,
-        .relu = asked->relu, .threads = (int32_t)asked->threads, .parallel = tn_own_threads,
+        .relu = asked->relu, .threads = (int32_t)asked->threads, .unbiased = asked->unbiased,
+        .parallel = tn_own_threads,
         .x = tf.TensorData(inputs[X]), .gamma = tf.TensorData(inputs[GAMMA]),
         .beta = tf.TensorData(inputs[BETA]),
     };
@@ -142,12 +146,20 @@ static void forward(void *asked, void *context)
 {
     void *inputs[FORWARD_INPUTS] = {0}, *status = tf.NewStatus();
     tn_call call = begin(asked, context, inputs, FORWARD_INPUTS, status);
-    void *y = like_input(context, inputs[X], &call, status), *kept = rows(context, 4, &call, status);
+    const int moves = tf.Dim(inputs[MEAN], 0) == call.channels;
+    void *y = like_input(context, inputs[X], &call, status);
+    void *kept = rows(context, moves ? 6 : 4, &call, status);
     int failed = !y || !kept;
     if (!failed) {
-        call.epsilon = *(double *)tf.TensorData(inputs[EPSILON]);
+        const double *numbers = tf.TensorData(inputs[NUMBERS]);
+        call.epsilon = numbers[0], call.momentum = numbers[1];
         call.y = tf.TensorData(y);
         set_statistics(&call, kept);
+        if (moves) {
+            call.moving_mean = tf.TensorData(inputs[MEAN]), call.moved_mean = row(kept, 4, &call);
+            call.moving_variance = tf.TensorData(inputs[VARIANCE]);
+            call.moved_variance = row(kept, 5, &call);
+        }
         failed = tn_forward(&call) < 0;
     }
     finish(context, failed, inputs, FORWARD_INPUTS, y, kept, status);
@@ -187,6 +199,7 @@ static void add(const char *name, void (*compute)(void *, void *), const char *c
     tf.OpDefinitionBuilderAddAttr(operation, "T: {float, double, half, bfloat16}");
     tf.OpDefinitionBuilderAddAttr(operation, "S: {float, double}");
     tf.OpDefinitionBuilderAddAttr(operation, "relu: bool");
+    tf.OpDefinitionBuilderAddAttr(operation, "unbiased: bool = false");
     tf.OpDefinitionBuilderAddAttr(operation, "threads: int");
     for (; *inputs; inputs++) tf.OpDefinitionBuilderAddInput(operation, *inputs);
     tf.OpDefinitionBuilderAddOutput(operation, outputs);
@@ -204,7 +217,8 @@ static void add(const char *name, void (*compute)(void *, void *), const char *c
 
 __attribute__((constructor)) static void register_operations(void)
 {
-    static const char *const of_forward[] = {"x: T", "gamma: S", "beta: S", "epsilon: double", NULL};
+    static const char *const of_forward[] = {"x: T", "gamma: S", "beta: S", "moving_mean: S",
+                                             "moving_variance: S", "numbers: double", NULL};
     static const char *const of_backward[] = {"x: T", "gamma: S", "beta: S", "statistics: S",
                                               "dy: T", "epsilon: double", NULL};
     if (!find_tensorflow()) return;

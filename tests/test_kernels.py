@@ -97,12 +97,15 @@ SECOND = (
     Case((3, 4, 2, 3), dtype="float64"),
     Case((3, 2, 4), 1, dtype="float64"),
     Case((3, 2, 4), 1, dtype="float64", masked=True),
+    Case((3, 4, 2), dtype="float64", masked=True),
     Case((6, 2), dtype="float64", mean=100, deviation=1),
 )
 
 
 @pytest.mark.parametrize(
-    ("case", "relu"), [*((case, False) for case in SECOND), (SECOND[2], True)], ids=str
+    ("case", "relu"),
+    [*((case, False) for case in SECOND), (SECOND[2], True), (SECOND[4], True)],
+    ids=str,
 )
 def test_second_derivatives(normalize: Callable[..., Any], case: Case, relu: bool) -> None:
     with precision("float64"):
@@ -191,6 +194,20 @@ def test_nothing_valid_normalises_with_the_fallback(normalize: Callable[..., Any
     )
     assert float(result.count) == 0
     assert array(result.output).tolist() == [[0.0, 0.0], [1.0, 2.0]]
+
+
+def test_what_nothing_valid_normalises_does_not_reach_the_statistics(
+    normalize: Callable[..., Any],
+) -> None:
+    x, gradient = (np.random.default_rng(k).normal(size=(6, 2)) for k in (1, 2))
+    options: dict[str, Any] = {"epsilon": 0.0, "mask": tensor(np.zeros(6), "bool"), "axis": -1}
+    options["moving"] = Moving(tensor([1.0, 5.0]), tensor([4.0, 1.0]))
+    at = [tensor(values) for values in (x, [2.0, 3.0], [0.0, 1.0])]
+    _, found = gradients(lambda *a: normalize(*a, **options).output, at, tensor(gradient))
+    assert error(array(found[0]), gradient * [1.0, 3.0]) < 4 * EPS["float32"]
+    want = (gradient * (x - [1.0, 5.0]) / [2.0, 1.0]).sum(0)
+    assert error(array(found[1]), want) < 8 * EPS["float32"]
+    assert error(array(found[2]), gradient.sum(0)) < 8 * EPS["float32"]
 
 
 def test_nan_stays_in_its_channel(normalize: Callable[..., Any]) -> None:

@@ -53,7 +53,16 @@ def guarded(shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, np.ndarray]
     return memory[GUARD:-GUARD].view(dtype).reshape(shape), memory
 
 
-def step(x: Any, dy: Any, gamma: Any, beta: Any, *, relu: bool = False, threads: int = 2) -> Step:
+def step(
+    x: Any,
+    dy: Any,
+    gamma: Any,
+    beta: Any,
+    *,
+    relu: bool = False,
+    threads: int = 2,
+    mask: Any = None,
+) -> Step:
     """Forward and backward; nothing outside the results may be written."""
     name = np.dtype(x.dtype).name
     wide = np.float64 if name == "float64" else np.float32
@@ -61,10 +70,22 @@ def step(x: Any, dy: Any, gamma: Any, beta: Any, *, relu: bool = False, threads:
     rows, around_rows = guarded((6, x.shape[1]), wide)
     given = [None if a is None else np.ascontiguousarray(a, wide) for a in (gamma, beta)]
     how = (*x.shape, _native.DTYPES[name], relu, threads, 0, 1e-3, 0.0, _native.own_threads())
+    counts = 0 if mask is None else mask.ctypes.data
     held = [0 if a is None else a.ctypes.data for a in given]
     kept, sums = ([row.ctypes.data for row in part] for part in (rows[:4], rows[4:]))
-    _native.run("tn_forward", *how, x.ctypes.data, 0, *held, *kept, 0, 0, y.ctypes.data, *[0] * 4)
-    addresses = (x.ctypes.data, dy.ctypes.data, *held, *kept, *sums, d_x.ctypes.data, *[0] * 4)
+    _native.run(
+        "tn_forward", *how, x.ctypes.data, 0, *held, *kept, 0, 0, y.ctypes.data, *[0] * 4, counts
+    )
+    addresses = (
+        x.ctypes.data,
+        dy.ctypes.data,
+        *held,
+        *kept,
+        *sums,
+        d_x.ctypes.data,
+        *[0] * 4,
+        counts,
+    )
     _native.run("tn_backward", *how, *addresses)
     for memory in (around_y, around_d_x, around_rows):
         assert (memory[:GUARD] == 0xA5).all()
@@ -188,7 +209,7 @@ def test_a_step_of_the_moving_statistics(
     before, count = old.copy(), shape[0] * shape[2]
     how = (*shape, _native.DTYPES[dtype], False, 2, unbiased, 1e-3, 0.9, _native.own_threads())
     rows = [row.ctypes.data for part in (kept, given, moved) for row in part]
-    _native.run("tn_forward", *how, x.ctypes.data, *[0] * 3, *rows[:4], *[0] * 3, *rows[4:])
+    _native.run("tn_forward", *how, x.ctypes.data, *[0] * 3, *rows[:4], *[0] * 3, *rows[4:], 0)
     assert (around[:GUARD] == 0xA5).all()
     assert (around[-GUARD:] == 0xA5).all()
     with np.errstate(invalid="ignore"):
@@ -200,6 +221,31 @@ def test_a_step_of_the_moving_statistics(
         clean = [0, 3, 4]
         np.testing.assert_allclose(moved[row][clean], want[clean], rtol=2 * EPS["float32"])
         np.testing.assert_array_equal(moved[row][1:3], before[row][1:3])
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kept", ["some", "few", "late", "one", "all"])
+@pytest.mark.parametrize("shape", [(65, 5, 1), (5003, 37, 1)], ids=str)
+def test_a_mask(shape: tuple[int, ...], kept: str, dtype: str, relu: bool) -> None:
+    x, dy, gamma, beta = draw(shape, dtype, mean=10)
+    rows, chance = np.arange(shape[0]), np.random.default_rng(6).random(shape[0])
+    counts = chance < {"some": 0.6, "few": 0.05}.get(kept, 1)
+    if kept in ("one", "late"):
+        counts = rows == 40 if kept == "one" else rows > shape[0] * 0.7
+    x[~counts] += 1000  # What does not count must not shift what does.
+    have = step(x, dy, gamma, beta, relu=relu, mask=counts)
+    true = reference.forward(x, gamma, beta, axis=1, mask=counts[:, None])
+    upstream = np.float64(dy) * (true.output > 0) if relu else dy
+    want = reference.backward(upstream, x, gamma, axis=1, mask=counts[:, None])
+    one, wide = (64 * EPS[dtype],) * 2 if dtype == "float64" else (EPS[dtype], EPS["float32"])
+    assert error(have.y, np.maximum(true.output, 0) if relu else true.output) < 2 * one
+    assert error(have.mean + np.float64(have.low), true.mean) < 2 * wide
+    assert error(have.variance, true.variance) < 4 * wide or kept == "one"
+    size = max(np.abs(want.x).max(), np.abs(np.float64(dy)).max() * np.abs(gamma * have.rstd).max())
+    assert np.abs(np.float64(have.d_x) - want.x).max() < 8 * one * size
+    assert error(have.d_gamma, want.gamma) < 32 * wide
+    assert error(have.d_beta, want.beta) < 32 * wide
 
 
 def test_a_forked_child_has_threads_of_its_own() -> None:

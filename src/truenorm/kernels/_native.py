@@ -18,10 +18,10 @@ DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 PATH = Path(__file__).parent / "native" / "libtruenorm.so"
 
 
-CALL = struct.Struct("@3q4i2d16P")
+CALL = struct.Struct("@3q4i2d17P")
 """The call in C: outer, channels, inner; dtype, relu, threads, unbiased; epsilon, momentum; and
 addresses, 0 for none: parallel, x, dy, gamma, beta, mean, variance, low, rstd, d_gamma, d_beta, y,
-moving mean and variance, and these moved.
+moving mean and variance, these moved, mask.
 """
 
 

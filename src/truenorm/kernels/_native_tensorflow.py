@@ -35,16 +35,16 @@ def takes(x: Any) -> bool:
 
 
 def forward(
-    rows: Any, gamma: Any, beta: Any, *moving: Any, epsilon: float, relu: bool, how: How
+    rows: Any, gamma: Any, beta: Any, mask: Any, *moving: Any, epsilon: float, relu: bool, how: How
 ) -> tuple[Any, Any]:
     """Output, and in rows: mean, variance, what rounding takes from the mean, and rstd.
 
     And the moving mean and variance after a step of this momentum, if they are given. ``rows`` is
-    (outer, channels, inner).
+    (outer, channels, inner); the mask (outer,), or () if all count.
     """
     momentum, unbiased = how
     output, kept = _operations().truenorm_forward(
-        *(rows, gamma, beta, *(moving or [tf.zeros(0, gamma.dtype)] * 2)),
+        *(rows, gamma, beta, *(moving or [tf.zeros(0, gamma.dtype)] * 2), mask),
         tf.constant((epsilon, momentum), tf.float64),
         relu=relu,
         unbiased=unbiased,
@@ -54,11 +54,19 @@ def forward(
 
 
 def backward(
-    gradient: Any, rows: Any, gamma: Any, beta: Any, kept: Any, *, epsilon: Any, relu: bool
+    gradient: Any,
+    rows: Any,
+    gamma: Any,
+    beta: Any,
+    mask: Any,
+    kept: Any,
+    *,
+    epsilon: Any,
+    relu: bool,
 ) -> tuple[Any, Any, Any]:
     """The gradients of a loss with respect to rows, gamma and beta."""
     d_rows, sums = _operations().truenorm_backward(
-        *(rows, gamma, beta, kept, gradient, tf.convert_to_tensor(epsilon, tf.float64)),
+        *(rows, gamma, beta, kept, gradient, mask, tf.convert_to_tensor(epsilon, tf.float64)),
         relu=relu,
         threads=_threads(),
     )
@@ -82,10 +90,10 @@ _operations()  # Graphs that were saved with them find them as soon as this is i
 @tf.RegisterGradient("TruenormForward")
 def _gradient(op: Any, gradient: Any, _: Any) -> Any:
     """For what looks past the custom gradient: vectorized maps, forward accumulators."""
-    rows, gamma, beta, _, _, numbers = op.inputs
+    rows, gamma, beta, _, _, mask, numbers = op.inputs
     kept, relu = op.outputs[1], op.get_attr("relu")
-    found = backward(gradient, rows, gamma, beta, kept, epsilon=numbers[0], relu=relu)
-    return *found, None, None, None
+    found = backward(gradient, rows, gamma, beta, mask, kept, epsilon=numbers[0], relu=relu)
+    return *found, *[None] * 4
 
 
 def _threads() -> int:

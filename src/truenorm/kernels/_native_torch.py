@@ -4,8 +4,7 @@ They read x in any dense order, so channels last and channels first, in either o
 formats, are read where they lie. For the backward pass x and numbers per channel are kept; the
 signs that ReLU's derivative needs are found again from x.
 
-A derivative that shall be differentiated (``create_graph=True``) is PyTorch's own operation,
-around the mean. Third derivatives are not right.
+A derivative that shall be differentiated (``create_graph=True``) is made of PyTorch's operations.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import math
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -24,7 +23,17 @@ from truenorm.kernels._contract import Moving, Normalized
 DTYPES = {getattr(torch, name): code for name, code in _native.DTYPES.items()}
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 Layout = tuple[int, int, int]
-How = tuple[Layout, int, float, bool, Any]
+
+
+class How(NamedTuple):
+    """What one call is of, beside tensors that are differentiated or kept."""
+
+    layout: Layout
+    channel: int
+    epsilon: float
+    relu: bool
+    rows: Any
+    moving: Moving | None
 
 
 def takes(x: Any, *weights: Any) -> bool:
@@ -54,33 +63,38 @@ def _plain(*tensors: Any) -> bool:
 
 
 def normalize(
-    x: Any, gamma: Any, beta: Any, *, axis: int, epsilon: float, relu: bool, moving: Moving | None
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    mask: Any,
+    moving: Moving | None,
+    axis: int,
+    epsilon: float,
+    relu: bool,
 ) -> Normalized:
-    """See :mod:`truenorm.kernels`."""
+    """See :mod:`truenorm.kernels`; a mask is of booleans, and the channels are last then."""
     x, layout = _dense(x, axis)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if moving is not None and not _writable(moving, wide):
-        moving = None
+    if mask is not None:
+        mask = mask.broadcast_to(x.shape[:-1]).contiguous()
+    if moving is not None:
+        moving = _ready(moving, wide)
     # Mean, variance, what rounding takes from the mean, and rstd.
     rows = torch.empty(4, layout[1], dtype=wide, device="cpu")
-    how = (layout, axis % x.dim(), epsilon, relu, rows)
-    output = _Normalize.apply(x, _wide(gamma, wide), _wide(beta, wide), how, moving)
-    count = layout[0] * layout[2]
-    if moving is None:
+    how = How(layout, axis % x.dim(), epsilon, relu, rows, moving)
+    output = _Normalize.apply(x, _wide(gamma, wide), _wide(beta, wide), mask, how)
+    count = layout[0] * layout[2] if mask is None else mask.sum(dtype=wide)
+    if moving is None or not moving.writable:
         return Normalized(output, rows[0], rows[1], count)
     torch.autograd.graph.increment_version(moving[:2])
     return Normalized(output, None, None, count, moved=())
 
 
-def _writable(moving: Moving, dtype: Any) -> bool:
-    """Whether the compiled passes can take the step of the moving statistics, where they lie."""
-    return (
-        moving.writable
-        and moving.momentum is not None
-        and moving.mean.dtype == moving.variance.dtype == dtype
-        and moving.mean.is_contiguous()
-        and moving.variance.is_contiguous()
-    )
+def _ready(moving: Moving, dtype: Any) -> Moving:
+    """The moving statistics for the compiled passes: writable only where they lie as they must."""
+    mean, variance = (_wide(values, dtype) for values in moving[:2])
+    there = mean is moving.mean and variance is moving.variance and moving.momentum is not None
+    return Moving(mean, variance, moving.momentum, moving.unbiased, moving.writable and there)
 
 
 def infer(
@@ -91,37 +105,36 @@ def infer(
     output = torch.empty_like(x)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     weights = (_wide(weight, wide) for weight in (gamma, beta, mean, variance))
-    _run("tn_infer", x, layout, epsilon, False, None, *weights, *[None] * 4, output)
+    _run("tn_infer", x, layout, epsilon, False, None, *weights, *[None] * 4, output, None, None)
     return output
 
 
 class _Normalize(torch.autograd.Function):
-    """The output; ``how`` ends with what the statistics are written to.
+    """The output; the statistics are written to ``how.rows``.
 
     Without ``setup_context``, with which PyTorch inspects signatures at each call.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, gamma: Any, beta: Any, how: How, moving: Moving | None) -> Any:
-        layout, _, epsilon, relu, rows = how
+    def forward(ctx: Any, x: Any, gamma: Any, beta: Any, mask: Any, how: How) -> Any:
         output = torch.empty_like(x)
-        arrays = (None, gamma, beta, *_addresses(rows), None, None, output)
-        _run("tn_forward", x, layout, epsilon, relu, *arrays, moving=moving)
-        ctx.how = how[:-1]
+        arrays = (None, gamma, beta, *_addresses(how.rows), None, None, output)
+        _run("tn_forward", x, how.layout, how.epsilon, how.relu, *arrays, how.moving, mask)
+        ctx.how = how[:4]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, gamma, beta, rows)
+        ctx.save_for_backward(x, gamma, beta, mask, how.rows)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if gradient is None:
             return None, None, None, None, None
-        x, gamma, beta, rows = ctx.saved_tensors
+        x, gamma, beta, mask, rows = ctx.saved_tensors
         layout, channel, epsilon, relu = ctx.how
         needed = ctx.needs_input_grad
         batched = torch._C._functorch.is_legacy_batchedtensor(gradient)  # pyright: ignore
-        if torch.is_grad_enabled() or batched or not _plain(gradient, x, gamma, beta, rows):
-            found = _differentiable(gradient, x, gamma, beta, rows, channel, epsilon, relu)
+        if torch.is_grad_enabled() or batched or not _plain(gradient, x, gamma, beta, mask, rows):
+            found = _differentiable(gradient, x, gamma, beta, mask, rows, *ctx.how[1:])
         else:
             x, layout = _dense(x, channel)  # Who keeps tensors elsewhere may order them anew.
             if gradient.stride() != x.stride() or gradient.is_neg():
@@ -129,7 +142,7 @@ class _Normalize(torch.autograd.Function):
             d_x = torch.empty_like(x) if needed[0] else None
             sums = [torch.empty(layout[1], dtype=rows.dtype, device="cpu") for _ in range(2)]
             arrays = (gradient, gamma, beta, *_addresses(rows), *sums, d_x)
-            _run("tn_backward", x, layout, epsilon, relu, *arrays)
+            _run("tn_backward", x, layout, epsilon, relu, *arrays, None, mask)
             found = (d_x, *sums)
         needed = zip(found, needed, strict=False)
         return *(part if needs else None for part, needs in needed), None, None
@@ -140,43 +153,50 @@ def _differentiable(
     x: Any,
     gamma: Any,
     beta: Any,
+    mask: Any,
     kept: Any,
     channel: int,
     epsilon: float,
     relu: bool,
 ) -> tuple[Any, Any, Any]:
+    """The closed form of ``_jax.py`` in operations that can be differentiated to any order."""
     mean, _, low, rstd = kept
-    rows, gradient = (t.to(kept.dtype).movedim(channel, 1) for t in (x, gradient))
-    shape = [-1, *[1] * (x.dim() - 2)]
-    rows = rows - mean.reshape(shape)
-    scale = rstd if gamma is None else rstd * gamma.detach()
+    rows, gradient = (t.to(kept.dtype).movedim(channel, -1) for t in (x, gradient))
+    reduced = tuple(range(x.dim() - 1))
+    rows = rows - mean
     if relu:
+        scale = rstd if gamma is None else rstd * gamma.detach()
         offset = -low * scale if beta is None else beta.detach() - low * scale
-        output = rows.detach() * scale.reshape(shape) + offset.reshape(shape)
-        gradient = gradient * (output > 0)
-    d_x, d_gamma, d_beta = torch.ops.aten.native_batch_norm_backward(
-        gradient, rows, gamma, None, None, low, rstd, True, epsilon, [True] * 3
-    )
-    return d_x.movedim(1, channel).to(x.dtype), d_gamma, d_beta
+        gradient = gradient * (rows.detach() * scale + offset > 0)
+    counts = torch.ones((), dtype=torch.bool) if mask is None else mask[..., None]
+    count = rows[..., 0].numel() if mask is None else int(mask.sum())
+    if count > 0:
+        counted = torch.where(counts, rows, 0.0)
+        delta = counted.sum(reduced) / count
+        squares = torch.where(counts, rows - delta, 0.0).square()
+        rows, rstd = rows - delta, (squares.sum(reduced) / count + epsilon).rsqrt()
+    scale = rstd if gamma is None else rstd * gamma
+    d_beta, d_gamma = gradient.sum(reduced), (gradient * rows).sum(reduced) * rstd
+    through = (rows * (rstd * d_gamma) + d_beta) * (scale / max(count, 1))
+    d_x = gradient * scale - torch.where(counts, through, 0.0)
+    return d_x.movedim(-1, channel).to(x.dtype), d_gamma, d_beta
 
 
-def _run(
-    name: str,
-    x: Any,
-    layout: Layout,
-    epsilon: float,
-    relu: bool,
-    *arrays: Any,
-    moving: Moving | None = None,
-) -> None:
-    """Call a function of the library; arrays are tensors, addresses, or None."""
-    mean, variance, momentum, unbiased, _ = moving or Moving(None, None)
+def _run(name: str, x: Any, layout: Layout, epsilon: float, relu: bool, *given: Any) -> None:
+    """Call a function of the library with tensors, addresses, or None.
+
+    The last two are the moving statistics and the mask.
+    """
+    *arrays, moving, mask = given
+    mean, variance, momentum, unbiased, writable = moving or Moving(None, None)
     _native.run(
         name,
         *layout,
         *(DTYPES[x.dtype], relu, torch.get_num_threads(), unbiased),
         *(epsilon, momentum or 0.0, _parallel()),
-        *map(_address, (x, *arrays, mean, variance, mean, variance)),
+        *map(_address, (x, *arrays, mean, variance)),
+        *((_address(mean), _address(variance)) if writable else (0, 0)),
+        _address(mask),
     )
 
 

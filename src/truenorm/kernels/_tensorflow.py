@@ -36,13 +36,16 @@ def normalize(
     moving: Moving | None = None,
     relu: bool = False,
 ) -> Normalized:
-    """See :mod:`truenorm.kernels`. Masks take the composite."""
+    """See :mod:`truenorm.kernels`. Masks take the compiled passes or the composite."""
     x = tf.convert_to_tensor(x)
-    if mask is not None:
+    channel = axis % len(x.shape)
+    compiled = _native_tensorflow.takes(x)
+    if mask is not None and not (
+        compiled and channel == len(x.shape) - 1 and _same(statistics_dtype(x.dtype), moving)
+    ):
         return _composite.normalize(
             x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, moving=moving, relu=relu
         )
-    channel = axis % len(x.shape)
     channels = x.shape[channel]
     dtype = statistics_dtype(x.dtype)
     scale = tf.ones(channels, dtype) if gamma is None else tf.cast(gamma, dtype)
@@ -51,28 +54,35 @@ def normalize(
     last = channel == len(x.shape) - 1
     after = 1 if last else tf.reduce_prod(shape[channel + 1 :])
     before = tf.reduce_prod(shape[:channel])
-    passes = _compiled if _native_tensorflow.takes(x) else _by_xla
-    flat = last and passes is _by_xla
+    flat = last and not compiled
     rows = tf.reshape(x, (before, channels) if flat else (before, channels, after))
-    moves, how = _steps(moving, dtype) if passes is _compiled else ((), None)
-    kernel = _kernel(passes, epsilon, relu, 2 if flat else 3, x.dtype.name, dtype, how)
-    output, *statistics = kernel(rows, scale, offset, *moves)
+    counts = tf.zeros(0, tf.bool)  # of size 0: all
+    if mask is not None:
+        counts = tf.reshape(tf.broadcast_to(tf.cast(mask, tf.bool), shape[:-1]), [-1])
+    moves, momentum = (), None
+    if moving is not None and compiled and _same(dtype, moving):
+        moves, momentum = moving[:2], moving.momentum
+    kernel = _kernel(
+        _compiled if compiled else _by_xla,
+        *(epsilon, relu, 2 if flat else 3, x.dtype.name, dtype),
+        (1.0 if momentum is None else momentum, moving is not None and moving.unbiased),
+    )
+    output, *statistics = kernel(rows, scale, offset, counts, *moves)
     output = tf.reshape(output, shape)
     output.set_shape(x.shape)
     for vector in statistics:
         vector.set_shape((channels,))
     mean, variance, *moved = (tf.stop_gradient(vector) for vector in statistics)
-    count = tf.cast(before * after, dtype)
-    return Normalized(output, mean, variance, count, moved=tuple(moved) or None)
+    count = before * after if mask is None else tf.math.count_nonzero(counts)
+    return Normalized(
+        *(output, mean, variance, tf.cast(count, dtype)),
+        moved=None if momentum is None else tuple(moved),
+    )
 
 
-def _steps(moving: Moving | None, dtype: str) -> tuple[Any, Any]:
-    """What the compiled passes are to move, and how; nothing if the layer has to."""
-    if moving is None or moving.momentum is None:
-        return (), None
-    if not moving.mean.dtype == moving.variance.dtype == dtype:
-        return (), None
-    return moving[:2], (moving.momentum, moving.unbiased)
+def _same(dtype: str, moving: Moving | None) -> bool:
+    """Whether the moving statistics, if there are any, are of this dtype."""
+    return moving is None or moving.mean.dtype == moving.variance.dtype == dtype
 
 
 def normalize_synchronized(
@@ -101,26 +111,29 @@ def _kernel(
     rank: int,
     x_dtype: str,
     dtype: str,
-    how: _native_tensorflow.How | None,
+    how: _native_tensorflow.How,
 ) -> Callable[..., Any]:
     """The kernel for one epsilon, with ReLU or not, one rank of the rows and pair of dtypes."""
     forward, backward = passes(epsilon, relu, rank, x_dtype, dtype, how)
 
     @tf.custom_gradient
-    def differentiable_backward(gradient: Any, rows: Any, gamma: Any, beta: Any, *kept: Any) -> Any:
+    def differentiable_backward(
+        gradient: Any, rows: Any, gamma: Any, beta: Any, mask: Any, *kept: Any
+    ) -> Any:
         def second(*cotangents: Any) -> Any:
-            seconds = _second(gradient, rows, gamma, beta, epsilon, relu, cotangents)
-            return (*seconds, None, *[None] * len(kept))
+            given = (gradient, rows, gamma, beta, mask, kept[0])
+            seconds = _second(*given, epsilon, relu, cotangents)
+            return (*seconds, None, None, *[None] * len(kept))
 
-        return backward(gradient, rows, gamma, beta, *kept), second
+        return backward(gradient, rows, gamma, beta, mask, *kept), second
 
     @tf.custom_gradient
-    def kernel(rows: Any, gamma: Any, beta: Any, *moving: Any) -> Any:
-        output, statistics, kept = forward(rows, gamma, beta, *moving)
+    def kernel(rows: Any, gamma: Any, beta: Any, mask: Any, *moving: Any) -> Any:
+        output, statistics, kept = forward(rows, gamma, beta, mask, *moving)
 
         def first(gradient: Any, *_: Any) -> Any:
-            found = differentiable_backward(gradient, rows, gamma, beta, *kept)
-            return *found, *[None] * len(moving)
+            found = differentiable_backward(gradient, rows, gamma, beta, mask, *kept)
+            return *found, None, *[None] * len(moving)
 
         return (output, *statistics), first
 
@@ -133,23 +146,24 @@ def _compiled(
     rank: int,
     x_dtype: str,
     dtype: str,
-    how: _native_tensorflow.How | None,
+    how: _native_tensorflow.How,
 ) -> tuple[Any, Any]:
     """Forward and backward by the compiled passes; what is kept are numbers per channel."""
     del rank, x_dtype, dtype  # They take any.
 
-    def forward(rows: Any, gamma: Any, beta: Any, *moving: Any) -> Any:
-        output, kept = _native_tensorflow.forward(
-            *(rows, gamma, beta, *moving), epsilon=epsilon, relu=relu, how=how or (0.0, False)
-        )
+    def forward(*given: Any) -> Any:
+        output, kept = _native_tensorflow.forward(*given, epsilon=epsilon, relu=relu, how=how)
         mean, variance, _, _, *moved = tf.unstack(kept)
         return output, (mean, variance, *moved), (kept,)
 
-    return forward, partial(_native_tensorflow.backward, epsilon=epsilon, relu=relu)
+    def backward(gradient: Any, *given: Any) -> Any:
+        return _native_tensorflow.backward(gradient, *given, epsilon=epsilon, relu=relu)
+
+    return forward, backward
 
 
 def _by_xla(
-    epsilon: float, relu: bool, rank: int, x_dtype: str, dtype: str, how: None
+    epsilon: float, relu: bool, rank: int, x_dtype: str, dtype: str, how: _native_tensorflow.How
 ) -> tuple[Any, Any]:
     """Forward and backward, traced once each for any size, so that new shapes never retrace."""
     del how
@@ -164,37 +178,52 @@ def _by_xla(
         input_signature=(rows_spec, rows_spec, *[channel_spec] * 4, *[rows_spec] * relu),
     )
 
-    def forward(rows: Any, gamma: Any, beta: Any) -> Any:
+    def forward(rows: Any, gamma: Any, beta: Any, _: Any) -> Any:
         output, shift, delta, variance, rstd = run_forward(rows, gamma, beta)
         return output, (shift + delta, variance), (shift, delta, rstd, *[output] * relu)
 
-    def backward(gradient: Any, rows: Any, gamma: Any, _: Any, *kept: Any) -> Any:
+    def backward(gradient: Any, rows: Any, gamma: Any, _: Any, __: Any, *kept: Any) -> Any:
         return run_backward(gradient, rows, gamma, *kept)
 
     return forward, backward
 
 
 def _second(
-    gradient: Any, rows: Any, gamma: Any, beta: Any, epsilon: Any, relu: bool, cotangents: Any
+    gradient: Any,
+    rows: Any,
+    gamma: Any,
+    beta: Any,
+    mask: Any,
+    kept: Any,
+    epsilon: Any,
+    relu: bool,
+    cotangents: Any,
 ) -> Any:
     """The derivatives of the backward pass with respect to gradient, rows and gamma."""
     # The statistics depend on the rows, which their captured values would hide.
     with tf.GradientTape() as tape:
         tape.watch((gradient, rows, gamma))
-        forward = _forward(epsilon, gamma.dtype, relu)
-        output, shift, delta, _, rstd = forward(rows, gamma, beta)
-        first = _backward(gradient, rows, gamma, shift, delta, rstd, *[output] * relu)
+        if mask.shape[0] == 0:
+            forward = _forward(epsilon, gamma.dtype, relu)
+            output, shift, delta, _, rstd = forward(rows, gamma, beta)
+            first = _backward(gradient, rows, gamma, shift, delta, rstd, *[output] * relu)
+        else:
+            options: Any = {"mask": mask[:, None], "moving": Moving(kept[0], kept[1]), "relu": relu}
+            with tf.GradientTape() as inner:
+                inner.watch((rows, gamma, beta))
+                batch = _composite.normalize(rows, gamma, beta, axis=1, epsilon=epsilon, **options)
+            first = inner.gradient(batch.output, (rows, gamma, beta), gradient)
     return tape.gradient(first, (gradient, rows, gamma), output_gradients=cotangents)
 
 
 @tf.RegisterGradient("TruenormBackward")
 def _gradient_of_backward(op: Any, of_rows: Any, of_sums: Any) -> Any:
-    rows, gamma, beta, _, gradient, epsilon = op.inputs
+    rows, gamma, beta, kept, gradient, mask, epsilon = op.inputs
     cotangents = (of_rows, *tf.unstack(of_sums))
     epsilon = tf.cast(epsilon, gamma.dtype)
-    relu = op.get_attr("relu")
-    seconds = _second(gradient, rows, gamma, beta, epsilon, relu, cotangents)
-    return seconds[1], seconds[2], None, None, seconds[0], None
+    given = (gradient, rows, gamma, beta, mask, kept)
+    seconds = _second(*given, epsilon, op.get_attr("relu"), cotangents)
+    return seconds[1], seconds[2], None, None, seconds[0], None, None
 
 
 def _forward(epsilon: Any, dtype: str, relu: bool) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
+import keras
 import torch
 from keras.src.backend.common.stateless_scope import in_stateless_scope  # there is no public way
 from torch import distributed
@@ -59,8 +60,17 @@ def normalize(
 ) -> Normalized:
     """See :mod:`truenorm.kernels`.
 
-    A compiler gets the composite, which it fuses; so do masks, and batches of one value or none.
+    A compiler gets the composite, which it fuses; without the compiled passes so do masks, and
+    batches of one value or none.
     """
+    if mask is not None:
+        mask = keras.ops.convert_to_tensor(mask, "bool")
+    if _native_torch.takes(x, gamma, beta, mask, *(moving[:2] if moving else ())):
+        if mask is None:
+            return _native_torch.normalize(x, gamma, beta, None, moving, axis, epsilon, relu)
+        last = x.movedim(axis, -1).contiguous()
+        batch = _native_torch.normalize(last, gamma, beta, mask, moving, -1, epsilon, relu)
+        return batch._replace(output=batch.output.movedim(-1, axis))
     channels = x.shape[axis]
     count = x.numel() // max(channels, 1)
     if (
@@ -71,10 +81,6 @@ def normalize(
     ):
         return _composite.normalize(
             x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, moving=moving, relu=relu
-        )
-    if _native_torch.takes(x, gamma, beta, *(moving[:2] if moving else ())):
-        return _native_torch.normalize(
-            x, gamma, beta, axis=axis, epsilon=epsilon, relu=relu, moving=moving
         )
     dtype = torch.promote_types(x.dtype, torch.float32)
     after = math.prod(x.shape[axis % x.dim() + 1 :])

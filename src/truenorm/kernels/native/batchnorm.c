@@ -34,9 +34,10 @@ static ALWAYS_INLINE void pause_briefly(void)
 typedef struct job job;
 struct job {
     const tn_call *call;
-    int64_t chunks;
+    int64_t chunks, counted[MOST_CHUNKS + 1]; /* rows that count before each of them */
+    int64_t count;   /* how many values of each channel do */
     double *sums;    /* two per channel; channels last: for each chunk */
-    void *constants; /* scale, offset, slope, level per channel */
+    void *constants; /* scale, offset, slope, level, zero per channel */
     char *scratch;   /* of each thread */
     size_t scratch_size;
     void (*of_chunk)(job *, int, int64_t, void *);
@@ -48,9 +49,15 @@ struct job {
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-/* How many there are of each channel; 1 if none, to divide by. */
-static double values(const tn_call *call) { return (double)most(1, call->outer * call->inner); }
 static int64_t share(int64_t all, int64_t part, int64_t parts) { return all * part / parts; }
+
+/* How many rows from this one on are masked as it is. */
+static int64_t run_length(const uint8_t *mask, int64_t row, int64_t end)
+{
+    int64_t next = mask ? row + 1 : end;
+    while (next < end && !mask[next] == !mask[row]) next++;
+    return next - row;
+}
 
 /* float, 32 bits */
 #define VALUE float
@@ -166,13 +173,13 @@ static void ask_for_large_pages(const tn_call *call, size_t size)
 static int prepare(job *j)
 {
     const tn_call *call = j->call;
-    const int64_t channels = call->channels, count = call->outer * call->inner;
+    const int64_t channels = call->channels, values = call->outer * call->inner * channels;
     const int64_t threads = most(call->threads, 1), rows = call->inner == 1;
     const size_t size = call->dtype == TN_FLOAT64 ? sizeof(double) : sizeof(float);
-    int64_t chunks = least(MOST_CHUNKS, count * channels / LEAST_CHUNK);
+    int64_t chunks = least(MOST_CHUNKS, values / LEAST_CHUNK);
     chunks = most(1, least(chunks, rows ? call->outer / BLOCK : channels));
     const size_t sums = (size_t)(2 * channels * (rows ? chunks : 1)) * sizeof(double);
-    const size_t constants = 4 * (size_t)channels * size;
+    const size_t constants = 5 * (size_t)channels * size;
     j->scratch_size = (3 * (size_t)channels + 5 * LANES) * size + 128;
     ask_for_large_pages(call, call->dtype == TN_FLOAT64 ? 8 : call->dtype == TN_FLOAT32 ? 4 : 2);
     j->chunks = chunks;
@@ -180,6 +187,13 @@ static int prepare(job *j)
     if (!j->sums) return 0;
     j->constants = (char *)j->sums + sums;
     j->scratch = (char *)j->constants + constants;
+    memset(j->scratch - (size_t)channels * size, 0, (size_t)channels * size);
+    for (int64_t i = 0; i < chunks; i++) {
+        int64_t row = share(call->outer, i, chunks), end = share(call->outer, i + 1, chunks);
+        j->counted[i + 1] = j->counted[i] + (call->mask ? 0 : end - row);
+        for (; call->mask && row < end; row++) j->counted[i + 1] += call->mask[row] != 0;
+    }
+    j->count = j->counted[chunks] * call->inner;
 #define OF_CHUNK(name) (rows ? rows_##name : slices_##name)
     switch (call->dtype) {
     case TN_FLOAT32: j->of_chunk = OF_CHUNK(float32); break;

@@ -29,6 +29,9 @@ typedef struct {
      * the batch does not have, or not as a finite number, moves nothing. NULL: there are none. */
     const void *moving_mean, *moving_variance;
     void *moved_mean, *moved_variance;
+    /* Bytes, where inner is 1: which rows count in the statistics. NULL: all. If none does, the moving
+     * statistics normalise. */
+    const uint8_t *mask;
 } tn_call;
 
 /* What tn_forward, tn_backward and tn_infer are: 0, or -1 where there is no memory. tn_infer

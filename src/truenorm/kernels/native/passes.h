@@ -122,16 +122,19 @@ static void NAME(tile)(const job *j, int pass, int64_t at, int64_t rows, int64_t
 #undef EACH
 }
 
-/* The mean of a few rows, itself taken around one of them: a shift for what has no mean yet. */
-static void NAME(first_shift)(const VALUE *x, int64_t rows, int64_t width, SUM *shift, SUM *sums)
+/* The mean of the first `few` rows that count, itself taken around one of them: a shift for what has
+ * no mean yet. The sums are left at zero. */
+static void NAME(first_shift)(const VALUE *x, const uint8_t *mask, int64_t rows, int64_t few,
+                              int64_t width, SUM *shift, SUM *sums)
 {
-    for (int64_t c = 0; c < width; c++) {
-        shift[c] = LOAD(x[c]);
-        sums[c] = sums[width + c] = 0;
+    int64_t taken = 0;
+    for (int64_t r = 0; r < rows && taken < few; r++) {
+        if (mask && !mask[r]) continue;
+        if (taken++ == 0)
+            for (int64_t c = 0; c < width; c++) shift[c] = LOAD(x[r * width + c]), sums[c] = 0;
+        for (int64_t c = 0; c < width; c++) sums[c] += LOAD(x[r * width + c]) - shift[c];
     }
-    NAME(columns) k = {.mean = shift, .first = sums, .second = sums + width};
-    NAME(moments)(x, rows, width, k);
-    for (int64_t c = 0; c < width; c++) shift[c] += sums[c] / (SUM)rows;
+    for (int64_t c = 0; c < width; c++) shift[c] += sums[c] / (SUM)taken, sums[c] = 0;
 }
 
 /* Joins the sums of a block to those of the `before` values before it, in double.
@@ -168,18 +171,30 @@ static void NAME(rows)(job *j, int pass, int64_t chunk, void *scratch)
     NAME(columns) k = {call->mean, constants, constants + width, constants + 2 * width,
                        constants + 3 * width, sums, sums + width};
     if (pass == MOMENTS) k.mean = shift;
+    const uint8_t *mask = pass == MOMENTS || pass == GRADIENT ? call->mask : NULL;
+    NAME(columns) apart = k; /* The statistics do not depend on rows that do not count. */
+    apart.slope = apart.level = constants + 4 * width;
     if (pass == NORMALIZE || pass == GRADIENT) {
-        NAME(tile)(j, pass, start * width, end - start, width, k);
+        for (int64_t row = start, rows; row < end; row += rows) {
+            rows = run_length(mask, row, end);
+            NAME(tile)(j, pass, row * width, rows, width, mask && !mask[row] ? apart : k);
+        }
         return;
     }
     for (int64_t c = 0; c < 2 * width; c++) total[c] = 0;
-    for (int64_t row = start; row < end; row += BLOCK) {
-        int64_t rows = least(BLOCK, end - row), at = row * width;
-        if (pass == MOMENTS && row == start)
-            NAME(first_shift)((const VALUE *)call->x + at, least(rows, 8), width, shift, sums);
+    for (int64_t row = start, seen = 0, size = 0; row < end; seen += size, size = 0) {
+        const int64_t last = least(row + BLOCK, end);
         for (int64_t c = 0; c < 2 * width; c++) sums[c] = 0;
-        NAME(tile)(j, pass, at, rows, width, k);
-        NAME(join)(pass, width, (double)(row - start), (double)rows, k, shift, total, total + width);
+        for (int64_t rows; row < last; row += rows) {
+            rows = run_length(mask, row, last);
+            if (mask && !mask[row]) continue;
+            if (pass == MOMENTS && seen + size == 0)
+                NAME(first_shift)((const VALUE *)call->x + row * width, mask ? mask + row : NULL,
+                                  last - row, 8, width, shift, sums);
+            NAME(tile)(j, pass, row * width, rows, width, k);
+            size += rows;
+        }
+        if (size) NAME(join)(pass, width, (double)seen, (double)size, k, shift, total, total + width);
     }
 }
 
@@ -209,8 +224,7 @@ static void NAME(slices)(job *j, int pass, int64_t chunk, void *scratch)
         for (int64_t c = start; c < end; c++) {
             const int64_t at = (n * channels + c) * inner;
             if (pass == MOMENTS && n == 0 && inner > 0)
-                NAME(first_shift)((const VALUE *)call->x + at, least(inner, LANES), 1, shifts + c,
-                                  sums);
+                NAME(first_shift)((const VALUE *)call->x + at, NULL, inner, LANES, 1, shifts + c, sums);
             for (int64_t p = 0; p < inner; p += BLOCK * LANES) {
                 const int64_t size = least(BLOCK * LANES, inner - p), rest = size % LANES;
                 const SUM mean = pass == MOMENTS ? shifts[c] : means[c];
@@ -233,12 +247,13 @@ static void NAME(slices)(job *j, int pass, int64_t chunk, void *scratch)
 }
 
 /* One step of the moving statistics toward the batch's. */
-static void NAME(move)(const tn_call *call, const double *means, const double *m2)
+static void NAME(move)(const job *j, const double *means, const double *m2)
 {
+    const tn_call *call = j->call;
     const SUM *mean = call->mean, *variance = call->variance;
     const SUM *old_mean = call->moving_mean, *old_variance = call->moving_variance;
     SUM *new_mean = call->moved_mean, *new_variance = call->moved_variance;
-    const double m = call->momentum, count = (double)(call->outer * call->inner);
+    const double m = call->momentum, count = (double)j->count;
     for (int64_t c = 0; c < call->channels; c++) {
         int finite = isfinite(mean[c]) && isfinite(variance[c]);
         double next = m2[c] / (call->unbiased ? count - 1 : count);
@@ -254,11 +269,14 @@ static void NAME(finish_moments)(job *j)
     const tn_call *call = j->call;
     const int64_t channels = call->channels;
     SUM *mean = call->mean, *variance = call->variance, *low = call->low, *rstd = call->rstd;
-    double *total = j->sums, *m2 = total + channels, count = values(call);
+    const SUM *moving_mean = call->moving_mean, *moving_variance = call->moving_variance;
+    const int given = j->count == 0 && moving_mean;
+    double *total = j->sums, *m2 = total + channels;
+    const double count = (double)most(1, j->count);
     if (call->inner == 1)
         for (int64_t i = 1; i < j->chunks; i++) {
-            double before = (double)share(call->outer, i, j->chunks);
-            double size = (double)share(call->outer, i + 1, j->chunks) - before;
+            double before = (double)j->counted[i], size = (double)j->counted[i + 1] - before;
+            if (size == 0) continue;
             const double *means = total + 2 * channels * i, *m2s = means + channels;
             double part = size / (before + size), weight = before * part;
             for (int64_t c = 0; c < channels; c++) {
@@ -268,12 +286,13 @@ static void NAME(finish_moments)(job *j)
             }
         }
     for (int64_t c = 0; c < channels; c++) {
-        mean[c] = (SUM)total[c];
-        low[c] = (SUM)(total[c] - mean[c]);
-        variance[c] = (SUM)(m2[c] / count);
-        rstd[c] = (SUM)(1 / sqrt(m2[c] / count + call->epsilon));
+        double v = given ? moving_variance[c] : m2[c] / count;
+        mean[c] = given ? moving_mean[c] : (SUM)total[c];
+        low[c] = given ? 0 : (SUM)(total[c] - mean[c]);
+        variance[c] = (SUM)v;
+        rstd[c] = (SUM)(1 / sqrt(v + call->epsilon));
     }
-    if (call->moved_mean) NAME(move)(call, total, m2);
+    if (call->moved_mean) NAME(move)(j, total, m2);
 }
 
 /* scale = gamma rstd, offset = beta - low scale. */
@@ -309,7 +328,7 @@ static void NAME(finish_products)(job *j)
     SUM *dgamma = call->dgamma, *dbeta = call->dbeta;
     SUM *scale = j->constants, *slope = scale + 2 * channels, *level = slope + channels;
     double *first = j->sums, *second = first + channels;
-    const double count = values(call);
+    const double count = (double)most(1, j->count);
     if (call->inner == 1)
         for (int64_t i = 1; i < j->chunks; i++)
             for (int64_t c = 0; c < 2 * channels; c++) first[c] += first[2 * channels * i + c];
@@ -320,6 +339,6 @@ static void NAME(finish_products)(job *j)
         dgamma[c] = (SUM)normalized;
         slope[c] = (SUM)(-scale[c] * k);
         level[c] = (SUM)(scale[c] * (low[c] * k - first[c] / count));
-        if (count == 1) scale[c] = slope[c] = level[c] = 0; /* y is beta, whatever x is */
+        if (count == 1 && !call->mask) scale[c] = slope[c] = level[c] = 0; /* y is beta, whatever x is */
     }
 }

@@ -2,8 +2,9 @@
  * the library is loaded: where there is no TensorFlow in the process, nothing happens.
  *
  *   TruenormForward: x (outer, channels, inner), gamma, beta, moving mean and variance (or vectors of
- *     size 0), epsilon and momentum -> y; mean, variance, low, rstd, and the moving ones after a step
- *   TruenormBackward: x, gamma, beta, these four, dy, epsilon -> dx; dgamma, dbeta
+ *     size 0), mask (outer or 0), epsilon and momentum -> y; mean, variance, low, rstd, and the moving
+ *     ones after a step
+ *   TruenormBackward: x, gamma, beta, these four, dy, mask, epsilon -> dx; dgamma, dbeta
  *
  * The backward operation needs no epsilon; its derivative does.
  */
@@ -15,8 +16,8 @@
 #include "batchnorm.h"
 
 enum { TF_FLOAT = 1, TF_DOUBLE = 2, TF_BFLOAT16 = 14, TF_HALF = 19, RESOURCE_EXHAUSTED = 8 };
-enum { X, GAMMA, BETA, MEAN, VARIANCE, NUMBERS, FORWARD_INPUTS };
-enum { STATISTICS = 3, DY, EPSILON, BACKWARD_INPUTS };
+enum { X, GAMMA, BETA, MEAN, VARIANCE, MASK, NUMBERS, FORWARD_INPUTS };
+enum { STATISTICS = 3, DY, MASK_AGAIN, EPSILON, BACKWARD_INPUTS };
 
 /* TensorFlow's functions: result, name without TF_, arguments. Its types are opaque. */
 #define FUNCTIONS(F) \
@@ -99,6 +100,11 @@ static tn_call begin(const options *asked, void *context, void **inputs, int cou
     };
 }
 
+static const uint8_t *mask_in(void *tensor, const tn_call *call)
+{
+    return call->outer && tf.Dim(tensor, 0) == call->outer ? tf.TensorData(tensor) : NULL;
+}
+
 static size_t width(const tn_call *call) { return call->dtype == TN_FLOAT64 ? 8 : 4; }
 
 static void *like_input(void *context, void *input, const tn_call *call, void *status)
@@ -153,6 +159,7 @@ static void forward(void *asked, void *context)
     if (!failed) {
         const double *numbers = tf.TensorData(inputs[NUMBERS]);
         call.epsilon = numbers[0], call.momentum = numbers[1];
+        call.mask = mask_in(inputs[MASK], &call);
         call.y = tf.TensorData(y);
         set_statistics(&call, kept);
         if (moves) {
@@ -173,6 +180,7 @@ static void backward(void *asked, void *context)
     int failed = !dx || !sums;
     if (!failed) {
         call.dy = tf.TensorData(inputs[DY]);
+        call.mask = mask_in(inputs[MASK_AGAIN], &call);
         call.y = tf.TensorData(dx);
         call.dgamma = row(sums, 0, &call), call.dbeta = row(sums, 1, &call);
         set_statistics(&call, inputs[STATISTICS]);
@@ -218,9 +226,10 @@ static void add(const char *name, void (*compute)(void *, void *), const char *c
 __attribute__((constructor)) static void register_operations(void)
 {
     static const char *const of_forward[] = {"x: T", "gamma: S", "beta: S", "moving_mean: S",
-                                             "moving_variance: S", "numbers: double", NULL};
+                                             "moving_variance: S", "mask: bool", "numbers: double",
+                                             NULL};
     static const char *const of_backward[] = {"x: T", "gamma: S", "beta: S", "statistics: S",
-                                              "dy: T", "epsilon: double", NULL};
+                                              "dy: T", "mask: bool", "epsilon: double", NULL};
     if (!find_tensorflow()) return;
     add("TruenormForward", forward, of_forward, "y: T");
     add("TruenormBackward", backward, of_backward, "dx: T");

@@ -93,6 +93,8 @@ def by_ghosts(drawn: Drawn, axis: int, groups: int) -> tuple[Any, Any, Any, Any]
         ((3, 3), -1, 1, False),  # smaller than a ghost batch
         ((8, 2, 3, 2), 1, 2, False),
         ((9, 4, 2), -1, 2, True),
+        ((8, 4, 2), -1, 2, True),
+        ((12, 2, 3), 1, 3, True),
     ],
 )
 def test_each_ghost_batch_has_its_own_statistics(

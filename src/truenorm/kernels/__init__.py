@@ -32,12 +32,13 @@ Only the files named after a framework import one, and only that of the backend 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
 
 from truenorm.kernels._contract import Moving, Normalized, statistics_dtype
-from truenorm.kernels._ghosts import normalize_ghosts
+from truenorm.kernels._ghosts import normalize_ghosts as _normalize_ghosts
 
 infer: Callable[..., Any] | None = None
 isfinite: Callable[..., Any] = keras.ops.isfinite
@@ -72,6 +73,11 @@ else:
     from truenorm.kernels._composite import normalize
 
     normalize_synchronized = normalize
+
+# XLA does better with all ghost batches at once, and JAX has nothing else.
+normalize_ghosts = partial(
+    _normalize_ghosts, each=None if keras.config.backend() == "jax" else normalize
+)
 
 __all__ = [
     "Moving",

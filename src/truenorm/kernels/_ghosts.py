@@ -5,10 +5,15 @@ Hoffer, Hubara and Soudry (2017), "Train longer, generalize better", arXiv:1705.
 remember are the ghost batches' average. There the size had to divide the batch. Here a batch of n
 samples makes max(1, n // size) ghost batches, whose sizes differ by one at most and are below the
 size asked for only if the whole batch is; and the average is weighted by count.
+
+Where ghost batches are of equal size and not many, and a fast kernel is given, it takes one after
+the other; else the composite takes all at once, each as one index of an axis that is kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -17,6 +22,8 @@ from truenorm.kernels._composite import normalize_apart
 from truenorm.kernels._contract import Moving, Normalized
 
 ops: Any = keras.ops
+
+MOST_CALLS = 32
 
 
 def normalize_ghosts(
@@ -30,12 +37,20 @@ def normalize_ghosts(
     mask: Any = None,
     moving: Moving | None = None,
     relu: bool = False,
+    each: Callable[..., Normalized] | None = None,
 ) -> Normalized:
-    """See :mod:`truenorm.kernels`; ``size`` is the number of samples in a ghost batch."""
+    """See :mod:`truenorm.kernels`; ``size`` is the number of samples in a ghost batch.
+
+    ``each`` is a kernel for one of them.
+    """
     channel = axis % len(x.shape)
     samples, *inner = ops.shape(x)
     static = isinstance(samples, int)
     groups = max(1, samples // size) if static else ops.maximum(1, samples // size)
+    if each is not None and static and samples % groups == 0 and groups <= MOST_CALLS:
+        fallback = None if moving is None else Moving(moving.mean, moving.variance)
+        call = partial(each, axis=channel, epsilon=epsilon, moving=fallback, relu=relu)
+        return _one_by_one(call, groups, x, gamma, beta, mask, channel)
     rows = -(-samples // groups)
     padding = rows * groups - samples
 
@@ -57,6 +72,35 @@ def normalize_ghosts(
     )
     output = ops.reshape(result.output, [rows * groups, *inner])[:samples]
     return Normalized(output, *_pooled(result, groups))
+
+
+def _one_by_one(
+    call: Callable[..., Normalized],
+    groups: int,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    mask: Any,
+    channel: int,
+) -> Normalized:
+    def split(values: Any) -> Any:
+        return ops.unstack(ops.reshape(values, [-1, groups, *ops.shape(values)[1:]]), groups, 1)
+
+    masks = [None] * groups
+    if mask is not None:
+        shape = list(ops.shape(x))
+        del shape[channel]
+        masks = split(ops.broadcast_to(mask, shape))
+    parts = [
+        call(part, gamma, beta, mask=counts) for part, counts in zip(split(x), masks, strict=True)
+    ]
+    output = ops.reshape(ops.stack([part.output for part in parts], 1), ops.shape(x))
+    dtype = parts[0].mean.dtype
+    mean, variance, count = (
+        ops.reshape(ops.stack([ops.cast(value, dtype) for value in values]), [1, groups, -1])
+        for values in zip(*(part[1:4] for part in parts), strict=True)
+    )
+    return Normalized(output, *_pooled(Normalized(output, mean, variance, count), groups))
 
 
 def _pooled(ghosts: Normalized, groups: Any) -> tuple[Any, Any, Any, Any]:

@@ -18,7 +18,8 @@
 #define JOIN(a, b) PASTE(a, b)
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
-enum { BLOCK = 64, LANES = 64, MOST_CHUNKS = 64, LEAST_CHUNK = 1 << 15, LARGE = 1 << 25 };
+enum { BLOCK = 64, LANES = 64, SEVERAL = 1024, GROUP = 16 };
+enum { MOST_CHUNKS = 64, LEAST_CHUNK = 1 << 15, LARGE = 1 << 25 };
 enum { FEW = 1 << 18 }; /* Values that are done before another thread has woken up. */
 enum { NONE, MOMENTS, PRODUCTS, NORMALIZE, GRADIENT };
 
@@ -180,7 +181,7 @@ static int prepare(job *j)
     chunks = most(1, least(chunks, rows ? call->outer / BLOCK : channels));
     const size_t sums = (size_t)(2 * channels * (rows ? chunks : 1)) * sizeof(double);
     const size_t constants = 5 * (size_t)channels * size;
-    j->scratch_size = (3 * (size_t)channels + 5 * LANES) * size + 128;
+    j->scratch_size = (3 * (size_t)channels + GROUP * 5 * LANES) * size + 128;
     ask_for_large_pages(call, call->dtype == TN_FLOAT64 ? 8 : call->dtype == TN_FLOAT32 ? 4 : 2);
     j->chunks = chunks;
     j->sums = malloc(sums + constants + j->scratch_size * (size_t)threads);

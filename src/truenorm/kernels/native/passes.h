@@ -199,17 +199,17 @@ static void NAME(rows)(job *j, int pass, int64_t chunk, void *scratch)
 }
 
 /* Channels first: a chunk is some of the channels, of all samples. What has sums is taken in rows of
- * LANES columns, with equal constants. */
+ * LANES columns, with equal constants: those of a few channels at a time, so that memory is read in
+ * its order, and of SEVERAL values of each, if a sample has fewer. */
 static void NAME(slices)(job *j, int pass, int64_t chunk, void *scratch)
 {
     const tn_call *call = j->call;
+    const VALUE *x = call->x;
     const int64_t channels = call->channels, inner = call->inner;
     const int64_t start = share(channels, chunk, j->chunks);
     const int64_t end = share(channels, chunk + 1, j->chunks);
     const SUM *means = call->mean, *scales = j->constants, *offsets = scales + channels;
-    SUM *shifts = scratch, *lanes = shifts + channels, *sums = lanes + 3 * LANES;
-    NAME(columns) k = {.mean = lanes, .scale = lanes + LANES, .offset = lanes + 2 * LANES,
-                       .first = sums, .second = sums + LANES};
+    SUM *shifts = scratch, *lanes = shifts + channels;
     if (pass == NORMALIZE || pass == GRADIENT) {
         for (int64_t n = 0; n < call->outer; n++)
             for (int64_t c = start; c < end; c++) {
@@ -219,31 +219,45 @@ static void NAME(slices)(job *j, int pass, int64_t chunk, void *scratch)
             }
         return;
     }
-    for (int64_t c = start; c < end; c++) j->sums[c] = j->sums[channels + c] = 0;
-    for (int64_t n = 0; n < call->outer; n++)
-        for (int64_t c = start; c < end; c++) {
-            const int64_t at = (n * channels + c) * inner;
-            if (pass == MOMENTS && n == 0 && inner > 0)
-                NAME(first_shift)((const VALUE *)call->x + at, NULL, inner, LANES, 1, shifts + c, sums);
-            for (int64_t p = 0; p < inner; p += BLOCK * LANES) {
-                const int64_t size = least(BLOCK * LANES, inner - p), rest = size % LANES;
-                const SUM mean = pass == MOMENTS ? shifts[c] : means[c];
-                for (int i = 0; i < LANES; i++) {
-                    lanes[i] = mean;
-                    sums[i] = sums[LANES + i] = 0;
+    for (int64_t c = start; c < end; c++) {
+        j->sums[c] = j->sums[channels + c] = 0;
+        if (pass == MOMENTS && call->outer * inner > 0)
+            NAME(first_shift)(x + c * inner, NULL, inner, LANES, 1, shifts + c, lanes);
+    }
+    const int64_t piece = least(inner, BLOCK * LANES), samples = most(1, SEVERAL / most(1, inner));
+    for (int64_t group = start; group < end; group += GROUP)
+        for (int64_t n = 0; n < call->outer; n += samples)
+            for (int64_t p = 0; p < inner; p += piece) {
+                const int64_t last = least(n + samples, call->outer), size = least(piece, inner - p);
+                NAME(columns) of[GROUP];
+                const int count = (int)least(GROUP, end - group);
+                for (int i = 0; i < count; i++) {
+                    SUM *own = lanes + i * 5 * LANES;
+                    const int64_t c = group + i;
+                    const SUM mean = pass == MOMENTS ? shifts[c] : means[c];
+                    for (int l = 0; l < LANES; l++) {
+                        own[l] = mean, own[LANES + l] = scales[c], own[2 * LANES + l] = offsets[c];
+                        own[3 * LANES + l] = own[4 * LANES + l] = 0;
+                    }
+                    of[i] = (NAME(columns)){.mean = own, .scale = own + LANES,
+                                            .offset = own + 2 * LANES, .first = own + 3 * LANES,
+                                            .second = own + 4 * LANES};
                 }
-                if (pass == PRODUCTS && call->relu)
-                    for (int i = 0; i < LANES; i++)
-                        lanes[LANES + i] = scales[c], lanes[2 * LANES + i] = offsets[c];
-                NAME(tile)(j, pass, at + p, size / LANES, LANES, k);
-                if (rest) NAME(tile)(j, pass, at + p + size - rest, 1, rest, k);
-                double both[2] = {0, 0};
-                for (int i = 0; i < LANES; i++) both[0] += sums[i], both[1] += sums[LANES + i];
-                sums[0] = (SUM)both[0], sums[LANES] = (SUM)both[1];
-                NAME(join)(pass, 1, (double)(n * inner + p), (double)size, k, shifts + c,
-                           j->sums + c, j->sums + channels + c);
+                for (int64_t sample = n; sample < last; sample++)
+                    for (int i = 0; i < count; i++) {
+                        const int64_t at = (sample * channels + group + i) * inner + p;
+                        const int64_t rest = size % LANES;
+                        NAME(tile)(j, pass, at, size / LANES, LANES, of[i]);
+                        if (rest) NAME(tile)(j, pass, at + size - rest, 1, rest, of[i]);
+                    }
+                for (int i = 0; i < count; i++) {
+                    double both[2] = {0, 0}, *sums = j->sums + group + i;
+                    for (int l = 0; l < LANES; l++) both[0] += of[i].first[l], both[1] += of[i].second[l];
+                    of[i].first[0] = (SUM)both[0], of[i].second[0] = (SUM)both[1];
+                    NAME(join)(pass, 1, (double)(n * inner + p), (double)((last - n) * size), of[i],
+                               shifts + group + i, sums, sums + channels);
+                }
             }
-        }
 }
 
 /* One step of the moving statistics toward the batch's. */

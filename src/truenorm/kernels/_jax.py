@@ -10,7 +10,8 @@ Its two sums are the gradients of beta and gamma. Only x, the mean (as shift and
 ``_composite.py``) and rstd are kept. JAX differentiates both rules as ordinary code, so reverse
 mode, and forward over reverse (``jax.hessian``), are right to any order. Forward mode alone
 (``jax.jvp``, ``jax.jacfwd`` of the layer in training mode) is not defined by a closed-form
-backward: with a mask, also one that is true everywhere, the composite kernel gives it.
+backward: with a mask, also one that is true everywhere, JAX differentiates the forward pass, around
+the moments, whose rule stands here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, cast
 import jax
 from jax import numpy as jnp
 
-from truenorm.kernels import _composite, _native_jax
+from truenorm.kernels import _native_jax
 from truenorm.kernels._contract import Moving, Normalized, statistics_dtype
 
 
@@ -37,11 +38,7 @@ def normalize(
     moving: Moving | None = None,
     relu: bool = False,
 ) -> Normalized:
-    """See :mod:`truenorm.kernels`. Masks take the composite."""
-    if mask is not None:
-        return _composite.normalize(
-            x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, moving=moving, relu=relu
-        )
+    """See :mod:`truenorm.kernels`."""
     channel = axis % x.ndim
     channels = x.shape[channel]
     before, after = math.prod(x.shape[:channel]), math.prod(x.shape[channel + 1 :])
@@ -49,12 +46,20 @@ def normalize(
     scale = jnp.ones(channels, dtype) if gamma is None else gamma.astype(dtype)
     offset = jnp.zeros(channels, dtype) if beta is None else beta.astype(dtype)
     rows = x.reshape((before, channels, after) if after != 1 else (before, channels))
-    output, mean, variance = cast(Any, _normalize(epsilon, relu, rows, scale, offset))
+    if mask is None:
+        output, mean, variance = cast(Any, _normalize(epsilon, relu, rows, scale, offset))
+        count = jnp.asarray(before * after, dtype)
+    else:
+        shape = x.shape[:channel] + x.shape[channel + 1 :]
+        counts = jnp.broadcast_to(jnp.asarray(mask, bool), shape)
+        counts = counts.reshape((before, 1, after) if after != 1 else (before, 1))
+        output, mean, variance = _masked(epsilon, relu, rows, scale, offset, counts, moving)
+        count = counts.sum(dtype=dtype)
     return Normalized(
         output.reshape(x.shape),
         jax.lax.stop_gradient(mean),
         jax.lax.stop_gradient(variance),
-        jnp.asarray(before * after, dtype),
+        count,
     )
 
 
@@ -110,21 +115,70 @@ def _backward(epsilon: float, relu: bool, kept: Any, cotangents: Any) -> Any:
 _normalize.defvjp(_forward, _backward)
 
 
+def _masked(
+    epsilon: float,
+    relu: bool,
+    rows: Any,
+    gamma: Any,
+    beta: Any,
+    counts: Any,
+    moving: Moving | None,
+) -> Any:
+    """Ordinary code but for the moments, so that forward mode is defined."""
+    shift, delta, variance = cast(Any, _masked_moments(rows, counts, gamma.dtype))
+    if moving is not None:  # It normalises where nothing counts.
+        some = counts.any()
+        delta = jnp.where(some, delta, moving.mean.astype(gamma.dtype) - shift)
+        variance = jnp.where(some, variance, moving.variance.astype(gamma.dtype))
+    scale = jax.lax.rsqrt(variance + epsilon) * gamma
+    deviations = rows.astype(gamma.dtype) - _spread(shift, rows)
+    output = deviations * _spread(scale, rows) + _spread(beta - delta * scale, rows)
+    output = output.astype(rows.dtype)
+    return jax.nn.relu(output) if relu else output, shift + delta, variance
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _masked_moments(rows: Any, counts: Any, dtype: Any) -> Any:
+    if rows.ndim == 2 and _native_jax.takes(rows):
+        return _native_jax.moments(rows, counts[:, 0], dtype=dtype)
+    share = 1.0 / jnp.maximum(counts.sum(dtype=dtype), 1.0)
+    values = rows.astype(dtype)
+    shift = _total(jnp.where(counts, values, 0)) * share
+    shift = jnp.where(jnp.isfinite(shift), shift, 0)  # see _composite.py
+    deviations = jnp.where(counts, values - _spread(shift, rows), 0)
+    delta = _total(deviations) * share
+    variance = jnp.maximum(_total(jnp.square(deviations)) * share - jnp.square(delta), 0.0)
+    return shift, delta, variance
+
+
+@_masked_moments.defjvp
+def _moving_masked_rows(dtype: Any, at: Any, tangents: Any) -> Any:
+    rows, counts = at
+    change = jnp.where(counts, tangents[0].astype(dtype), 0)
+    share = 1.0 / jnp.maximum(counts.sum(dtype=dtype), 1.0)
+    moments = cast(Any, _masked_moments(rows, counts, dtype))
+    return moments, _moments_move(rows, change, moments, share)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _compiled_moments(rows: Any, dtype: Any) -> Any:
-    return _native_jax.moments(rows, dtype)
+    return _native_jax.moments(rows, dtype=dtype)
 
 
 @_compiled_moments.defjvp
 def _moving_rows(dtype: Any, at: Any, tangents: Any) -> Any:
-    """How the moments change with the rows: all of the mean's change is in its correction."""
     rows, change = at[0], tangents[0].astype(dtype)
     moments = _compiled_moments(rows, dtype)
+    return moments, _moments_move(rows, change, moments, _share(rows))
+
+
+def _moments_move(rows: Any, change: Any, moments: Any, share: Any) -> Any:
+    """How the moments change with the rows: all of the mean's change is in its correction."""
     shift, delta, _ = moments
-    deviations = (rows.astype(dtype) - _spread(shift, rows)) - _spread(delta, rows)
-    of_mean = _total(change) * _share(rows)
-    of_variance = 2 * _total(deviations * change) * _share(rows)
-    return moments, (jnp.zeros_like(shift), of_mean, of_variance)
+    deviations = (rows.astype(change.dtype) - _spread(shift, rows)) - _spread(delta, rows)
+    of_mean = _total(change) * share
+    of_variance = 2 * _total(deviations * change) * share
+    return jnp.zeros_like(shift), of_mean, of_variance
 
 
 def _share(rows: Any) -> float:

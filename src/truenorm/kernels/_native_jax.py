@@ -33,10 +33,13 @@ def takes(x: Any) -> bool:
     )
 
 
-def moments(rows: Any, dtype: Any) -> tuple[Any, Any, Any]:
-    """Mean, what rounding takes from it, and variance; ``rows`` is (outer, channels[, inner])."""
+def moments(rows: Any, *mask: Any, dtype: Any) -> tuple[Any, Any, Any]:
+    """Mean, what rounding takes from it, and variance; ``rows`` is (outer, channels[, inner]).
+
+    Of the rows that count, if there is a mask (outer,) for rows (outer, channels).
+    """
     result = jax.ShapeDtypeStruct((4, rows.shape[1]), dtype)
-    mean, variance, low, _ = jax.ffi.ffi_call(TARGET, result, vmap_method="sequential")(rows)
+    mean, variance, low, _ = jax.ffi.ffi_call(TARGET, result, vmap_method="sequential")(rows, *mask)
     return mean, low, variance
 
 

@@ -5,9 +5,8 @@ the first axis of a matrix ten times faster than three axes of a tensor of rank 
 backward are each one compiled function, inside a graph that is compiled as a whole
 (``jit_compile=True``) and inside one that is not. XLA compiles once per shape of the input.
 
-TensorFlow's own fused op is faster still on a CPU, but sums in sequence (an error 10 times larger
-on 100,000 values), has no float64, and becomes E[x²] − E[x]² (NaN where the mean is large) inside
-a compiled graph.
+TensorFlow's own fused op sums in sequence (an error 10 times larger on 100,000 values), has no
+float64, and becomes E[x²] − E[x]² (NaN where the mean is large) inside a compiled graph.
 """
 
 from __future__ import annotations

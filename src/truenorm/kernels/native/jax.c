@@ -1,5 +1,5 @@
-/* The moments as a typed call of XLA's foreign function interface, x (outer, channels[, inner]) ->
- * mean, variance, low, rstd as rows. What its C interface lays down is declared here as far as it is
+/* The moments as a typed call of XLA's foreign function interface, x (outer, channels[, inner]) and,
+ * where the channels are last, perhaps a mask (outer) -> mean, variance, low, rstd as rows. What its C interface lays down is declared here as far as it is
  * used, so that nothing of XLA is needed to build.
  */
 #define _GNU_SOURCE
@@ -63,6 +63,7 @@ __attribute__((visibility("default"))) void *tn_xla_moments(frame *f)
         .threads = processors(), .parallel = tn_own_threads,
         .x = x->data, .mean = rows, .variance = rows + row, .low = rows + 2 * row,
         .rstd = rows + 3 * row,
+        .mask = f->operands.count > 1 ? f->operands.buffers[1]->data : NULL,
     };
     if (tn_forward(&call) < 0) memset(rows, 0xff, (size_t)(4 * row)); /* no memory: NaN */
     return NULL;

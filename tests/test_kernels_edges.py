@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import EPSILON, array, error, tensor
+from helpers import EPSILON, array, error, gradients, tensor
 
 from truenorm import BatchNormalization, kernels
 from truenorm.kernels import _reference as reference
@@ -91,13 +91,15 @@ def test_many_gradients_at_once() -> None:
 
 @on_tensorflow
 @pytest.mark.parametrize("relu", [False, True])
-def test_forward_accumulators_and_vectorized_maps(relu: bool) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_forward_accumulators_and_vectorized_maps(relu: bool, masked: bool) -> None:
     import tensorflow as tf
 
     x, toward = tf.constant(X), tf.constant(RNG.normal(size=X.shape).astype("float32"))
+    mask = np.arange(len(X)) % 3 < 2 if masked else None
 
     def call(x: Any) -> Any:
-        return kernels.normalize(x, axis=-1, epsilon=EPSILON, relu=relu).output
+        return kernels.normalize(x, axis=-1, epsilon=EPSILON, mask=mask, relu=relu).output
 
     with tf.autodiff.ForwardAccumulator(x, toward) as accumulator:
         output = call(x)
@@ -105,7 +107,7 @@ def test_forward_accumulators_and_vectorized_maps(relu: bool) -> None:
     step = 1e-3
 
     def at(step: float) -> Any:
-        y = reference.forward(X + step * np.float64(toward)).output
+        y = reference.forward(X + step * np.float64(toward), mask=mask).output
         return np.maximum(y, 0) if relu else y
 
     np.testing.assert_allclose(change, (at(step) - at(-step)) / (2 * step), atol=1e-4)
@@ -114,8 +116,8 @@ def test_forward_accumulators_and_vectorized_maps(relu: bool) -> None:
         tape.watch(batches)
         outputs = tf.vectorized_map(call, batches)
     found = tape.gradient(outputs, batches, tf.stack([toward, toward]))
-    upstream = np.float64(toward) * (reference.forward(X).output > 0 if relu else 1)
-    assert error(array(found[0]), reference.backward(upstream, X).x) < 1e-5
+    upstream = np.float64(toward) * (reference.forward(X, mask=mask).output > 0 if relu else 1)
+    assert error(array(found[0]), reference.backward(upstream, X, mask=mask).x) < 1e-5
 
 
 @on_tensorflow
@@ -168,3 +170,42 @@ def test_a_backward_pass_that_needs_statistics_of_before_is_refused() -> None:
     made(torch.tensor(X), training=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.backward()
+
+
+@on_torch
+def test_a_checkpoint_takes_one_step() -> None:
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    made, x = layer(momentum=0.9), torch.tensor(X, requires_grad=True)
+    output: Any = checkpoint(lambda x: made(x, training=True), x, use_reentrant=False)
+    output.pow(3).sum().backward()
+    np.testing.assert_allclose(array(made.moving_mean), 0.1 * X.mean(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 0, 3), (4, 0), (0, 3)])
+@pytest.mark.parametrize("ghosts", [None, 4])
+def test_nothing_to_normalise(shape: tuple[int, ...], ghosts: int | None) -> None:
+    made = BatchNormalization(virtual_batch_size=ghosts)
+    made.build(shape)
+    x = tensor(np.zeros(shape))
+    assert tuple(made(x, training=True).shape) == shape
+    assert (array(made.moving_mean) == 0).all()
+    bare, _ = gradients(lambda x: kernels.normalize(x, axis=-1, epsilon=1e-3).output, [x], x)
+    assert tuple(bare.shape) == shape
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="about JAX")
+def test_forward_mode_reads_nothing_that_does_not_count() -> None:
+    import jax
+
+    x, mask = X.copy(), np.arange(len(X)) < 4
+    x[-1] = np.nan
+    toward = RNG.normal(size=X.shape).astype("float32")
+
+    def call(x: Any) -> Any:
+        return kernels.normalize(x, axis=-1, epsilon=EPSILON, mask=mask).output
+
+    _, change = jax.jvp(call, (x,), (toward,))
+    _, clean = jax.jvp(call, (X,), (toward,))
+    np.testing.assert_allclose(array(change)[mask], array(clean)[mask], rtol=1e-5)

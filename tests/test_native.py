@@ -164,6 +164,19 @@ def test_an_order_that_misleads_the_shift_costs_no_digits(
     assert error(have.y, true.output) < 2 * EPS["float32"]
 
 
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("inner", [1, 2, 3, 8, 49])
+def test_a_first_sample_unlike_the_others_costs_few_digits(inner: int, constant: bool) -> None:
+    x, dy, gamma, beta = draw((2048 // inner, 3, inner), "float32", mean=1000)
+    if constant:
+        x[:] = 1000.3
+    x[:1] = 0
+    have = step(x, dy, gamma, beta)
+    true = reference.forward(x, gamma, beta, axis=1)
+    assert error(have.variance, true.variance) < 16 * EPS["float32"]
+    assert error(have.y, true.output) < 16 * EPS["float32"]
+
+
 def test_gamma_and_beta_may_be_missing() -> None:
     x, dy, *_ = draw((65, 33, 1), "float32")
     without, with_them = step(x, dy, None, None), step(x, dy, np.ones(33), np.zeros(33))

@@ -84,7 +84,8 @@ def _one_by_one(
     channel: int,
 ) -> Normalized:
     def split(values: Any) -> Any:
-        return ops.unstack(ops.reshape(values, [-1, groups, *ops.shape(values)[1:]]), groups, 1)
+        samples, *inner = ops.shape(values)
+        return ops.unstack(ops.reshape(values, [samples // groups, groups, *inner]), groups, 1)
 
     masks = [None] * groups
     if mask is not None:

@@ -157,7 +157,7 @@ def _moving_masked_rows(dtype: Any, at: Any, tangents: Any) -> Any:
     change = jnp.where(counts, tangents[0].astype(dtype), 0)
     share = 1.0 / jnp.maximum(counts.sum(dtype=dtype), 1.0)
     moments = cast(Any, _masked_moments(rows, counts, dtype))
-    return moments, _moments_move(rows, change, moments, share)
+    return moments, _moments_move(rows, change, moments, share, counts)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -169,15 +169,15 @@ def _compiled_moments(rows: Any, dtype: Any) -> Any:
 def _moving_rows(dtype: Any, at: Any, tangents: Any) -> Any:
     rows, change = at[0], tangents[0].astype(dtype)
     moments = _compiled_moments(rows, dtype)
-    return moments, _moments_move(rows, change, moments, _share(rows))
+    return moments, _moments_move(rows, change, moments, _share(rows), True)
 
 
-def _moments_move(rows: Any, change: Any, moments: Any, share: Any) -> Any:
+def _moments_move(rows: Any, change: Any, moments: Any, share: Any, counts: Any) -> Any:
     """How the moments change with the rows: all of the mean's change is in its correction."""
     shift, delta, _ = moments
     deviations = (rows.astype(change.dtype) - _spread(shift, rows)) - _spread(delta, rows)
     of_mean = _total(change) * share
-    of_variance = 2 * _total(deviations * change) * share
+    of_variance = 2 * _total(jnp.where(counts, deviations, 0) * change) * share
     return jnp.zeros_like(shift), of_mean, of_variance
 
 

@@ -48,6 +48,7 @@ def forward(
         tf.constant((epsilon, momentum), tf.float64),
         relu=relu,
         unbiased=unbiased,
+        moves=bool(moving),
         threads=_threads(),
     )
     return output, tf.ensure_shape(kept, (4 + len(moving), None))

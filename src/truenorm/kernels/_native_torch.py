@@ -22,6 +22,7 @@ from truenorm.kernels._contract import Moving, Normalized
 
 DTYPES = {getattr(torch, name): code for name, code in _native.DTYPES.items()}
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+NO_STEP = (0.0, False, None, None, None, None)
 Layout = tuple[int, int, int]
 
 
@@ -79,14 +80,18 @@ def normalize(
         mask = mask.broadcast_to(x.shape[:-1]).contiguous()
     if moving is not None:
         moving = _ready(moving, wide)
-    # Mean, variance, what rounding takes from the mean, and rstd.
-    rows = torch.empty(4, layout[1], dtype=wide, device="cpu")
+    # Mean, variance, what rounding takes from the mean, rstd; and the moving ones after the step.
+    writable = moving is not None and moving.writable
+    rows = torch.empty(6 if writable else 4, layout[1], dtype=wide, device="cpu")
     how = How(layout, axis % x.dim(), epsilon, relu, rows, moving)
     output = _Normalize.apply(x, _wide(gamma, wide), _wide(beta, wide), mask, how)
     count = layout[0] * layout[2] if mask is None else mask.sum(dtype=wide)
-    if moving is None or not moving.writable:
+    if moving is None or not writable:
         return Normalized(output, rows[0], rows[1], count)
-    torch.autograd.graph.increment_version(moving[:2])
+    # Not in forward, which checkpoints repeat.
+    for values, moved in zip(moving[:2], _addresses(rows)[4:], strict=True):
+        ctypes.memmove(values.data_ptr(), moved, values.nbytes)
+        torch.autograd.graph.increment_version(values)
     return Normalized(output, None, None, count, moved=())
 
 
@@ -105,7 +110,7 @@ def infer(
     output = torch.empty_like(x)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     weights = (_wide(weight, wide) for weight in (gamma, beta, mean, variance))
-    _run("tn_infer", x, layout, epsilon, False, None, *weights, *[None] * 4, output, None, None)
+    _run("tn_infer", x, layout, epsilon, False, None, *weights, *[None] * 4, output, *NO_STEP, None)
     return output
 
 
@@ -118,8 +123,11 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, gamma: Any, beta: Any, mask: Any, how: How) -> Any:
         output = torch.empty_like(x)
-        arrays = (None, gamma, beta, *_addresses(how.rows), None, None, output)
-        _run("tn_forward", x, how.layout, how.epsilon, how.relu, *arrays, how.moving, mask)
+        kept = _addresses(how.rows)
+        arrays = (None, gamma, beta, *kept[:4], None, None, output)
+        moving = how.moving or Moving(None, None)
+        step = (moving.momentum or 0.0, moving.unbiased, *moving[:2], *(kept[4:] or (None, None)))
+        _run("tn_forward", x, how.layout, how.epsilon, how.relu, *arrays, *step, mask)
         ctx.how = how[:4]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, gamma, beta, mask, how.rows)
@@ -134,15 +142,15 @@ class _Normalize(torch.autograd.Function):
         needed = ctx.needs_input_grad
         batched = torch._C._functorch.is_legacy_batchedtensor(gradient)  # pyright: ignore
         if torch.is_grad_enabled() or batched or not _plain(gradient, x, gamma, beta, mask, rows):
-            found = _differentiable(gradient, x, gamma, beta, mask, rows, *ctx.how[1:])
+            found = _differentiable(gradient, x, gamma, beta, mask, rows[:4], *ctx.how[1:])
         else:
             x, layout = _dense(x, channel)  # Who keeps tensors elsewhere may order them anew.
             if gradient.stride() != x.stride() or gradient.is_neg():
                 gradient = torch.empty_like(x).copy_(gradient)
             d_x = torch.empty_like(x) if needed[0] else None
             sums = [torch.empty(layout[1], dtype=rows.dtype, device="cpu") for _ in range(2)]
-            arrays = (gradient, gamma, beta, *_addresses(rows), *sums, d_x)
-            _run("tn_backward", x, layout, epsilon, relu, *arrays, None, mask)
+            arrays = (gradient, gamma, beta, *_addresses(rows)[:4], *sums, d_x)
+            _run("tn_backward", x, layout, epsilon, relu, *arrays, *NO_STEP, mask)
             found = (d_x, *sums)
         needed = zip(found, needed, strict=False)
         return *(part if needs else None for part, needs in needed), None, None
@@ -185,18 +193,15 @@ def _differentiable(
 def _run(name: str, x: Any, layout: Layout, epsilon: float, relu: bool, *given: Any) -> None:
     """Call a function of the library with tensors, addresses, or None.
 
-    The last two are the moving statistics and the mask.
+    They are those of its call from dy to y; momentum and unbiased; and the rest.
     """
-    *arrays, moving, mask = given
-    mean, variance, momentum, unbiased, writable = moving or Moving(None, None)
+    momentum, unbiased = given[10:12]
     _native.run(
         name,
         *layout,
         *(DTYPES[x.dtype], relu, torch.get_num_threads(), unbiased),
-        *(epsilon, momentum or 0.0, _parallel()),
-        *map(_address, (x, *arrays, mean, variance)),
-        *((_address(mean), _address(variance)) if writable else (0, 0)),
-        _address(mask),
+        *(epsilon, momentum, _parallel()),
+        *map(_address, (x, *given[:10], *given[12:])),
     )
 
 

@@ -207,11 +207,7 @@ def _second(
             output, shift, delta, _, rstd = forward(rows, gamma, beta)
             first = _backward(gradient, rows, gamma, shift, delta, rstd, *[output] * relu)
         else:
-            options: Any = {"mask": mask[:, None], "moving": Moving(kept[0], kept[1]), "relu": relu}
-            with tf.GradientTape() as inner:
-                inner.watch((rows, gamma, beta))
-                batch = _composite.normalize(rows, gamma, beta, axis=1, epsilon=epsilon, **options)
-            first = inner.gradient(batch.output, (rows, gamma, beta), gradient)
+            first = _masked_backward(gradient, rows, gamma, beta, mask, kept, epsilon, relu)
     return tape.gradient(first, (gradient, rows, gamma), output_gradients=cotangents)
 
 
@@ -260,6 +256,38 @@ def _backward(
     d_rows = gradient * _spread(scale, rows)
     d_rows = d_rows + (deviations * _spread(slope, rows) + _spread(level, rows))
     return tf.cast(d_rows, rows.dtype), d_gamma, d_beta
+
+
+def _masked_backward(
+    gradient: Any,
+    rows: Any,
+    gamma: Any,
+    beta: Any,
+    mask: Any,
+    kept: Any,
+    epsilon: Any,
+    relu: bool,
+) -> tuple[Any, Any, Any]:
+    """The closed form of a masked batch, of statistics that depend on the rows."""
+    dtype, counts = gamma.dtype, mask[:, None, None]
+    count = tf.cast(tf.math.count_nonzero(mask), dtype)
+    share = 1.0 / tf.maximum(count, 1.0)
+
+    def average(values: Any) -> Any:
+        return _total(tf.where(counts, values, 0.0)) * share
+
+    deviations = tf.cast(rows, dtype) - _spread(kept[0], rows)
+    deviations -= _spread(average(deviations), rows)  # Where none counts, kept is what normalised.
+    variance = tf.where(count > 0, average(tf.square(deviations)), kept[1])
+    rstd = tf.math.rsqrt(variance + epsilon)
+    scale, gradient = rstd * gamma, tf.cast(gradient, dtype)
+    if relu:
+        output = deviations * _spread(scale, rows) + _spread(beta, rows)
+        gradient = tf.where(output > 0, gradient, 0.0)
+    d_beta, d_gamma = _total(gradient), _total(gradient * deviations) * rstd
+    through = deviations * _spread(rstd * d_gamma, rows) + _spread(d_beta, rows)
+    through = tf.where(counts, through * share, 0.0)
+    return tf.cast((gradient - through) * _spread(scale, rows), rows.dtype), d_gamma, d_beta
 
 
 def _share(rows: Any, dtype: Any) -> Any:

@@ -149,6 +149,7 @@ static void work(void *context)
     char *scratch = j->scratch + (size_t)atomic_fetch_add(&j->entered, 1) * j->scratch_size;
     if (j->passes[0]) {
         take(j, j->passes[0], &j->first, scratch);
+        if (!j->call->y) return; /* no second pass to wait for */
         for (int spins = 0; !atomic_load(&j->ready); spins++)
             if (spins < SPINS) pause_briefly();
             else sched_yield();

@@ -200,7 +200,8 @@ static void NAME(rows)(job *j, int pass, int64_t chunk, void *scratch)
 
 /* Channels first: a chunk is some of the channels, of all samples. What has sums is taken in rows of
  * LANES columns, with equal constants: those of a few channels at a time, so that memory is read in
- * its order, and of SEVERAL values of each, if a sample has fewer. */
+ * its order, and of up to SEVERAL values of
+ * each, if a sample has fewer: of more and more, since at first the shift is that of a few. */
 static void NAME(slices)(job *j, int pass, int64_t chunk, void *scratch)
 {
     const tn_call *call = j->call;
@@ -226,9 +227,9 @@ static void NAME(slices)(job *j, int pass, int64_t chunk, void *scratch)
     }
     const int64_t piece = least(inner, BLOCK * LANES), samples = most(1, SEVERAL / most(1, inner));
     for (int64_t group = start; group < end; group += GROUP)
-        for (int64_t n = 0; n < call->outer; n += samples)
+        for (int64_t n = 0, some = 1; n < call->outer; n += some, some = least(2 * some, samples))
             for (int64_t p = 0; p < inner; p += piece) {
-                const int64_t last = least(n + samples, call->outer), size = least(piece, inner - p);
+                const int64_t last = least(n + some, call->outer), size = least(piece, inner - p);
                 NAME(columns) of[GROUP];
                 const int count = (int)least(GROUP, end - group);
                 for (int i = 0; i < count; i++) {

@@ -67,7 +67,7 @@ static int find_tensorflow(void)
 
 typedef struct {
     int64_t threads;
-    unsigned char relu, unbiased;
+    unsigned char relu, unbiased, moves;
 } options;
 
 static void *create(void *construction)
@@ -78,6 +78,7 @@ static void *create(void *construction)
         tf.OpKernelConstruction_GetAttrInt64(construction, "threads", &made->threads, status);
         tf.OpKernelConstruction_GetAttrBool(construction, "relu", &made->relu, status);
         tf.OpKernelConstruction_GetAttrBool(construction, "unbiased", &made->unbiased, status);
+        tf.OpKernelConstruction_GetAttrBool(construction, "moves", &made->moves, status);
     }
     tf.DeleteStatus(status);
     return made;
@@ -152,7 +153,7 @@ static void forward(void *asked, void *context)
 {
     void *inputs[FORWARD_INPUTS] = {0}, *status = tf.NewStatus();
     tn_call call = begin(asked, context, inputs, FORWARD_INPUTS, status);
-    const int moves = tf.Dim(inputs[MEAN], 0) == call.channels;
+    const int moves = ((const options *)asked)->moves;
     void *y = like_input(context, inputs[X], &call, status);
     void *kept = rows(context, moves ? 6 : 4, &call, status);
     int failed = !y || !kept;
@@ -208,6 +209,7 @@ static void add(const char *name, void (*compute)(void *, void *), const char *c
     tf.OpDefinitionBuilderAddAttr(operation, "S: {float, double}");
     tf.OpDefinitionBuilderAddAttr(operation, "relu: bool");
     tf.OpDefinitionBuilderAddAttr(operation, "unbiased: bool = false");
+    tf.OpDefinitionBuilderAddAttr(operation, "moves: bool = false");
     tf.OpDefinitionBuilderAddAttr(operation, "threads: int");
     for (; *inputs; inputs++) tf.OpDefinitionBuilderAddInput(operation, *inputs);
     tf.OpDefinitionBuilderAddOutput(operation, outputs);

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def start(rank: int, ports: list[str]) -> Any:
 
         address = f"tcp://127.0.0.1:{ports[0]}"
         distributed.init_process_group("gloo", address, rank=rank, world_size=2)
+        return left_together()
     else:
         workers = [f"127.0.0.1:{port}" for port in ports]
         task = {"type": "worker", "index": rank}
@@ -51,6 +53,16 @@ def start(rank: int, ports: list[str]) -> Any:
 
         return tf.distribute.MultiWorkerMirroredStrategy().scope()
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def left_together() -> Iterator[None]:
+    """Ends the group of processes before any of them ends: at exit its threads may still run."""
+    from torch import distributed
+
+    yield
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 def main(rank: str, folder: str, *ports: str) -> None:

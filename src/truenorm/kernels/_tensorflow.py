@@ -35,22 +35,20 @@ def normalize(
     moving: Moving | None = None,
     relu: bool = False,
 ) -> Normalized:
-    """See :mod:`truenorm.kernels`. Masks take the compiled passes or the composite."""
+    """See :mod:`truenorm.kernels`. Masks take the compiled passes, or else the composite."""
     x = tf.convert_to_tensor(x)
     channel = axis % len(x.shape)
+    channels, last = x.shape[channel], channel == len(x.shape) - 1
+    dtype = statistics_dtype(x.dtype)
     compiled = _native_tensorflow.takes(x)
-    if mask is not None and not (
-        compiled and channel == len(x.shape) - 1 and _same(statistics_dtype(x.dtype), moving)
-    ):
+    takes_moving = compiled and _same(dtype, moving)
+    if mask is not None and not (takes_moving and last):
         return _composite.normalize(
             x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, moving=moving, relu=relu
         )
-    channels = x.shape[channel]
-    dtype = statistics_dtype(x.dtype)
     scale = tf.ones(channels, dtype) if gamma is None else tf.cast(gamma, dtype)
     offset = tf.zeros(channels, dtype) if beta is None else tf.cast(beta, dtype)
     shape = tf.shape(x)
-    last = channel == len(x.shape) - 1
     after = 1 if last else tf.reduce_prod(shape[channel + 1 :])
     before = tf.reduce_prod(shape[:channel])
     flat = last and not compiled
@@ -59,7 +57,7 @@ def normalize(
     if mask is not None:
         counts = tf.reshape(tf.broadcast_to(tf.cast(mask, tf.bool), shape[:-1]), [-1])
     moves, momentum = (), None
-    if moving is not None and compiled and _same(dtype, moving):
+    if moving is not None and takes_moving:
         moves, momentum = moving[:2], moving.momentum
     kernel = _kernel(
         _compiled if compiled else _by_xla,

@@ -12,6 +12,7 @@ import pytest
 from helpers import EPSILON, array, error, gradients, tensor
 
 from truenorm import BatchNormalization, kernels
+from truenorm.kernels import _composite
 from truenorm.kernels import _reference as reference
 
 BACKEND = keras.config.backend()
@@ -209,3 +210,24 @@ def test_forward_mode_reads_nothing_that_does_not_count() -> None:
     _, change = jax.jvp(call, (x,), (toward,))
     _, clean = jax.jvp(call, (X,), (toward,))
     np.testing.assert_allclose(array(change)[mask], array(clean)[mask], rtol=1e-5)
+
+
+@on_torch
+@pytest.mark.parametrize("masked", [False, True])
+def test_third_derivatives(masked: bool) -> None:
+    import torch
+
+    x = torch.tensor(RNG.normal(3, 2, (6, 3)), requires_grad=True)
+    gamma = torch.tensor(RNG.uniform(0.5, 2, 3), requires_grad=True)
+    mask = torch.arange(6) < 4 if masked else None
+    directions = [torch.tensor(RNG.normal(size=(6, 3))) for _ in range(2)]
+
+    def third(normalize: Any) -> Any:
+        value = normalize(x, gamma, axis=-1, epsilon=EPSILON, mask=mask).output.pow(3).sum()
+        for direction in directions:
+            (found,) = torch.autograd.grad(value, x, create_graph=True)
+            value = (found * direction).sum()
+        return torch.autograd.grad(value, (x, gamma))
+
+    for have, want in zip(third(kernels.normalize), third(_composite.normalize), strict=True):
+        np.testing.assert_allclose(have.numpy(), want.numpy(), rtol=1e-9, atol=1e-9)

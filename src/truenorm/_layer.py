@@ -325,7 +325,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 variance,
                 momentum=None if self.renorm else self.momentum,
                 unbiased=self.bessel_correction,
-                writable=kernels.writable(),
             ),
             relu=rectifies,
         )

@@ -50,11 +50,6 @@ def blend(old: Any, value: Any, momentum: Any) -> Any:
     return old * momentum + value * (1.0 - momentum)
 
 
-def writable() -> bool:
-    """Whether the values of variables are in memory that a step may change."""
-    return False
-
-
 if keras.config.backend() == "jax":
     from truenorm.kernels._jax import normalize, normalize_synchronized
 elif keras.config.backend() == "tensorflow":
@@ -67,7 +62,6 @@ elif keras.config.backend() == "torch":
         normalize,
         normalize_synchronized,
         where,
-        writable,
     )
 else:
     from truenorm.kernels._composite import normalize
@@ -90,5 +84,4 @@ __all__ = [
     "normalize_synchronized",
     "statistics_dtype",
     "where",
-    "writable",
 ]

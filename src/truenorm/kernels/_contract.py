@@ -13,16 +13,15 @@ class Moving(NamedTuple):
     Args:
         mean: Shape ``(channels,)``.
         variance: As ``mean``.
-        momentum: Weight of these in the step toward the batch's; None: the layer takes the step.
+        momentum: Weight of these in the step toward the batch's; None: the layer takes the step. On
+            PyTorch the step may be taken in their memory.
         unbiased: Whether the step is toward the unbiased variance of the batch.
-        writable: Whether the step may be taken in the memory of these.
     """
 
     mean: Any
     variance: Any
     momentum: float | None = None
     unbiased: bool = False
-    writable: bool = False
 
 
 class Normalized(NamedTuple):

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from keras.src.backend.common.stateless_scope import in_stateless_scope  # there is no public way
 from torch.autograd import forward_ad
 
 from truenorm.kernels import _native
@@ -45,7 +46,7 @@ def takes(x: Any, *weights: Any) -> bool:
     return (
         x.dtype in DTYPES
         and not torch.compiler.is_compiling()
-        and not torch._C._get_tracing_state()  # pyright: ignore[reportPrivateUsage]
+        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and _plain(x, *weights)
         and _native.library() is not None
     )
@@ -78,10 +79,12 @@ def normalize(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if mask is not None:
         mask = mask.broadcast_to(x.shape[:-1]).contiguous()
+    writable = moving is not None and moving.momentum is not None and not in_stateless_scope()
     if moving is not None:
-        moving = _ready(moving, wide)
+        mean, variance = (_wide(values, wide) for values in moving[:2])
+        writable &= mean is moving.mean and variance is moving.variance
+        moving = Moving(mean, variance, moving.momentum, moving.unbiased)
     # Mean, variance, what rounding takes from the mean, rstd; and the moving ones after the step.
-    writable = moving is not None and moving.writable
     rows = torch.empty(6 if writable else 4, layout[1], dtype=wide, device="cpu")
     how = How(layout, axis % x.dim(), epsilon, relu, rows, moving)
     output = _Normalize.apply(x, _wide(gamma, wide), _wide(beta, wide), mask, how)
@@ -93,13 +96,6 @@ def normalize(
         ctypes.memmove(values.data_ptr(), moved, values.nbytes)
         torch.autograd.graph.increment_version(values)
     return Normalized(output, None, None, count, moved=())
-
-
-def _ready(moving: Moving, dtype: Any) -> Moving:
-    """The moving statistics for the compiled passes: writable only where they lie as they must."""
-    mean, variance = (_wide(values, dtype) for values in moving[:2])
-    there = mean is moving.mean and variance is moving.variance and moving.momentum is not None
-    return Moving(mean, variance, moving.momentum, moving.unbiased, moving.writable and there)
 
 
 def infer(

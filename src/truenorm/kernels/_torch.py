@@ -22,7 +22,6 @@ from typing import Any
 
 import keras
 import torch
-from keras.src.backend.common.stateless_scope import in_stateless_scope  # there is no public way
 from torch import distributed
 
 from truenorm.kernels import _composite, _native_torch
@@ -40,11 +39,6 @@ isfinite, where = torch.isfinite, torch.where
 def blend(old: Any, value: Any, momentum: Any) -> Any:
     """One step of a moving average."""
     return torch.lerp(old, value, 1.0 - momentum)
-
-
-def writable() -> bool:
-    """Whether the values of variables are those that a step is to change."""
-    return not in_stateless_scope()
 
 
 def normalize(

@@ -49,16 +49,16 @@ bench: $(VENV)/test.stamp
 	  KERAS_BACKEND=$$backend $(BIN)/python benchmarks/$$what.py || exit; done; done
 
 clean:
-	rm -rf $(VENV) truenorm-demo build src/truenorm/kernels/native/*.so src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) truenorm-demo build src/truenorm/_kernels/native/*.so src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/demo.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard src/truenorm/kernels/native/*.[ch])
+$(VENV)/demo.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard src/truenorm/_kernels/native/*.[ch])
 	$(INSTALL) -e ".[jax,demo]"
 	touch $@
 
-$(VENV)/test.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard src/truenorm/kernels/native/*.[ch])
+$(VENV)/test.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard src/truenorm/_kernels/native/*.[ch])
 	$(INSTALL) -e ".[test]"
 	touch $@
 

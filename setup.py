@@ -1,4 +1,4 @@
-"""Builds the compiled passes (``src/truenorm/kernels/native``); all else is in pyproject.toml.
+"""Builds the compiled passes (``src/truenorm/_kernels/native``); all else is in pyproject.toml.
 
 They are a plain shared library that knows neither Python nor any framework: one build serves all.
 The compiler is the machine's own (``CC``, cc, gcc or clang) or, where none of them can do it, that
@@ -18,7 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-NATIVE = Path("src/truenorm/kernels/native")
+NATIVE = Path("src/truenorm/_kernels/native")
 FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 # Levels of the processor; which one is used is decided when the library is loaded.
 LEVELS = {"v1": []}
@@ -105,7 +105,7 @@ class PlatformWheel(bdist_wheel):
 
 supported = sys.platform.startswith("linux") or sys.platform == "darwin"
 supported = supported and os.environ.get("TRUENORM_NATIVE") != "0"
-library = Extension("truenorm.kernels.native.libtruenorm", [], optional=True)
+library = Extension("truenorm._kernels.native.libtruenorm", [], optional=True)
 setup(
     ext_modules=[library] if supported else [],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},

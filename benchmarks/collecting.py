@@ -24,7 +24,7 @@ import keras
 import numpy as np
 
 import truenorm as tn
-from truenorm._collection import Collector, Seen, Use
+from truenorm._statistics.collector import Collector, Seen, Use
 
 
 def seconds(run: Callable[[], Any]) -> float:

@@ -37,9 +37,8 @@ import keras
 import numpy as np
 
 import truenorm as tn
-from truenorm import kernels
-from truenorm.kernels import _composite
-from truenorm.kernels import _reference as reference
+from truenorm import _kernels as kernels
+from truenorm._kernels import composite, reference
 
 SHAPES = (
     (32, 56, 56, 64),
@@ -53,9 +52,9 @@ SHAPES = (
 )
 CHANNELS_FIRST = (32, 64, 56, 56)
 SMALL = ((32, 4, 4, 64), (64, 128, 100))  # not in the mean: the call itself is what takes the time
-COMPILED = importlib.import_module(f"truenorm.kernels._native_{keras.config.backend()}")
+COMPILED = importlib.import_module(f"truenorm._kernels.{keras.config.backend()}.native")
 INSTEAD: dict[str, tuple[Any, str, Any]] = {
-    "composite": (kernels, "normalize", _composite.normalize),
+    "composite": (kernels, "normalize", composite.normalize),
     "uncompiled": (COMPILED, "takes", lambda *_: False),
 }
 Step = Callable[[], tuple[Any, ...]]

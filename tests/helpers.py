@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from truenorm.kernels import _reference as reference
+from truenorm._kernels import reference
 
 EPSILON = 1e-3
 

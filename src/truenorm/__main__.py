@@ -1,6 +1,6 @@
 """``python -m truenorm``: the same as the ``truenorm`` command."""
 
-from truenorm.cli import main
+from truenorm._cli import main
 
 if __name__ == "__main__":
     main()

@@ -6,14 +6,15 @@ from typing import Any
 
 import keras
 
-from truenorm._collection import Collector
-from truenorm._data import require_positive
 from truenorm._errors import OptionError
-from truenorm._freezing import Layers, freeze
-from truenorm._options import FreezePolicy
-from truenorm._population import collected, collector_of, recalibrate
-from truenorm._records.sites import Freezing
-from truenorm._records.statistics import Recalibration
+from truenorm._layer.arguments import FreezePolicy
+from truenorm._model.data import require_positive
+from truenorm._modes.freeze import Layers, freeze
+from truenorm._records.freezing import Freezing
+from truenorm._records.recalibration import Recalibration
+from truenorm._statistics.collect import collected, collector_of
+from truenorm._statistics.collector import Collector
+from truenorm._statistics.recalibrate import recalibrate
 
 
 class FreezeStatistics(keras.callbacks.Callback):

@@ -13,8 +13,8 @@ import keras
 
 from truenorm import archive
 from truenorm._errors import MissingDependencyError, OptionError
-from truenorm._population import collect as collect_here
-from truenorm._records.statistics import Population
+from truenorm._records.population import Population
+from truenorm._statistics.collect import collect as collect_here
 
 
 def collect(

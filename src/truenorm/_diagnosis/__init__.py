@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from truenorm._data import check_limits
 from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Rule
 from truenorm._diagnosis.table import RULES
 from truenorm._errors import DataError, OptionError
-from truenorm._records.findings import Diagnosis, Finding, Skipped
-from truenorm._sites import batch_normalizations
+from truenorm._model.data import check_limits
+from truenorm._model.sites import batch_normalizations
+from truenorm._records.diagnosis import Diagnosis, Finding, Skipped
 
 Codes = str | Sequence[str] | None
 

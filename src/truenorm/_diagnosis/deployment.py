@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Fault
-from truenorm._folding import why_not_folded
-from truenorm._sites import position
+from truenorm._model.sites import position
+from truenorm._rewrites.fold import why_not_folded
 
 
 def not_foldable(facts: Facts) -> Iterator[Fault]:

@@ -10,14 +10,14 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from truenorm._data import labelled_batches
 from truenorm._diagnosis.measuring import Answers, Runner, Seen, ask, judge_of, look, no_data
-from truenorm._graph import Call, calls, graph_of, is_batch_normalization
-from truenorm._inspection import inspect
-from truenorm._population import gaps
-from truenorm._records.sites import Inspection
-from truenorm._records.statistics import Gap
-from truenorm._sites import batch_normalizations, is_own_class, site_calls
+from truenorm._model.data import labelled_batches
+from truenorm._model.graph import Call, calls, graph_of, is_batch_normalization
+from truenorm._model.sites import batch_normalizations, is_own_class, site_calls
+from truenorm._modes.inspect import inspect
+from truenorm._records.inspection import Inspection
+from truenorm._records.recalibration import Gap
+from truenorm._statistics.recalibrate import gaps
 
 Need = Literal["graph", "data", "batches", "inputs"]
 

@@ -17,12 +17,12 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from truenorm import kernels
+from truenorm import _kernels as kernels
 from truenorm._errors import DataError
-from truenorm._interception import intercepted
-from truenorm._moments import Array, Moments
-from truenorm._rebuilding import compile_like
-from truenorm._records.statistics import Population
+from truenorm._model.hooks import intercepted
+from truenorm._model.trainer import compile_like
+from truenorm._records.moments import Array, Moments
+from truenorm._records.population import Population
 
 ops: Any = keras.ops
 

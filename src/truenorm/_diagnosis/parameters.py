@@ -10,9 +10,9 @@ import numpy as np
 
 from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Fault
-from truenorm._moments import Array
-from truenorm._probe import as_float64
-from truenorm._sites import fused_activation, is_linear
+from truenorm._model.sites import fused_activation, is_linear
+from truenorm._model.values import as_float64
+from truenorm._records.moments import Array
 
 DEAD = 1e-2
 """|gamma| over the layer's root mean square gamma below which a channel is as good as constant: its

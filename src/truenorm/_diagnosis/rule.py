@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from truenorm._diagnosis.facts import Facts, Need
-from truenorm._records.findings import Evidence, Severity
+from truenorm._records.diagnosis import Evidence, Severity
 
 
 class Fault(NamedTuple):

@@ -22,9 +22,9 @@ import numpy as np
 from truenorm._diagnosis.facts import Facts, is_site, nearby
 from truenorm._diagnosis.measuring import Answers, Mode
 from truenorm._diagnosis.rule import Fault
-from truenorm._layer import BatchNormalization
-from truenorm._moments import Array, Moments
-from truenorm._probe import as_float64
+from truenorm._layer.batch_normalization import BatchNormalization
+from truenorm._model.values import as_float64
+from truenorm._records.moments import Array, Moments
 
 OFF = 0.1
 """Output error above which statistics are not those of the data. The moving average of a training

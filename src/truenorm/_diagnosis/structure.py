@@ -11,9 +11,9 @@ import numpy as np
 from truenorm._diagnosis.facts import Facts, is_site, nearby
 from truenorm._diagnosis.rule import Fault
 from truenorm._diagnosis.statistics import SKEW, output_error
-from truenorm._graph import Call
-from truenorm._moments import Moments
-from truenorm._sites import channel_axis, is_activation, is_linear, position
+from truenorm._model.graph import Call
+from truenorm._model.sites import channel_axis, is_activation, is_linear, position
+from truenorm._records.moments import Moments
 
 MOST = 0.5
 """Share of the hidden convolution and dense layers that must have a BatchNormalization for one

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from truenorm._errors import StudyError
-from truenorm._records.studies import Comparison, Interval, Study, Trial
+from truenorm._records.study import Comparison, Interval, Study, Trial
 from truenorm._study.verdict import Facts, sentences
 
 LEVEL = 0.05

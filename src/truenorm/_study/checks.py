@@ -11,11 +11,11 @@ import keras
 import numpy as np
 
 from truenorm._backends import Backend
-from truenorm._data import check
 from truenorm._errors import DataError, MissingDependencyError, ModelError, OptionError
-from truenorm._graph import calls, is_batch_normalization
-from truenorm._placement import Position, place
-from truenorm._sites import position as position_of
+from truenorm._model.data import check
+from truenorm._model.graph import calls, is_batch_normalization
+from truenorm._model.sites import position as position_of
+from truenorm._rewrites.place import Position, place
 from truenorm._study.folder import NAMES, Arrays
 
 _STALE = 0.01  # the most that initial values may weigh in the final moving statistics

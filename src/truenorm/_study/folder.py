@@ -25,8 +25,8 @@ from typing import Any, cast
 import numpy as np
 
 from truenorm._errors import StudyError
-from truenorm._files import replacing
-from truenorm._records.studies import Trial
+from truenorm._records.files import replacing
+from truenorm._records.study import Trial
 
 Arrays = tuple[np.ndarray, np.ndarray]
 NAMES = ("x_train", "y_train", "x_val", "y_val")

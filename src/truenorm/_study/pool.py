@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from truenorm._errors import OutputError
-from truenorm._records.studies import Trial
+from truenorm._records.study import Trial
 from truenorm._study.folder import Spec, read_result
 
 MARK = "truenorm-epoch "

@@ -12,9 +12,9 @@ from typing import Any, cast, get_args
 import keras
 
 from truenorm._errors import OutputError
-from truenorm._files import replacing
-from truenorm._placement import Position
-from truenorm._records.studies import Study, Trial
+from truenorm._records.files import replacing
+from truenorm._records.study import Study, Trial
+from truenorm._rewrites.place import Position
 from truenorm._study import checks
 from truenorm._study.analysis import analyse
 from truenorm._study.folder import (

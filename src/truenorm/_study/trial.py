@@ -18,12 +18,12 @@ from typing import Any, cast
 import keras
 import numpy as np
 
-from truenorm._files import replacing
-from truenorm._graph import calls, is_batch_normalization
-from truenorm._layer import BatchNormalization
-from truenorm._placement import Position, place
-from truenorm._population import recalibrate
-from truenorm._records.studies import Trial
+from truenorm._layer.batch_normalization import BatchNormalization
+from truenorm._model.graph import calls, is_batch_normalization
+from truenorm._records.files import replacing
+from truenorm._records.study import Trial
+from truenorm._rewrites.place import Position, place
+from truenorm._statistics.recalibrate import recalibrate
 from truenorm._study.folder import Arrays, Spec, read_data, write_result
 from truenorm._study.pool import MARK
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from truenorm._records.studies import Comparison, Interval, Trial
+from truenorm._records.study import Comparison, Interval, Trial
 
 
 @dataclass(frozen=True)

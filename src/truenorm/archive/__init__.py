@@ -4,7 +4,7 @@
 the BatchNormalization layers. :func:`load` makes the model, after the file has been looked through.
 """
 
-from truenorm._records.archives import StoredLayer, StoredModel
+from truenorm._records.stored_model import StoredLayer, StoredModel
 from truenorm.archive._loading import MOST_PARAMETERS, load, save
 from truenorm.archive._reading import read
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from truenorm._errors import ArchiveError, OptionError, OutputError
-from truenorm._files import replacing
-from truenorm._tables import printable
+from truenorm._records.files import replacing
+from truenorm._records.tables import printable
 from truenorm.archive._classes import Classes
 from truenorm.archive._container import CONFIG, opened, read_json, verify_checksums, weights
 
@@ -81,7 +81,7 @@ def load(
 
     import keras  # here, so that reading a file does not wait for it
 
-    from truenorm._layer import BatchNormalization
+    from truenorm._layer.batch_normalization import BatchNormalization
 
     _refuse_unsafe_mode(str(path))
     config = {key: value for key, value in config.items() if key != "compile_config"}
@@ -199,7 +199,7 @@ def _counting(limit: int) -> Generator[_Asked]:
 
 def _check_scopes(model: Any, path: str) -> None:
     """Refuse names of layers that TensorFlow would stop at, as soon as it compiles the model."""
-    from truenorm._graph import layer_paths
+    from truenorm._model.graph import layer_paths
 
     for layer in layer_paths(model):
         if not re.fullmatch(r"[A-Za-z0-9_.\\/>-]*", layer.name):

@@ -19,9 +19,9 @@ import h5py
 import numpy as np
 
 from truenorm._errors import ArchiveError
-from truenorm._moments import Array
-from truenorm._records.archives import StoredLayer, StoredModel, StoredStatistics
-from truenorm._records.sites import Left
+from truenorm._records.moments import Array
+from truenorm._records.rewrite import Left
+from truenorm._records.stored_model import StoredLayer, StoredModel, StoredStatistics
 from truenorm.archive._container import CONFIG, METADATA, WEIGHTS, opened, read_json, weights
 
 MOST_CHANNELS = 2**24

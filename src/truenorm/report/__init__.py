@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from truenorm._errors import MissingDependencyError
-from truenorm._files import replacing
-from truenorm._tables import Record, Table, printable
+from truenorm._records.files import replacing
+from truenorm._records.tables import Record, Table, printable
 from truenorm.report.charts import Chart, comparison, gaps, learning_curves
 
 __all__ = ["Chart", "Section", "comparison", "gaps", "learning_curves", "report", "save"]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from truenorm._errors import MissingDependencyError
-from truenorm._tables import printable
+from truenorm._records.tables import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

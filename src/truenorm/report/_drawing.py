@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from truenorm._records.statistics import Gap
-from truenorm._records.studies import Comparison
-from truenorm._tables import number, printable
+from truenorm._records.recalibration import Gap
+from truenorm._records.study import Comparison
+from truenorm._records.tables import number, printable
 from truenorm.report._canvas import (
     FAINT,
     INK,

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from truenorm._errors import OptionError
-from truenorm._records.statistics import Gap
-from truenorm._records.studies import Comparison, Study
-from truenorm._tables import number
+from truenorm._records.recalibration import Gap
+from truenorm._records.study import Comparison, Study
+from truenorm._records.tables import number
 from truenorm.report import _drawing
 from truenorm.report._canvas import Chart, message, render, short
 

@@ -1,0 +1,33 @@
+"""The command ``truenorm demo``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from truenorm._cli.shell import OnBackend, choose_backend
+
+
+class Data(StrEnum):
+    """The demo's data sets; both come inside scikit-learn."""
+
+    digits = "digits"
+    breast_cancer = "breast_cancer"
+
+
+def demo(
+    data: Annotated[Data, typer.Option(help="What to learn.")] = Data.digits,
+    backend: OnBackend = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of each position.")] = 5,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("truenorm-demo"),
+    force: Annotated[bool, typer.Option("--force", help="Replace earlier results.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
+) -> None:
+    """Show on real data where BatchNormalization goes, what it does, and how to deploy it."""
+    choose_backend(backend)
+    from truenorm._demo import run
+
+    run(data=data.value, seeds=seeds, out=out, force=force, resume=resume)

@@ -1,0 +1,171 @@
+"""The commands on one model in a file: inspect, diagnose, place, fold, replace, recalibrate."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import truenorm as tn
+from truenorm import archive
+from truenorm._cli.data import read_data
+from truenorm._cli.shell import (
+    AsJson,
+    BatchSize,
+    File,
+    Imports,
+    MaxParameters,
+    OnBackend,
+    Out,
+    model_of,
+    show,
+    write,
+)
+from truenorm.archive import MOST_PARAMETERS
+
+
+class Position(StrEnum):
+    """Where BatchNormalization can be put."""
+
+    before_activation = "before_activation"
+    after_activation = "after_activation"
+    before_layer = "before_layer"
+    none = "none"
+
+
+class Layer(StrEnum):
+    """Whose BatchNormalization."""
+
+    truenorm = "truenorm"
+    keras = "keras"
+
+
+class Upstream(StrEnum):
+    """Which statistics the layers before a layer use while its own are taken."""
+
+    batch = "batch"
+    population = "population"
+    moving = "moving"
+
+
+Where = Annotated[str | None, typer.Option(help="Only sites whose path matches: 'block1/*'.")]
+
+
+def inspect(
+    file: File,
+    static: Annotated[
+        bool, typer.Option("--static", help="Read the file only: no Keras, no model, no code.")
+    ] = False,
+    as_json: AsJson = False,
+    backend: OnBackend = None,
+    max_parameters: MaxParameters = MOST_PARAMETERS,
+    imports: Imports = None,
+) -> None:
+    """Show every BatchNormalization of a model: where it is, and what it does in each mode."""
+    if static:
+        show(archive.read(file), as_json=as_json)
+    else:
+        model = model_of(file, backend, max_parameters, imports)
+        show(tn.inspect(model), as_json=as_json)
+
+
+def diagnose(
+    file: File,
+    data: Annotated[
+        Path | None, typer.Option(help="Training inputs, or x and y: .npy, .npz or .csv.")
+    ] = None,
+    select: Annotated[
+        list[str] | None, typer.Option(help="Only rules whose code begins so: TN1; repeatable.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="No rule whose code begins so: TN302; repeatable.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    as_json: AsJson = False,
+    backend: OnBackend = None,
+    max_parameters: MaxParameters = MOST_PARAMETERS,
+    imports: Imports = None,
+) -> None:
+    """Look for what is wrong with BatchNormalization; exit code 1 if more than notes is found."""
+    arrays = None if data is None else read_data(data)
+    model = model_of(file, backend, max_parameters, imports)
+    found = tn.diagnose(model, arrays, select=select, ignore=ignore, batch_size=batch_size)
+    show(found, as_json=as_json)
+    raise typer.Exit(0 if found.clean else 1)
+
+
+def place(
+    file: File,
+    position: Annotated[Position, typer.Argument(help="Where to.", show_default=False)],
+    out: Out,
+    where: Where = None,
+    insert: Annotated[
+        bool, typer.Option("--insert", help="Also put one where a layer has none.")
+    ] = False,
+    as_json: AsJson = False,
+    backend: OnBackend = None,
+    max_parameters: MaxParameters = MOST_PARAMETERS,
+    imports: Imports = None,
+) -> None:
+    """Move every BatchNormalization before or after its activation, remove or insert it."""
+    model = model_of(file, backend, max_parameters, imports)
+    rewrite = tn.place(model, position.value, where=where, insert=insert)
+    _finish(rewrite, out, as_json=as_json)
+
+
+def fold(
+    file: File,
+    out: Out,
+    where: Where = None,
+    as_json: AsJson = False,
+    backend: OnBackend = None,
+    max_parameters: MaxParameters = MOST_PARAMETERS,
+    imports: Imports = None,
+) -> None:
+    """Fold every BatchNormalization into the layers around it, for inference."""
+    model = model_of(file, backend, max_parameters, imports)
+    _finish(tn.fold(model, where=where), out, as_json=as_json)
+
+
+def replace(
+    file: File,
+    to: Annotated[Layer, typer.Option(help="Whose layer to put in.", show_default=False)],
+    out: Out,
+    as_json: AsJson = False,
+    backend: OnBackend = None,
+    max_parameters: MaxParameters = MOST_PARAMETERS,
+    imports: Imports = None,
+) -> None:
+    """Swap every BatchNormalization for truenorm's or Keras's, weights and outputs kept."""
+    model = model_of(file, backend, max_parameters, imports)
+    _finish(tn.replace(model, to=to.value), out, as_json=as_json)
+
+
+def recalibrate(
+    file: File,
+    data: Annotated[
+        Path, typer.Option(help="The inputs: a .npy, .npz or .csv file.", show_default=False)
+    ],
+    out: Out,
+    upstream: Annotated[
+        Upstream, typer.Option(help="Statistics of the layers before each layer meanwhile.")
+    ] = Upstream.batch,
+    batch_size: BatchSize = 32,
+    as_json: AsJson = False,
+    backend: OnBackend = None,
+    max_parameters: MaxParameters = MOST_PARAMETERS,
+    imports: Imports = None,
+) -> None:
+    """Set the moving statistics to the mean and variance of a whole data set."""
+    arrays = read_data(data)
+    model = model_of(file, backend, max_parameters, imports)
+    done = tn.recalibrate(model, arrays, upstream=upstream.value, batch_size=batch_size)
+    show(done, as_json=as_json)
+    write(model, out, as_json=as_json)
+
+
+def _finish(rewrite: tn.Rewrite, out: Path, *, as_json: bool) -> None:
+    show(rewrite, as_json=as_json)
+    write(rewrite.model, out, as_json=as_json)

@@ -1,0 +1,151 @@
+r"""Batch normalization in ``keras.ops``: any axis, any mask, any backend, any order of derivative.
+
+The corrected two-pass algorithm (Chan, Golub and LeVeque, 1983, equation 1.7): shift by a first
+mean :math:`s`, and let the deviations :math:`d_i = x_i - s` correct both moments:
+
+.. math:: \delta = \tfrac1n \sum_i w_i d_i, \qquad \mu = s + \delta, \qquad
+          \sigma^2 = \tfrac1n \sum_i w_i (d_i - \delta)^2, \qquad
+          y_i = \gamma \frac{d_i - \delta}{\sqrt{\sigma^2 + \epsilon}} + \beta .
+
+In exact arithmetic :math:`\delta = 0`; in float32 it is the rounding error of :math:`s`, which for
+a mean of 1000 and a standard deviation of 0.05 would cost three digits of the output. None of the
+moments depends on :math:`s`, so it is a constant for the derivatives.
+
+Over several replicas (``gather``), each has its own :math:`n_r, s_r, \delta_r, \sigma_r^2`. These
+are merged by the law of total variance around a common :math:`s`, with
+:math:`o_r = (s_r - s) + \delta_r`:
+
+.. math:: \delta = \tfrac1n \sum_r n_r o_r, \qquad
+          \sigma^2 = \tfrac1n \sum_r n_r \left( \sigma_r^2 + (o_r - \delta)^2 \right) .
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from truenorm._kernels.contract import Moving, Normalized, statistics_dtype
+
+ops: Any = keras.ops
+
+Gather = Callable[[Any], Any]
+"""From a vector to those of all replicas, one per row; differentiable."""
+
+
+def normalize(
+    x: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    *,
+    axis: int,
+    epsilon: float,
+    mask: Any = None,
+    moving: Moving | None = None,
+    relu: bool = False,
+    gather: Gather | None = None,
+) -> Normalized:
+    """See :mod:`truenorm._kernels`; with ``gather``, of the batches of all replicas together."""
+    channel = axis % len(x.shape)
+    valid = None if mask is None else ops.expand_dims(ops.cast(mask, "bool"), channel)
+    result = normalize_apart(
+        x, gamma, beta, (channel,), epsilon, valid, moving, relu=relu, gather=gather
+    )
+    return Normalized(
+        result.output,
+        ops.reshape(result.mean, [-1]),
+        ops.reshape(result.variance, [-1]),
+        ops.reshape(result.count, []),
+    )
+
+
+def normalize_apart(
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    kept: tuple[int, ...],
+    epsilon: float,
+    valid: Any = None,
+    moving: Moving | None = None,
+    *,
+    relu: bool = False,
+    gather: Gather | None = None,
+) -> Normalized:
+    """Statistics for each index of the axes ``kept``, of which the last holds the channels.
+
+    ``valid`` is the mask in a shape that stretches to that of ``x``, of size 1 for the channels;
+    the statistics and their count come in shapes that stretch to that of ``x``, too.
+    """
+    dtype = statistics_dtype(x.dtype)
+    values = ops.cast(x, dtype)
+    reduced = [a for a in range(len(x.shape)) if a not in kept]
+    shape = ops.shape(x)
+    broadcast = [1] * len(x.shape)
+    broadcast[kept[-1]] = shape[kept[-1]]
+
+    if valid is None:
+        rows = 1
+        for a in reduced:
+            rows = rows * shape[a]
+        count = ops.cast(rows, dtype)
+    else:
+        row_shape = list(shape)
+        row_shape[kept[-1]] = 1
+        valid = ops.broadcast_to(valid, row_shape)
+        count = ops.sum(ops.cast(valid, dtype), axis=reduced, keepdims=True)
+    share = 1.0 / ops.where(count > 0, count, 1.0)
+
+    def average(terms: Any) -> Any:
+        if valid is not None:
+            terms = ops.where(valid, terms, 0.0)
+        if len(reduced) > 1:  # In two steps: TensorFlow adds what it is given in sequence.
+            terms = ops.sum(terms, axis=reduced[1:], keepdims=True)
+        return ops.sum(terms, axis=reduced[:1], keepdims=True) * share
+
+    # A choice between the product and the difference: without it XLA contracts the two in one
+    # place, and rounds the shift in another.
+    shift = ops.stop_gradient(average(values))
+    shift = ops.where(ops.isfinite(shift), shift, 0.0)
+    deviations = values - shift
+    delta = average(deviations)
+    variance = average(ops.square(deviations - delta))
+    if gather is not None:
+        count, shift, delta, variance = _merged(count, shift, delta, variance, gather)
+        deviations = values - shift
+    if moving is not None and (valid is not None or gather is not None):
+        # No valid value: normalise with the statistics given, shifted as the deviations are.
+        given_mean, given_variance = (
+            ops.reshape(ops.cast(value, dtype), broadcast) for value in moving[:2]
+        )
+        delta = ops.where(count > 0, delta, given_mean - shift)
+        variance = ops.where(count > 0, variance, given_variance)
+
+    scale = ops.rsqrt(variance + epsilon)
+    if gamma is not None:
+        scale = scale * ops.reshape(ops.cast(gamma, dtype), broadcast)
+    output = (deviations - delta) * scale
+    if beta is not None:
+        output = output + ops.reshape(ops.cast(beta, dtype), broadcast)
+    return Normalized(
+        ops.cast(ops.relu(output) if relu else output, x.dtype),
+        ops.stop_gradient(shift + delta),
+        ops.stop_gradient(variance),
+        count,
+    )
+
+
+def _merged(count: Any, shift: Any, delta: Any, variance: Any, gather: Gather) -> tuple[Any, ...]:
+    """Count, shift, delta and variance of all replicas together; one collective."""
+    shape = ops.shape(delta)
+    vectors = (ops.reshape(part, [-1]) for part in (count, shift, delta, variance))
+    rows = gather(ops.concatenate(list(vectors)))
+    counts, parts = rows[:, :1], ops.reshape(rows[:, 1:], [rows.shape[0], 3, -1])
+    total = ops.sum(counts)
+    weights = counts / ops.where(total > 0, total, 1.0)
+    shifts, deltas, variances = parts[:, 0], parts[:, 1], parts[:, 2]
+    shift = ops.stop_gradient(ops.sum(weights * shifts, axis=0))
+    offsets = (ops.stop_gradient(shifts) - shift) + deltas
+    delta = ops.sum(weights * offsets, axis=0)
+    variance = ops.sum(weights * (variances + ops.square(offsets - delta)), axis=0)
+    return total, *(ops.reshape(part, shape) for part in (shift, delta, variance))

@@ -1,0 +1,119 @@
+"""Ghost batches: each part of a batch normalised with its own statistics.
+
+Hoffer, Hubara and Soudry (2017), "Train longer, generalize better", arXiv:1705.08741. As in
+``tf.keras`` 2 (``virtual_batch_size``), sample i is in ghost batch i mod g, and the statistics to
+remember are the ghost batches' average. There the size had to divide the batch. Here a batch of n
+samples makes max(1, n // size) ghost batches, whose sizes differ by one at most and are below the
+size asked for only if the whole batch is; and the average is weighted by count.
+
+Where ghost batches are of equal size and not many, and a fast kernel is given, it takes one after
+the other; else the composite takes all at once, each as one index of an axis that is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import keras
+
+from truenorm._kernels.composite import normalize_apart
+from truenorm._kernels.contract import Moving, Normalized
+
+ops: Any = keras.ops
+
+MOST_CALLS = 32
+
+
+def normalize_ghosts(
+    x: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    *,
+    size: int,
+    axis: int,
+    epsilon: float,
+    mask: Any = None,
+    moving: Moving | None = None,
+    relu: bool = False,
+    each: Callable[..., Normalized] | None = None,
+) -> Normalized:
+    """See :mod:`truenorm._kernels`; ``size`` is the number of samples in a ghost batch.
+
+    ``each`` is a kernel for one of them.
+    """
+    channel = axis % len(x.shape)
+    samples, *inner = ops.shape(x)
+    static = isinstance(samples, int)
+    groups = max(1, samples // size) if static else ops.maximum(1, samples // size)
+    if each is not None and static and samples % groups == 0 and groups <= MOST_CALLS:
+        fallback = None if moving is None else Moving(moving.mean, moving.variance)
+        call = partial(each, axis=channel, epsilon=epsilon, moving=fallback, relu=relu)
+        return _one_by_one(call, groups, x, gamma, beta, mask, channel)
+    rows = -(-samples // groups)
+    padding = rows * groups - samples
+
+    def split(values: Any) -> Any:
+        # What fills up the last row is any of the values: it does not count.
+        padded = ops.concatenate([values, values[:padding]])
+        return ops.reshape(padded, [rows, groups, *ops.shape(values)[1:]])
+
+    valid = None
+    if mask is not None or not static or padding:
+        row_shape = [samples, *inner]
+        row_shape[channel] = 1
+        given = ops.ones(row_shape, "bool") if mask is None else ops.expand_dims(mask, channel)
+        given = ops.broadcast_to(ops.cast(given, "bool"), row_shape)
+        inside = ops.reshape(ops.arange(rows * groups) < samples, [rows, groups, *[1] * len(inner)])
+        valid = ops.logical_and(split(given), inside)
+    result = normalize_apart(
+        split(x), gamma, beta, (1, channel + 1), epsilon, valid, moving, relu=relu
+    )
+    output = ops.reshape(result.output, [rows * groups, *inner])[:samples]
+    return Normalized(output, *_pooled(result, groups))
+
+
+def _one_by_one(
+    call: Callable[..., Normalized],
+    groups: int,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    mask: Any,
+    channel: int,
+) -> Normalized:
+    def split(values: Any) -> Any:
+        samples, *inner = ops.shape(values)
+        return ops.unstack(ops.reshape(values, [samples // groups, groups, *inner]), groups, 1)
+
+    masks = [None] * groups
+    if mask is not None:
+        shape = list(ops.shape(x))
+        del shape[channel]
+        masks = split(ops.broadcast_to(mask, shape))
+    parts = [
+        call(part, gamma, beta, mask=counts) for part, counts in zip(split(x), masks, strict=True)
+    ]
+    output = ops.reshape(ops.stack([part.output for part in parts], 1), ops.shape(x))
+    dtype = parts[0].mean.dtype
+    mean, variance, count = (
+        ops.reshape(ops.stack([ops.cast(value, dtype) for value in values]), [1, groups, -1])
+        for values in zip(*(part[1:4] for part in parts), strict=True)
+    )
+    return Normalized(output, *_pooled(Normalized(output, mean, variance, count), groups))
+
+
+def _pooled(ghosts: Normalized, groups: Any) -> tuple[Any, Any, Any, Any]:
+    """Mean, variance, count, and number of ghost batches with values, over all of them."""
+    ones = ops.ones([1, groups, *[1] * (len(ghosts.mean.shape) - 2)], ghosts.mean.dtype)
+    counts = ghosts.count * ones
+    total = ops.sum(counts)
+    weights = counts / ops.where(total > 0, total, 1.0)
+
+    def average(statistic: Any) -> Any:
+        terms = ops.where(counts > 0, weights * statistic, 0.0)
+        return ops.reshape(ops.sum(terms, axis=1), [-1])
+
+    filled = ops.sum(ops.cast(counts > 0, counts.dtype))
+    return average(ghosts.mean), average(ghosts.variance), total, filled

@@ -1,0 +1,63 @@
+"""JAX: what collecting statistics needs of it. See :mod:`truenorm._kernels.sums`.
+
+float64 is off in JAX unless the user turns it on, for the whole process; here it is turned on for
+single operations while they are traced. XLA fuses the conversion, so no float64 copy of the data is
+made. Both sums are one reduction: XLA on a CPU would otherwise read the rows twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.experimental import multihost_utils
+
+GROUP = 32
+"""Rows reduced at a time: XLA on a CPU vectorises a short middle axis, not a long first one."""
+
+
+def centred_sums(rows: Any, shift: Any) -> Any:
+    """Shift, sum and sum of squares of ``rows - shift`` per column, float64, as one array."""
+    whole = len(rows) // GROUP * GROUP
+    with jax.enable_x64(True):
+        shift = shift.astype("float64")
+        rest = _both(rows[whole:] - shift, 0)
+        grouped = (rows[:whole] - shift).reshape(-1, GROUP, rows.shape[1])
+        groups = _both(grouped, 1)
+        first, second = (g.sum(0) + r for g, r in zip(groups, rest, strict=True))
+        return jnp.stack([shift, first, second])
+
+
+def _both(deviations: Any, axis: int) -> Any:
+    zero = jnp.zeros((), "float64")
+    return jax.lax.reduce(
+        (deviations, deviations * deviations),
+        (zero, zero),
+        lambda a, b: (a[0] + b[0], a[1] + b[1]),
+        (axis,),
+    )
+
+
+def joined(sums: Sequence[Any]) -> Any:
+    """All sites' sums side by side, so that one array goes to the host."""
+    with jax.enable_x64(True):
+        return jnp.concatenate(sums, axis=1)
+
+
+def compiled(function: Callable[..., Any], jit: bool) -> Callable[..., Any]:
+    """The function as one program, where the model allows it."""
+    return jax.jit(function) if jit else function
+
+
+def processes() -> tuple[int, int]:
+    """Number of this process, and how many there are."""
+    return jax.process_index(), jax.process_count()
+
+
+def gather(vector: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+    """The float64 vectors of all processes, bit for bit; every process must call it."""
+    rows: Any = multihost_utils.process_allgather(vector.view(np.uint8))
+    return [np.ascontiguousarray(row).view(np.float64) for row in np.asarray(rows)]

@@ -1,0 +1,89 @@
+r"""Sums over a batch from which its moments follow in float64, and how a framework runs and meets.
+
+About any shift :math:`s` near the mean, the deviations :math:`d_i = x_i - s` give both moments:
+
+.. math:: S = \sum_i d_i, \quad Q = \sum_i d_i^2, \qquad
+          \bar x = s + \frac Sn, \quad M_2 = Q - \frac{S^2}{n} .
+
+The shift is the mean of every 16th value. By Cauchy and Schwarz no mean of a share :math:`f` of the
+values is further from that of all than :math:`\sigma / \sqrt f`, so :math:`Q \le 17 M_2` whatever
+the data, and :math:`Q \approx M_2` of nearly all: no digits cancel, however large the mean. One
+pass over the data, and a sixteenth of another.
+
+The sums are float64 on JAX. On TensorFlow and PyTorch, where that would take as long as the model,
+so are those of up to 2048 values per channel; of more, 32 deviations at a time are added in float32
+and the rest in float64: the mean is within 3e-8 standard deviations, the variance within 2e-7 of
+itself.
+
+Only the files named after a framework import one, and only that of the backend in use is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from truenorm._kernels.contract import statistics_dtype
+
+if keras.config.backend() == "jax":
+    from truenorm._kernels.jax.sums import (
+        centred_sums,
+        compiled,
+        gather,
+        joined,
+        processes,
+    )
+elif keras.config.backend() == "tensorflow":
+    from truenorm._kernels.tensorflow.sums import (
+        centred_sums,
+        compiled,
+        gather,
+        joined,
+        processes,
+    )
+else:
+    from truenorm._kernels.torch.sums import (
+        centred_sums,
+        compiled,
+        gather,
+        joined,
+        processes,
+    )
+
+__all__ = ["batch_sums", "compiled", "gather", "joined", "processes"]
+
+ops: Any = keras.ops
+SHARE = 16
+"""The shift is the mean of one value in so many."""
+
+
+def batch_sums(x: Any, *, axis: int, mask: Any = None) -> tuple[Any, Any]:
+    """Count (an integer scalar) and, per channel, shift, S and Q: float64 of shape (3, channels).
+
+    Args:
+        x: Values, floating point, any rank from 2.
+        axis: Which axis holds the channels.
+        mask: Booleans in the shape of ``x`` without its channel axis, or None. False: the value
+            does not count.
+    """
+    dtype = statistics_dtype(x.dtype)
+    if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
+        x = ops.cast(x, dtype)
+    rank = len(x.shape)
+    if axis % rank != rank - 1:
+        x = ops.moveaxis(x, axis, -1)
+    shape = ops.shape(x)
+    rows = ops.reshape(x, (-1, shape[-1]))
+    if mask is None:
+        count = ops.cast(ops.size(x) // shape[-1], "int32")
+        sample = ops.cast(rows[::SHARE], dtype)
+        drawn = ops.maximum(ops.cast(ops.shape(sample)[0], dtype), 1.0)
+        shift = ops.sum(sample, axis=0) / drawn
+    else:
+        valid = ops.reshape(ops.broadcast_to(ops.cast(mask, "bool"), shape[:-1]), (-1, 1))
+        count = ops.sum(ops.cast(valid, "int32"))
+        some = ops.cast(ops.maximum(count, 1), dtype)
+        shift = ops.sum(ops.where(valid, ops.cast(rows, dtype), 0.0), axis=0) / some
+        rows = ops.where(valid, ops.cast(rows, dtype), shift)  # no deviation: adds nothing
+    return count, centred_sums(rows, shift)

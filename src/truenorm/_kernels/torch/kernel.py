@@ -1,0 +1,267 @@
+r"""PyTorch: the compiled passes on a processor; else native kernels around accurate statistics.
+
+``torch.nn.functional.batch_norm`` adds float32 numbers one after the other, so that its mean of
+100,000 values is off by 5e-6 standard deviations. Where the compiled passes (``native.py``)
+cannot be used, the same native kernel is asked for the statistics of about 32 groups of rows (a
+free view: groups as channels), which are merged exactly (law of total variance) in float64. The
+native inference kernel normalises with them, and the native training-mode backward, given these
+statistics, is the closed form that differentiates through them. It keeps x, mean and rstd. PyTorch
+differentiates it once more; third derivatives are not right.
+
+The native kernel computes :math:`x \cdot a + (\beta - \mu a)` with :math:`a = \gamma / \sigma`: it
+loses digits as :math:`|\mu| / \sigma` grows. Beyond a ratio of 8 the input is shifted by its mean
+first: one more pass. On a GPU the question would stop the queue, so there it is always shifted.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import keras
+import torch
+from torch import distributed
+
+from truenorm._kernels import composite
+from truenorm._kernels.contract import Moving, Normalized
+from truenorm._kernels.torch import native
+
+MOST_GROUPS = 32  # These three weigh time against digits.
+MOST_GROUPED_CHANNELS = 2**12  # More running sums than these do not stay in the cache.
+FEWEST_GROUPED_ROWS = 32
+MANY_ROWS = 2048  # Beyond them, sums in sequence show in the gradients of gamma and beta.
+LARGEST_RATIO = 8.0
+
+isfinite, where = torch.isfinite, torch.where
+
+
+def blend(old: Any, value: Any, momentum: Any) -> Any:
+    """One step of a moving average."""
+    return torch.lerp(old, value, 1.0 - momentum)
+
+
+def normalize(
+    x: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    *,
+    axis: int,
+    epsilon: float,
+    mask: Any = None,
+    moving: Moving | None = None,
+    relu: bool = False,
+) -> Normalized:
+    """See :mod:`truenorm._kernels`.
+
+    A compiler gets the composite, which it fuses; without the compiled passes so do masks, and
+    batches of one value or none.
+    """
+    if mask is not None:
+        mask = keras.ops.convert_to_tensor(mask, "bool")
+    if native.takes(x, gamma, beta, mask, *(moving[:2] if moving else ())):
+        if mask is None:
+            return native.normalize(x, gamma, beta, None, moving, axis, epsilon, relu)
+        last = x.movedim(axis, -1).contiguous()
+        batch = native.normalize(last, gamma, beta, mask, moving, -1, epsilon, relu)
+        return batch._replace(output=batch.output.movedim(-1, axis))
+    channels = x.shape[axis]
+    count = x.numel() // max(channels, 1)
+    if (
+        mask is not None
+        or count < 2
+        or x.device.type not in ("cpu", "cuda")
+        or torch.compiler.is_compiling()
+    ):
+        return composite.normalize(
+            x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, moving=moving, relu=relu
+        )
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    after = math.prod(x.shape[axis % x.dim() + 1 :])
+    rows = x.reshape((-1, channels, after) if after > 1 else (-1, channels))
+    scale = _parameter(gamma, 1.0, channels, dtype, x.device)
+    offset = _parameter(beta, 0.0, channels, dtype, x.device)
+    mean, variance = _moments(rows.detach().to(dtype))
+    if x.device.type == "cpu" and _near_zero(mean, variance, epsilon):
+        output = _Normalize.apply(rows, scale, offset, mean, variance, epsilon, relu)
+    else:
+        shift = mean
+        rows = rows.to(dtype) - (shift if after == 1 else shift[:, None])
+        delta, variance = _moments(rows.detach())
+        mean = shift + delta
+        output = _Normalize.apply(rows, scale, offset, delta, variance, epsilon, relu)
+    return Normalized(output.reshape(x.shape).to(x.dtype), mean, variance, count)
+
+
+def infer(
+    x: Any, gamma: Any, beta: Any, mean: Any, variance: Any, *, axis: int, epsilon: float
+) -> Any | None:
+    """Normalise with given statistics in one pass; None where Keras's operations are for it.
+
+    These are three passes here. A compiler fuses them, and an exporter shall see them; and they
+    lose no digits where a mean is large, or in the gradients of gamma and beta.
+    """
+    channels = x.shape[axis]
+    learns = any(weight is not None and weight.requires_grad for weight in (gamma, beta))
+    if (
+        (learns and torch.is_grad_enabled())
+        or x.device.type not in ("cpu", "cuda")
+        or not x.dtype.is_floating_point
+        or x.numel() == 0
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    ):
+        return None
+    given = (gamma, beta, mean, variance)
+    differentiated = x.requires_grad and torch.is_grad_enabled()
+    if not differentiated and native.takes(x, *given):
+        return native.infer(x, *given, axis=axis, epsilon=epsilon)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    mean, variance = mean.to(dtype), variance.to(dtype)
+    try:
+        if x.device.type == "cpu" and not _near_zero(mean, variance, epsilon):
+            return None
+    except RuntimeError:  # torch.func.vmap over the statistics, a tracer: no number to look at
+        return None
+    scale = _parameter(gamma, 1.0, channels, dtype, x.device)
+    offset = _parameter(beta, 0.0, channels, dtype, x.device)
+    after = math.prod(x.shape[axis % x.dim() + 1 :])
+    rows = x.reshape((-1, channels, after) if after > 1 else (-1, channels))
+    output = torch.native_batch_norm(rows, scale, offset, mean, variance, False, 0.0, epsilon)[0]
+    return output.reshape(x.shape)
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalise rows with their own statistics, which come along as constants.
+
+    ReLU works in place, and its derivative reads the output, which the next layer keeps anyway.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows: Any, gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float, relu: bool
+    ) -> Any:
+        output = torch.native_batch_norm(rows, gamma, beta, mean, variance, False, 0.0, epsilon)[0]
+        return output.relu_() if relu else output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        rows, gamma, _, mean, variance, epsilon, relu = inputs
+        rstd = torch.rsqrt(variance + epsilon)
+        ctx.save_for_backward(rows, gamma, mean, rstd, *[output] * relu)
+        ctx.epsilon = epsilon
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, gamma, mean, rstd, *rectified = ctx.saved_tensors
+        for output in rectified:
+            gradient = torch.ops.aten.threshold_backward(gradient, output, 0)
+        gradient, needs = gradient.contiguous(), list(ctx.needs_input_grad[:3])
+        kept = (gamma, mean, rstd)
+        groups = _groups(len(rows), len(mean)) if len(rows) >= MANY_ROWS and rows.dim() == 2 else 1
+        # Derivatives of a derivative (create_graph=True) are those of one native call.
+        if groups == 1 or torch.is_grad_enabled() or not any(needs[1:]):
+            gradients = _native_backward(gradient, rows, kept, ctx.epsilon, needs)
+        else:
+            gradients = _grouped_backward(gradient, rows, kept, ctx.epsilon, needs, groups)
+        return (*gradients, None, None, None, None)
+
+
+def _native_backward(
+    gradient: Any, rows: Any, kept: tuple[Any, ...], epsilon: float, needs: list[bool]
+) -> tuple[Any, Any, Any]:
+    gamma, mean, rstd = kept
+    return torch.ops.aten.native_batch_norm_backward(
+        gradient, rows, gamma, None, None, mean, rstd, True, epsilon, needs
+    )
+
+
+def _grouped_backward(
+    gradient: Any, rows: Any, kept: tuple[Any, ...], epsilon: float, needs: list[bool], groups: int
+) -> tuple[Any, Any, Any]:
+    """With the sums over the rows in groups, as in :func:`_moments`: one pass more over both."""
+    d_rows, _, _ = _native_backward(gradient, rows, kept, epsilon, [needs[0], False, False])
+    shape = (-1, groups * rows.shape[1])
+    _, *sums = _native_backward(
+        gradient.reshape(shape),
+        rows.reshape(shape),
+        tuple(values.repeat(groups) for values in kept),
+        epsilon,
+        [False, True, True],
+    )
+    wide = torch.float64 if rows.device.type == "cpu" else kept[0].dtype
+    d_gamma, d_beta = (
+        part.reshape(groups, -1).sum(0, dtype=wide).to(kept[0].dtype) for part in sums
+    )
+    return d_rows, d_gamma, d_beta
+
+
+def normalize_synchronized(
+    x: Any, gamma: Any = None, beta: Any = None, **options: Any
+) -> Normalized:
+    """See :mod:`truenorm._kernels`: over the processes of ``torch.distributed``."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return normalize(x, gamma, beta, **options)
+    if distributed.get_world_size() == 1:
+        return normalize(x, gamma, beta, **options)
+
+    def gather(vector: Any) -> Any:
+        # As a sum of rows, each from one process: every communication backend has it.
+        rows = vector.new_zeros(distributed.get_world_size(), len(vector))
+        own = torch.zeros_like(rows, dtype=torch.bool)
+        own[distributed.get_rank()] = True
+        return _Sum.apply(torch.where(own, vector, rows))
+
+    return composite.normalize(x, gamma, beta, gather=gather, **options)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; so is its derivative, to any order."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Any) -> Any:  # noqa: ARG004
+        total = values.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:  # noqa: ARG004  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Sum.apply(gradient)
+
+
+def _moments(rows: Any) -> tuple[Any, Any]:
+    """Mean and population variance per channel, from those of groups of rows."""
+    channels = rows.shape[1]
+    groups = _groups(len(rows), channels) if rows.dim() == 2 else 1
+    grouped = rows.reshape(-1, groups * channels, *rows.shape[2:])
+    means, variances = torch.batch_norm_update_stats(grouped, None, None, 0.0)
+    if groups == 1:
+        return means, variances
+    wide = torch.float64 if rows.device.type == "cpu" else rows.dtype
+    means = means.reshape(groups, channels).to(wide)
+    mean = means.mean(0)
+    between = means.sub_(mean).square_().mean(0)
+    variance = variances.reshape(groups, channels).mean(0, dtype=wide).add_(between)
+    return mean.to(rows.dtype), variance.to(rows.dtype)
+
+
+@lru_cache(maxsize=1024)
+def _groups(rows: int, channels: int) -> int:
+    """How many groups of equal size: the divisor of the rows nearest to the number wanted."""
+    wanted = max(
+        1, min(MOST_GROUPS, MOST_GROUPED_CHANNELS // channels, rows // FEWEST_GROUPED_ROWS)
+    )
+    divisors = [k for k in range(1, 2 * wanted + 1) if rows % k == 0]
+    return min(divisors, key=lambda k: max(k, wanted) / min(k, wanted))
+
+
+def _near_zero(mean: Any, variance: Any, epsilon: float) -> bool:
+    """Whether no mean is large against its standard deviation (a NaN counts as large)."""
+    excess = mean.square().sub_(variance, alpha=LARGEST_RATIO**2).max()
+    return bool(excess <= LARGEST_RATIO**2 * epsilon)
+
+
+def _parameter(value: Any, default: float, channels: int, dtype: Any, device: Any) -> Any:
+    if value is None:
+        return torch.full((channels,), default, dtype=dtype, device=device)
+    return value.to(dtype)

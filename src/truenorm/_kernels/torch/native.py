@@ -1,0 +1,247 @@
+"""PyTorch on a processor: the compiled passes, and a derivative around them.
+
+They read x in any dense order, so channels last and channels first, in either of PyTorch's memory
+formats, are read where they lie. For the backward pass x and numbers per channel are kept; the
+signs that ReLU's derivative needs are found again from x.
+
+A derivative that shall be differentiated (``create_graph=True``) is made of PyTorch's operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from keras.src.backend.common.stateless_scope import in_stateless_scope  # there is no public way
+from torch.autograd import forward_ad
+
+from truenorm._kernels import library
+from truenorm._kernels.contract import Moving, Normalized
+
+DTYPES = {getattr(torch, name): code for name, code in library.DTYPES.items()}
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+NO_STEP = (0.0, False, None, None, None, None)
+Layout = tuple[int, int, int]
+
+
+class How(NamedTuple):
+    """What one call is of, beside tensors that are differentiated or kept."""
+
+    layout: Layout
+    channel: int
+    epsilon: float
+    relu: bool
+    rows: Any
+    moving: Moving | None
+
+
+def takes(x: Any, *weights: Any) -> bool:
+    """Whether the compiled passes can take this tensor now, and what goes with it, or None.
+
+    All must have memory here: while Keras finds out shapes, weights have none.
+    """
+    return (
+        x.dtype in DTYPES
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        and _plain(x, *weights)
+        and library.loaded() is not None
+    )
+
+
+def _plain(*tensors: Any) -> bool:
+    """Whether these are numbers in memory, and nobody watches what is done with them."""
+    for tensor in tensors:
+        if tensor is not None and not (type(tensor) in PLAIN and tensor.is_cpu):
+            return False
+    return (
+        forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
+        and torch._C._len_torch_dispatch_stack() == 0  # pyright: ignore[reportPrivateUsage]
+        and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+    )
+
+
+def normalize(
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    mask: Any,
+    moving: Moving | None,
+    axis: int,
+    epsilon: float,
+    relu: bool,
+) -> Normalized:
+    """See :mod:`truenorm._kernels`; a mask is of booleans, and the channels are last then."""
+    x, layout = _dense(x, axis)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if mask is not None:
+        mask = mask.broadcast_to(x.shape[:-1]).contiguous()
+    writable = moving is not None and moving.momentum is not None and not in_stateless_scope()
+    if moving is not None:
+        mean, variance = (_wide(values, wide) for values in moving[:2])
+        writable &= mean is moving.mean and variance is moving.variance
+        moving = Moving(mean, variance, moving.momentum, moving.unbiased)
+    # Mean, variance, what rounding takes from the mean, rstd; and the moving ones after the step.
+    rows = torch.empty(6 if writable else 4, layout[1], dtype=wide, device="cpu")
+    how = How(layout, axis % x.dim(), epsilon, relu, rows, moving)
+    output = _Normalize.apply(x, _wide(gamma, wide), _wide(beta, wide), mask, how)
+    count = layout[0] * layout[2] if mask is None else mask.sum(dtype=wide)
+    if moving is None or not writable:
+        return Normalized(output, rows[0], rows[1], count)
+    # Not in forward, which checkpoints repeat.
+    for values, moved in zip(moving[:2], _addresses(rows)[4:], strict=True):
+        ctypes.memmove(values.data_ptr(), moved, values.nbytes)
+        torch.autograd.graph.increment_version(values)
+    return Normalized(output, None, None, count, moved=())
+
+
+def infer(
+    x: Any, gamma: Any, beta: Any, mean: Any, variance: Any, *, axis: int, epsilon: float
+) -> Any:
+    """Normalise with statistics that are given; not differentiable."""
+    x, layout = _dense(x.detach(), axis)
+    output = torch.empty_like(x)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weights = (_wide(weight, wide) for weight in (gamma, beta, mean, variance))
+    _run("tn_infer", x, layout, epsilon, False, None, *weights, *[None] * 4, output, *NO_STEP, None)
+    return output
+
+
+class _Normalize(torch.autograd.Function):
+    """The output; the statistics are written to ``how.rows``.
+
+    Without ``setup_context``, with which PyTorch inspects signatures at each call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, gamma: Any, beta: Any, mask: Any, how: How) -> Any:
+        output = torch.empty_like(x)
+        kept = _addresses(how.rows)
+        arrays = (None, gamma, beta, *kept[:4], None, None, output)
+        moving = how.moving or Moving(None, None)
+        step = (moving.momentum or 0.0, moving.unbiased, *moving[:2], *(kept[4:] or (None, None)))
+        _run("tn_forward", x, how.layout, how.epsilon, how.relu, *arrays, *step, mask)
+        ctx.how = how[:4]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, gamma, beta, mask, how.rows)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if gradient is None:
+            return None, None, None, None, None
+        x, gamma, beta, mask, rows = ctx.saved_tensors
+        layout, channel, epsilon, relu = ctx.how
+        needed = ctx.needs_input_grad
+        batched = torch._C._functorch.is_legacy_batchedtensor(gradient)  # pyright: ignore
+        if torch.is_grad_enabled() or batched or not _plain(gradient, x, gamma, beta, mask, rows):
+            found = _differentiable(gradient, x, gamma, beta, mask, rows[:4], *ctx.how[1:])
+        else:
+            x, layout = _dense(x, channel)  # Who keeps tensors elsewhere may order them anew.
+            if gradient.stride() != x.stride() or gradient.is_neg():
+                gradient = torch.empty_like(x).copy_(gradient)
+            d_x = torch.empty_like(x) if needed[0] else None
+            sums = [torch.empty(layout[1], dtype=rows.dtype, device="cpu") for _ in range(2)]
+            arrays = (gradient, gamma, beta, *_addresses(rows)[:4], *sums, d_x)
+            _run("tn_backward", x, layout, epsilon, relu, *arrays, *NO_STEP, mask)
+            found = (d_x, *sums)
+        needed = zip(found, needed, strict=False)
+        return *(part if needs else None for part, needs in needed), None, None
+
+
+def _differentiable(
+    gradient: Any,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    mask: Any,
+    kept: Any,
+    channel: int,
+    epsilon: float,
+    relu: bool,
+) -> tuple[Any, Any, Any]:
+    """The closed form of ``_jax.py`` in operations that can be differentiated to any order."""
+    mean, _, low, rstd = kept
+    rows, gradient = (t.to(kept.dtype).movedim(channel, -1) for t in (x, gradient))
+    reduced = tuple(range(x.dim() - 1))
+    rows = rows - mean
+    if relu:
+        scale = rstd if gamma is None else rstd * gamma.detach()
+        offset = -low * scale if beta is None else beta.detach() - low * scale
+        gradient = gradient * (rows.detach() * scale + offset > 0)
+    counts = torch.ones((), dtype=torch.bool) if mask is None else mask[..., None]
+    count = rows[..., 0].numel() if mask is None else int(mask.sum())
+    if count > 0:
+        counted = torch.where(counts, rows, 0.0)
+        delta = counted.sum(reduced) / count
+        squares = torch.where(counts, rows - delta, 0.0).square()
+        rows, rstd = rows - delta, (squares.sum(reduced) / count + epsilon).rsqrt()
+    scale = rstd if gamma is None else rstd * gamma
+    d_beta, d_gamma = gradient.sum(reduced), (gradient * rows).sum(reduced) * rstd
+    through = (rows * (rstd * d_gamma) + d_beta) * (scale / max(count, 1))
+    d_x = gradient * scale - torch.where(counts, through, 0.0)
+    return d_x.movedim(-1, channel).to(x.dtype), d_gamma, d_beta
+
+
+def _run(name: str, x: Any, layout: Layout, epsilon: float, relu: bool, *given: Any) -> None:
+    """Call a function of the library with tensors, addresses, or None.
+
+    They are those of its call from dy to y; momentum and unbiased; and the rest.
+    """
+    momentum, unbiased = given[10:12]
+    library.run(
+        name,
+        *layout,
+        *(DTYPES[x.dtype], relu, torch.get_num_threads(), unbiased),
+        *(epsilon, momentum, _parallel()),
+        *map(_address, (x, *given[:10], *given[12:])),
+    )
+
+
+def _address(tensor: Any) -> int:
+    """That of a tensor's memory; an address as it is, and 0 for None."""
+    if tensor is None or type(tensor) is int:
+        return tensor or 0
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel() > 0:
+        raise RuntimeError("a tensor of BatchNormalization has no memory")
+    return address
+
+
+def _addresses(rows: Any) -> range:
+    """Those of the rows of a contiguous matrix."""
+    start, step = rows.data_ptr(), rows.stride(0) * rows.element_size()
+    return range(start, start + step * len(rows), step)
+
+
+@cache
+def _parallel() -> int:
+    """PyTorch's own threads, which are OpenMP's: others would compete with them."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
+    except AttributeError:
+        return library.own_threads()
+
+
+def _wide(weight: Any, dtype: Any) -> Any:
+    if weight is None or (weight.dtype == dtype and weight.is_contiguous() and not weight.is_neg()):
+        return weight
+    return weight.to(dtype).resolve_neg().contiguous()
+
+
+def _dense(x: Any, axis: int) -> tuple[Any, Layout]:
+    """The tensor, copied if its memory has gaps, and that memory as (outer, channels, inner)."""
+    channel = axis % x.dim()
+    if x.is_neg():  # A view can be the negative of its memory.
+        x = x.resolve_neg()
+    if x.is_contiguous():
+        shape = x.shape
+        return x, (math.prod(shape[:channel]), shape[channel], math.prod(shape[channel + 1 :]))
+    for at in (-1, 1):
+        ordered = x.movedim(channel, at)
+        if ordered.is_contiguous():
+            return x, _dense(ordered, at)[1]
+    return _dense(x.contiguous(), axis)

@@ -1,0 +1,375 @@
+"""The BatchNormalization layer: Keras's own by its names, with true statistics and fast kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import keras
+
+from truenorm import _kernels as kernels
+from truenorm._errors import DataError, OptionError
+from truenorm._layer import moving_average
+from truenorm._layer.arguments import (
+    FreezePolicy,
+    check_average,
+    check_ghosts,
+    check_policy,
+    check_renorm,
+)
+
+ops: Any = keras.ops
+
+
+@keras.saving.register_keras_serializable(package="truenorm")
+class BatchNormalization(keras.layers.BatchNormalization):
+    r"""Normalise each channel of the input, then scale it by gamma and shift it by beta.
+
+    .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+
+    In training (``training=True`` and ``trainable``) :math:`\mu` and :math:`\sigma^2` are the mean
+    and the population variance of the batch, per channel, and the moving statistics take one step
+    toward them; otherwise they are the moving statistics.
+
+    Constructor, config, weights and files are those of ``keras.layers.BatchNormalization``, and
+    ``isinstance`` holds, so that code which looks for stock layers finds this one. Where it is
+    better: one pass less or a native kernel forward and backward; no cancellation where the mean is
+    much larger than the standard deviation; a mask for any ``axis``; and no batch ruins the moving
+    statistics: an empty or fully masked batch leaves them alone (and is normalised with them), a
+    channel with NaN or infinity does not enter them, a batch of one value per channel has no
+    variance to give. They are float32 at least, also under 16-bit dtype policies.
+
+    Options that the stock layer does not have are off by default, and in the config only where they
+    are used: ``momentum=None``, ``freeze``, ``virtual_batch_size``, ``bessel_correction`` and
+    ``activation``; ``synchronized`` works on every backend.
+
+    Args:
+        axis: Index of the channel axis, a positive or negative integer.
+        momentum: Weight of the old moving statistics in each step, from 0 to 1. None: they are the
+            mean over all batches so far, with unbiased variances. How many these are is kept in a
+            further weight, ``batches_seen``, of shape ``(2, channels)``: those that gave a mean,
+            those that gave a variance.
+        epsilon: Added to the variance, 0 or more, in units of the input squared.
+        center: Whether there is a ``beta``.
+        scale: Whether there is a ``gamma``.
+        beta_initializer: Initial value of ``beta``, shape ``(channels,)``, the variable dtype.
+        gamma_initializer: Initial value of ``gamma``, as ``beta``.
+        moving_mean_initializer: Initial value of ``moving_mean``, shape ``(channels,)``, float32
+            at least, in the input's units.
+        moving_variance_initializer: Initial value of ``moving_variance``, as ``moving_mean``, in
+            units of the input squared.
+        beta_regularizer: Optional regularizer of ``beta``.
+        gamma_regularizer: Optional regularizer of ``gamma``.
+        beta_constraint: Optional constraint of ``beta``.
+        gamma_constraint: Optional constraint of ``gamma``.
+        renorm: Batch renormalization: in training the batch's statistics are corrected toward
+            moving ones.
+        renorm_clipping: Dict of ``rmin``, ``rmax``, ``dmax``; only with ``renorm``.
+        renorm_momentum: Momentum of the renormalization's statistics; only with ``renorm``.
+        synchronized: Whether a batch is that of all replicas together: of a ``tf.distribute``
+            strategy, of the processes of ``torch.distributed``; under ``keras.distribution`` on JAX
+            it is in any case. Each replica counts by its number of values. Nothing in a run that is
+            not distributed.
+        freeze: What does not learn in training: ``"none"`` of it; ``"all"``, which is
+            ``trainable=False``; ``"statistics"``: the moving statistics normalise and stay, gamma
+            and beta learn; ``"affine"``: the batch's statistics normalise and move the moving ones,
+            gamma and beta stay. See :attr:`freeze`.
+        virtual_batch_size: Number of samples of a ghost batch, or None. In training each ghost
+            batch is normalised with its own statistics; the moving ones take one step toward their
+            average. See :mod:`truenorm._kernels.ghosts`.
+        bessel_correction: Whether the moving variance is of unbiased batch variances, times
+            n / (n - 1), as PyTorch's is.
+        activation: Function that follows, by name or itself; ReLU is part of the same pass where
+            the backend can.
+        **kwargs: ``name``, ``dtype``, ``trainable``.
+
+    Call arguments:
+        inputs: Tensor of any numeric dtype, rank 2 or more.
+        training: Whether the batch's statistics normalise (and move the moving statistics).
+            ``fit`` passes True, ``evaluate`` and ``predict`` False; a bare call means False.
+        mask: Optional booleans in the shape of ``inputs`` without the channel axis; where False,
+            the value does not count in the batch's statistics.
+
+    Returns:
+        A tensor of the shape of ``inputs``, in the layer's compute dtype.
+
+    Raises:
+        OptionError: A constructor argument has an impossible value, or does not go with another.
+        DataError: The mask does not fit the input.
+
+    Example:
+        >>> import keras
+        >>> import numpy as np
+        >>> import truenorm as tn
+        >>> def rounded(tensor):
+        ...     return keras.ops.convert_to_numpy(tensor).astype(float).round(1).tolist()
+        >>> layer = tn.BatchNormalization(momentum=0.9)
+        >>> batch = np.array([[1.0, 10.0], [3.0, 30.0]], dtype="float32")
+        >>> rounded(layer(batch, training=True))
+        [[-1.0, -1.0], [1.0, 1.0]]
+        >>> rounded(layer.moving_mean)
+        [0.2, 2.0]
+        >>> layer.trainable = False  # frozen: so it also runs in inference mode
+        >>> rounded(layer(batch, training=True))
+        [[0.8, 2.4], [2.8, 8.5]]
+
+    Reference:
+        S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by
+        Reducing Internal Covariate Shift", ICML 2015, https://arxiv.org/abs/1502.03167.
+
+    Where frameworks differ:
+        ``momentum`` is the weight of the *old* statistics here and in Keras (0.99), that of the
+        *new* ones in PyTorch (0.1). ``epsilon`` is 1e-3 in Keras, 1e-5 in PyTorch.
+        ``moving_variance`` holds the biased batch variance here and in Keras 3; PyTorch and
+        TensorFlow's fused op store the unbiased one, larger by n / (n - 1). A frozen layer
+        (``trainable=False``) runs in inference mode here and in Keras; in PyTorch
+        ``requires_grad`` and ``eval()`` are independent.
+        On JAX the closed-form backward excludes forward mode (``jax.jvp``) in training: call the
+        layer with a mask, one that is true everywhere will do, where that is needed.
+    """
+
+    def __init__(
+        self,
+        axis: int = -1,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        moving_mean_initializer: Any = "zeros",
+        moving_variance_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        renorm: bool = False,
+        renorm_clipping: dict[str, float | None] | None = None,
+        renorm_momentum: float = 0.99,
+        synchronized: bool = False,
+        freeze: FreezePolicy = "none",
+        virtual_batch_size: int | None = None,
+        bessel_correction: bool = False,
+        activation: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        check_average(momentum, epsilon)
+        check_renorm(renorm, renorm_clipping)
+        check_ghosts(virtual_batch_size, {"renorm": renorm, "synchronized": synchronized})
+        check_policy(freeze)
+        super().__init__(
+            axis=axis,
+            momentum=0.0 if momentum is None else momentum,
+            epsilon=epsilon,
+            center=center,
+            scale=scale,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            moving_mean_initializer=moving_mean_initializer,
+            moving_variance_initializer=moving_variance_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            renorm=renorm,
+            renorm_clipping=renorm_clipping,
+            renorm_momentum=renorm_momentum,
+            **kwargs,
+        )
+        if momentum is None:
+            self.momentum = None
+        self.synchronized = synchronized  # Keras's constructor takes it on TensorFlow only.
+        self.virtual_batch_size = virtual_batch_size
+        self.bessel_correction = bessel_correction
+        activation = keras.activations.get(activation)
+        self.activation = None if activation is keras.activations.linear else activation
+        self.batches_seen: Any = None
+        self._policy: FreezePolicy = "none" if freeze == "all" else freeze
+        if freeze == "all":
+            self.trainable = False
+
+    @property
+    def freeze(self) -> FreezePolicy:
+        """What does not learn in training; may be set at any time.
+
+        ========== =============== ========================= =================
+        policy     normalises with moving statistics updated gamma, beta learn
+        ========== =============== ========================= =================
+        none       batch           yes                       yes
+        all        moving          no                        no
+        statistics moving          no                        yes
+        affine     batch           yes                       no
+        ========== =============== ========================= =================
+
+        ``"all"`` is ``trainable=False``, and setting another policy makes the layer trainable. Once
+        ``trainable``, set by whomever, is True again, the policy of before holds again: no parent
+        thaws what this layer was told to hold. A compiled model sees a change when it is compiled
+        again, or at once if :func:`truenorm.freeze` made it.
+
+        Example:
+            >>> import truenorm as tn
+            >>> layer = tn.BatchNormalization(freeze="statistics")
+            >>> layer.trainable = False
+            >>> layer.freeze
+            'all'
+            >>> layer.trainable = True
+            >>> layer.freeze
+            'statistics'
+        """
+        return self._policy if self.trainable else "all"
+
+    @freeze.setter
+    def freeze(self, policy: FreezePolicy) -> None:
+        check_policy(policy)
+        if policy != "all":
+            self._policy = policy
+        self._set_trainable(policy != "all")
+
+    @property
+    def trainable(self) -> bool:
+        """As ``keras.layers.Layer.trainable``; True does not thaw gamma and beta under "affine"."""
+        return bool(self._trainable)
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        self._set_trainable(value)
+
+    def _set_trainable(self, value: bool) -> None:
+        # Not by assignment: on TensorFlow that ends early where trainable is the value already.
+        cast(Any, keras.layers.Layer.trainable).__set__(self, value)
+        self._hold_affine()
+
+    def _hold_affine(self) -> None:
+        for weight in cast(Any, (self.gamma, self.beta)):
+            if weight is not None and self._policy == "affine":
+                weight.trainable = False
+
+    def build(self, input_shape: Any) -> None:
+        """As the stock layer's; its weights come first."""
+        if self.virtual_batch_size is not None and self.axis % len(input_shape) == 0:
+            raise OptionError(
+                "Ghost batches are parts of the first axis, and here that holds the channels",
+                where=self.path,
+                expected="another channel axis than 0, or no virtual_batch_size",
+                received=f"axis={self.axis}, virtual_batch_size={self.virtual_batch_size}",
+            )
+        super().build(input_shape)
+        if self.momentum is None:
+            self.batches_seen = self.add_weight(
+                shape=(2, input_shape[self.axis]),
+                name="batches_seen",
+                initializer="zeros",
+                trainable=False,
+                autocast=False,
+            )
+        self._hold_affine()  # Only now: Keras orders weights by what they are when made.
+
+    def get_config(self) -> dict[str, Any]:
+        """The stock layer's config, and of the options beyond it those that are used."""
+        config = super().get_config()
+        if self._policy != "none":
+            config["freeze"] = self._policy
+        if self.virtual_batch_size is not None:
+            config["virtual_batch_size"] = self.virtual_batch_size
+        if self.bessel_correction:
+            config["bessel_correction"] = True
+        if self.activation is not None:
+            config["activation"] = keras.activations.serialize(self.activation)
+        return config
+
+    def add_weight(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``keras.layers.Layer.add_weight``; statistics are float32 at least.
+
+        A 16-bit moving average gets stuck as soon as a step is below half its last digit.
+        """
+        dtype = keras.backend.standardize_dtype(kwargs.get("dtype") or self.variable_dtype)
+        if not kwargs.get("trainable", True) and keras.backend.is_float_dtype(dtype):
+            kwargs["dtype"] = kernels.statistics_dtype(dtype)
+        return super().add_weight(*args, **kwargs)
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        """Normalise with the batch's or the moving statistics; see the class."""
+        self._check_mask(inputs, mask)
+        if training and self.trainable and self._policy != "statistics":
+            return self._normalize_batch(inputs, mask)
+        return self._activate(self._normalize_moving(inputs))
+
+    def _normalize_moving(self, inputs: Any) -> Any:
+        """Inference mode; a mask decides nothing here."""
+        if kernels.infer is not None:
+            weights = (self.gamma, self.beta, self.moving_mean, self.moving_variance)
+            values = [None if w is None else w.value for w in cast(Any, weights)]
+            output = kernels.infer(inputs, *values, axis=self.axis, epsilon=self.epsilon)
+            if output is not None:
+                return ops.cast(output, self.compute_dtype)
+        # Stock operations, so that converters recognise an inference graph.
+        return super().call(inputs, training=False)
+
+    def _normalize_batch(self, inputs: Any, mask: Any) -> Any:
+        """Training mode: called exactly when the batch's own statistics normalise."""
+        dtype = keras.backend.standardize_dtype(inputs.dtype)
+        if self.renorm or not keras.backend.is_float_dtype(dtype):
+            dtype = kernels.statistics_dtype(dtype)
+            inputs = ops.cast(inputs, dtype)
+        rectifies = self.activation is keras.activations.relu and not self.renorm
+        weights = cast(Any, (self.gamma, self.beta, self.moving_mean, self.moving_variance))
+        gamma, beta, mean, variance = (None if w is None else w.value for w in weights)
+        batch = self._kernel()(
+            inputs,
+            *(() if self.renorm else (gamma, beta)),
+            axis=self.axis,
+            epsilon=self.epsilon,
+            mask=mask,
+            moving=kernels.Moving(
+                mean,
+                variance,
+                momentum=None if self.renorm else self.momentum,
+                unbiased=self.bessel_correction,
+            ),
+            relu=rectifies,
+        )
+        output = self._renormalize(batch, gamma, beta) if self.renorm else batch.output
+        moving_average.step(self, batch)
+        if dtype != self.compute_dtype:
+            output = ops.cast(output, self.compute_dtype)
+        return output if rectifies else self._activate(output)
+
+    def _kernel(self) -> Callable[..., kernels.Normalized]:
+        if self.virtual_batch_size is not None:
+            return partial(kernels.normalize_ghosts, size=self.virtual_batch_size)
+        return kernels.normalize_synchronized if self.synchronized else kernels.normalize
+
+    def _renormalize(self, batch: kernels.Normalized, gamma: Any, beta: Any) -> Any:
+        r"""Batch renormalization: :math:`(\hat x r + d) \gamma + \beta`."""
+        shape = [1] * len(batch.output.shape)
+        shape[self.axis] = -1
+        r, d = (ops.reshape(part, shape) for part in moving_average.correction(self, batch))
+        output = batch.output * r + d
+        if gamma is not None:
+            output = output * ops.reshape(ops.cast(gamma, output.dtype), shape)
+        if beta is not None:
+            output = output + ops.reshape(ops.cast(beta, output.dtype), shape)
+        return output
+
+    def _activate(self, output: Any) -> Any:
+        return output if self.activation is None else self.activation(output)
+
+    def _check_mask(self, inputs: Any, mask: Any) -> None:
+        if mask is None:
+            return
+        shape = cast(list[int | None], list(inputs.shape))
+        channel = self.axis % len(shape)
+        expected = shape[:channel] + shape[channel + 1 :]
+        received = list(mask.shape)
+        fits = len(received) == len(expected) and all(
+            have in (want, 1, None) or want is None
+            for have, want in zip(received, expected, strict=True)
+        )
+        if not fits:
+            raise DataError(
+                "The mask does not fit the input of BatchNormalization",
+                where=self.path,
+                expected=f"shape {tuple(expected)}, that of the input without axis {self.axis}",
+                received=f"shape {tuple(received)} for an input of shape {tuple(shape)}",
+            )

@@ -1,0 +1,1 @@
+"""Reading, rebuilding and running Keras models."""

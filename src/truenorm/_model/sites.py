@@ -1,0 +1,219 @@
+"""The BatchNormalization calls of a model: what is around them, and which were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import keras
+
+from truenorm._errors import ModelError, OptionError
+from truenorm._layer.batch_normalization import BatchNormalization
+from truenorm._model.graph import (
+    Call,
+    calls,
+    graph_of,
+    is_batch_normalization,
+    layer_paths,
+    require_graph,
+)
+from truenorm._records.rewrite import Change, Left
+from truenorm._records.site import Site
+
+Where = str | Callable[[Site], bool] | None
+"""Which sites: a path pattern such as ``block1/*``, a predicate on the Site, or None for all."""
+
+ACTIVATIONS = (
+    keras.layers.Activation,
+    keras.layers.ReLU,
+    keras.layers.LeakyReLU,
+    keras.layers.PReLU,
+    keras.layers.ELU,
+)
+FUNCTIONS = frozenset(
+    {"Celu", "Elu", "Gelu", "HardShrink", "HardSigmoid", "HardSilu", "HardTanh", "LeakyRelu",
+     "LogSigmoid", "ReLU", "Relu", "Relu6", "Selu", "Sigmoid", "Silu", "SoftShrink", "Softplus",
+     "Softsign", "SparsePlus", "SparseSigmoid", "Squareplus", "Tanh", "TanhShrink", "Threshold"}
+)  # fmt: skip
+"""Keras's operations that ``keras.activations`` and ``keras.ops`` leave in a graph, by the names of
+their classes, which are not public: those that work on each number by itself. (``exp`` is left out:
+in a graph it is arithmetic as a rule.)"""
+
+LINEAR = (
+    keras.layers.Dense,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv1D,
+    keras.layers.SeparableConv2D,
+)
+
+
+def is_activation(call: Call | None) -> bool:
+    """Whether this is a layer or function that is an activation and nothing else."""
+    if call is None or isinstance(call.operation, keras.Layer):
+        return call is not None and isinstance(call.operation, ACTIVATIONS)
+    kind = type(call.operation)
+    return kind.__name__ in FUNCTIONS and kind.__module__.split(".")[0] == "keras"
+
+
+def is_linear(call: Call | None) -> bool:
+    """Whether this is a convolution or dense layer (its own activation aside)."""
+    return call is not None and isinstance(call.operation, LINEAR)
+
+
+def fused_activation(call: Call | None) -> str | None:
+    """Name of the activation inside a convolution or dense layer; None if there is none."""
+    if call is None or not is_linear(call):
+        return None
+    activation = call.operation.activation
+    if activation in (None, keras.activations.linear):
+        return None
+    return getattr(activation, "__name__", type(activation).__name__)
+
+
+def is_own_class(layer: Any) -> bool:
+    """Whether this BatchNormalization is of a user's class: what that one computes is unknown."""
+    return type(layer) not in (keras.layers.BatchNormalization, BatchNormalization)
+
+
+def site_calls(model: Any) -> tuple[list[Call], list[Left]]:
+    """The calls that are a BatchNormalization, and the layers that no such call can be seen of.
+
+    The latter are inside another layer, a wrapper or a subclass, whose call is not a graph.
+    """
+    sites = [call for call in calls(model) if is_batch_normalization(call.operation)]
+    seen = {call.operation for call in sites}
+    hidden = [
+        Left(path, "inside a layer whose call is not a graph (a wrapper or a subclass)")
+        for layer, path in batch_normalizations(model).items()
+        if layer not in seen
+    ]
+    return sites, hidden
+
+
+@dataclass(eq=False, frozen=True)
+class Spot:
+    """A place where a BatchNormalization is called, in any model.
+
+    Args:
+        path: Its path, as in :class:`Site`.
+        layer: The layer.
+        call: Its call in the model's graph; None where there is no graph to see it in (a subclassed
+            model, the inside of a wrapper): then all its calls are one spot.
+    """
+
+    path: str
+    layer: Any
+    call: Call | None
+
+
+def spots(model: Any) -> list[Spot]:
+    """Every BatchNormalization call of any model, as far as a graph tells them apart."""
+    paths = batch_normalizations(model)
+    sites = [] if graph_of(model) is None else site_calls(model)[0]
+    seen = {call.operation for call in sites}
+    in_graph = [Spot(call.path, call.operation, call) for call in sites]
+    return in_graph + [Spot(p, layer, None) for layer, p in paths.items() if layer not in seen]
+
+
+def batch_normalizations(model: Any) -> dict[Any, str]:
+    """Path of every BatchNormalization of any model."""
+    if not isinstance(model, keras.Model):
+        require_graph(model)
+    layers = {k: path for k, path in layer_paths(model).items() if is_batch_normalization(k)}
+    if not layers:
+        raise ModelError(
+            "This model has no BatchNormalization",
+            where=model.name,
+            expected="at least one BatchNormalization layer",
+            received=f"{len(model.layers)} layers, none of that kind",
+        )
+    for layer, path in layers.items():
+        if not layer.built:
+            raise ModelError(
+                "This BatchNormalization has no variables yet: its number of channels is not known",
+                where=path,
+                remedy="build the model, or call it once",
+            )
+    return layers
+
+
+Rule = Callable[[Call], Change | Left]
+"""Looks at one site: changes it (in an edit that it fills), or says why it is left."""
+
+
+def apply(rule: Rule, model: Any) -> tuple[tuple[Change, ...], tuple[Left, ...]]:
+    """What the rule does at every site of the model: the receipt of a rewrite."""
+    sites, hidden = site_calls(model)
+    results = [*map(rule, sites), *hidden]
+    changed = tuple(result for result in results if isinstance(result, Change))
+    return changed, tuple(result for result in results if isinstance(result, Left))
+
+
+def selector(where: Where) -> Callable[[Call], bool]:
+    """``where`` as a test of a call."""
+    if where is None:
+        return lambda _: True
+    if isinstance(where, str):
+        return lambda call: fnmatchcase(call.path, where)
+    if callable(where):
+        return lambda call: bool(where(describe(call)))
+    raise OptionError(
+        "The selection of sites is not understood",
+        where="where",
+        expected="a path pattern, a predicate on a Site, or None",
+        received=repr(where),
+    )
+
+
+def position(call: Call) -> str | None:
+    """Where a BatchNormalization is; None if at none of the named positions."""
+    producer, consumer = call.only_producer, call.only_consumer
+    if is_activation(producer) or fused_activation(producer):
+        return "after_activation"
+    if is_activation(consumer) or getattr(call.operation, "activation", None) is not None:
+        return "before_activation" if is_linear(producer) else "before_layer"
+    return None
+
+
+def describe(call: Call) -> Site:
+    """The record of one site."""
+    return describe_spot(Spot(call.path, call.operation, call))
+
+
+def describe_spot(spot: Spot) -> Site:
+    """The record of one spot; what is around it is known of a call in a graph only."""
+    layer, call = spot.layer, spot.call
+    producers = () if call is None else call.producers
+    return Site(
+        path=spot.path,
+        layer=f"{type(layer).__module__.split('.')[0]}.{type(layer).__name__}",
+        producer=" + ".join("input" if p is None else p.label() for p in producers) or None,
+        consumers=() if call is None else tuple(c.label() for c in call.consumers),
+        position=None if call is None else position(call),
+        axis=channel_axis(layer),
+        channels=int(layer.moving_mean.shape[0]),
+        momentum=layer.momentum,
+        epsilon=layer.epsilon,
+        trainable=bool(layer.trainable),
+        policy=policy_of(layer),
+    )
+
+
+def policy_of(layer: Any) -> str:
+    """The freeze policy that is in effect: ``none``, ``all``, ``statistics`` or ``affine``."""
+    return getattr(layer, "freeze", None) or ("none" if layer.trainable else "all")
+
+
+def channel_axis(layer: Any) -> int:
+    """The axis of the channels, counted from the left."""
+    rank = layer.input_spec.ndim
+    return layer.axis % rank

@@ -1,0 +1,1 @@
+"""Which mode a BatchNormalization is in, observed; and freezing it."""

@@ -1,0 +1,202 @@
+"""Freezing exactly what was meant: the statistics, gamma and beta, or both; at once, and undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import keras
+
+from truenorm._errors import ModelError, OptionError
+from truenorm._layer.arguments import FreezePolicy, check_policy
+from truenorm._layer.batch_normalization import BatchNormalization
+from truenorm._model.sites import batch_normalizations, policy_of
+from truenorm._modes.optimizer import follow, is_built, state_of
+from truenorm._records.freezing import Freezing, Frozen
+
+Layers = str | Callable[[Any], bool] | Iterable[Any] | None
+"""Which layers: a path pattern, a predicate on the layer, a list of both and of layers, or all."""
+
+
+def freeze(model: Any, policy: FreezePolicy = "all", *, layers: Layers = None) -> Freezing:
+    """Set what BatchNormalization layers do not learn; changes the model in place, at once.
+
+    ============== =============== ========================= =================
+    policy         normalises with moving statistics updated gamma, beta learn
+    ============== =============== ========================= =================
+    ``none``       batch           yes                       yes
+    ``all``        moving          no                        no
+    ``statistics`` moving          no                        yes
+    ``affine``     batch           yes                       no
+    ============== =============== ========================= =================
+
+    (in training mode; in inference mode a layer always normalises with the moving statistics.)
+
+    No new ``compile`` is needed, before or after ``fit``: the compiled functions of the model are
+    made anew, and its optimizer, the same object, learns what is trainable now. What it knows of
+    the variables that go on learning (momentum and the like) it keeps.
+
+    Args:
+        model: Any Keras model, compiled or not. Give the model that you train: a model around it
+            that is compiled cannot be seen from inside.
+        policy: What not to learn. ``"all"`` is Keras's ``trainable=False``; ``"statistics"`` and
+            ``"affine"`` need truenorm's layer.
+        layers: Which BatchNormalization layers: None for all; a path pattern such as
+            ``"backbone/*"``; a predicate on the layer; or a list of patterns and layers, where a
+            layer that contains BatchNormalization stands for all of them inside.
+
+    Returns:
+        The layers with their policies before and after, and ``undo()``.
+
+    Raises:
+        ModelError: The model has no BatchNormalization; or a layer of Keras's is asked for what it
+            cannot do. Nothing is changed then.
+        OptionError: There is no such policy, or no such layer.
+
+    Example:
+        >>> import keras, truenorm as tn
+        >>> layer = tn.BatchNormalization(name="bn")
+        >>> model = keras.Sequential([keras.Input((4,)), layer, keras.layers.Dense(1)])
+        >>> frozen = tn.freeze(model, "statistics")
+        >>> tn.inspect(model).modes["fit"][0].describe()
+        'moving + learns'
+        >>> frozen.undo()
+        >>> tn.inspect(model).modes["fit"][0].describe()
+        'batch + updates + learns'
+
+    Where frameworks differ:
+        Keras wants ``compile`` after every change of ``trainable``: without it TensorFlow goes on
+        as before, JAX raises an error, PyTorch obeys. PyTorch's layer has the three parts apart:
+        ``eval()``, ``track_running_stats`` and ``requires_grad``.
+    """
+    chosen = _chosen(model, layers)
+    _require_able(chosen, policy)
+    before = {layer: policy_of(layer) for layer in chosen}
+    restore_flags = [_remember_flags(layer) for layer in chosen]
+    models = [one for one in model._flatten_layers() if isinstance(one, keras.Model)]
+    learned = {one: state_of(one.optimizer) for one in models if is_built(one)}
+
+    def undo() -> None:
+        for restore in restore_flags:
+            restore()
+        follow(models, chosen, learned)
+
+    try:
+        for layer in chosen:
+            if isinstance(layer, BatchNormalization):
+                layer.freeze = policy
+            else:
+                layer.trainable = policy != "all"
+        follow(models, chosen, {})
+    except BaseException:  # Ctrl-C included: all or nothing
+        for restore in restore_flags:
+            restore()
+        raise
+    done = tuple(Frozen(path, before[layer], policy_of(layer)) for layer, path in chosen.items())
+    return Freezing(done, tuple(_notes(model, chosen)), undo=undo)
+
+
+def unfreeze(model: Any, *, layers: Layers = None) -> Freezing:
+    """Let BatchNormalization layers learn everything again: :func:`freeze` with ``"none"``.
+
+    To get back what was before a ``freeze``, whatever that was, use its ``undo()``.
+
+    Args:
+        model: As in :func:`freeze`.
+        layers: As in :func:`freeze`.
+
+    Returns:
+        As :func:`freeze`. A note says which layers are inside a frozen one: their statistics move
+        then, but their gamma and beta are not learned.
+
+    Raises:
+        ModelError: The model has no BatchNormalization.
+        OptionError: There is no such layer.
+
+    Example:
+        >>> import keras, truenorm as tn
+        >>> layer = keras.layers.BatchNormalization(trainable=False)
+        >>> model = keras.Sequential([keras.Input((4,)), layer, keras.layers.Dense(1)])
+        >>> _ = tn.unfreeze(model)
+        >>> layer.trainable
+        True
+    """
+    return freeze(model, "none", layers=layers)
+
+
+# --- which layers ------------------------------------------------------------------------------
+
+
+def _chosen(model: Any, layers: Layers) -> dict[Any, str]:
+    paths = batch_normalizations(model)
+    single = layers is None or isinstance(layers, str) or callable(layers)
+    wanted = [layers] if single else list(cast(Iterable[Any], layers))
+    chosen = {
+        layer: path
+        for layer, path in paths.items()
+        if any(_is_meant(one, layer, path) for one in wanted)
+    }
+    if not chosen:
+        raise OptionError(
+            "No BatchNormalization of the model is meant by this",
+            where="layers",
+            expected="a path pattern, a predicate on the layer, or a list of patterns and layers",
+            received=repr(layers),
+            remedy="look the paths up with truenorm.inspect(model)",
+        )
+    return chosen
+
+
+def _is_meant(wanted: Any, layer: Any, path: str) -> bool:
+    if wanted is None:
+        return True
+    if isinstance(wanted, str):
+        return fnmatchcase(path, wanted)
+    if isinstance(wanted, keras.Layer):  # callable too
+        return layer in cast(Any, wanted)._flatten_layers()
+    return callable(wanted) and bool(wanted(layer))
+
+
+def _require_able(chosen: dict[Any, str], policy: str) -> None:
+    """Refuse before anything is changed."""
+    check_policy(policy)
+    for layer, path in chosen.items():
+        if policy in ("statistics", "affine") and not isinstance(layer, BatchNormalization):
+            raise ModelError(
+                f"Keras's BatchNormalization cannot be frozen in part (policy '{policy}')",
+                where=path,
+                expected="truenorm's BatchNormalization, or the policy 'all' or 'none'",
+                received=f"{type(layer).__module__.split('.')[0]}.{type(layer).__name__}",
+                remedy="put truenorm's layer in its place first: "
+                "replace(model, to='truenorm').model",
+            )
+
+
+def _remember_flags(layer: Any) -> Callable[[], None]:
+    trainable = layer.trainable
+    held = layer.get_config().get("freeze", "none")  # also where trainable=False hides it
+    flags = [(variable, variable.trainable) for variable in layer.variables]
+
+    def restore() -> None:
+        if isinstance(layer, BatchNormalization):
+            layer.freeze = held
+        layer.trainable = trainable
+        for variable, flag in flags:
+            variable.trainable = flag
+
+    return restore
+
+
+def _notes(model: Any, chosen: dict[Any, str]) -> Iterator[str]:
+    for one in model._flatten_layers():
+        inside = one._flatten_layers(include_self=False)
+        awake = [path for layer, path in chosen.items() if layer.trainable and layer in inside]
+        if awake and not one.trainable:
+            yield (
+                f"'{one.name}' is frozen: gamma and beta of the {len(awake)} layers inside are not "
+                "learned, whatever their own policy."
+            )
+
+
+# --- what was compiled -------------------------------------------------------------------------

@@ -1,0 +1,123 @@
+"""What is wrong with a model's BatchNormalization: findings, as of a linter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from truenorm._records.tables import Record, Table, joined, number
+
+Severity = Literal["note", "warning", "error"]
+SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
+"""From the least: worth knowing; probably costs quality; cannot be meant."""
+
+Evidence = Mapping[str, float | int | str]
+
+
+@dataclass(frozen=True)
+class Finding(Record):
+    """One problem, at one place.
+
+    Args:
+        code: Which rule: ``TN101``. ``docs/findings/`` has a page for each.
+        severity: ``note``, ``warning`` or ``error``.
+        problem: What is wrong, the same for all findings of the code.
+        site: Path of the layer or call; the model's name where it is about the whole model.
+        evidence: What was measured or read, by name; the code's page has the units and equations.
+        remedy: A call that mends it.
+    """
+
+    code: str
+    severity: Severity
+    problem: str
+    site: str
+    evidence: Evidence
+    remedy: str
+
+    def tables(self) -> Sequence[Table]:
+        """One row."""
+        return (_table(f"{self.code}: {self.problem}", (self,)),)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Rules that could not run, and why."""
+
+    codes: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Diagnosis(Record):
+    """Everything that was found in a model, and what could not be looked for.
+
+    Args:
+        model: The model's name.
+        findings: The findings, in the order of their codes, then of the model.
+        checked: Codes of the rules that ran.
+        skipped: Codes of the rules that could not run, by reason.
+    """
+
+    model: str
+    findings: tuple[Finding, ...]
+    checked: tuple[str, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def worst(self) -> Severity | None:
+        """The highest severity found; None if nothing was."""
+        found = [SEVERITIES.index(finding.severity) for finding in self.findings]
+        return SEVERITIES[max(found)] if found else None
+
+    @property
+    def clean(self) -> bool:
+        """Whether there is nothing above a note."""
+        return self.worst in (None, "note")
+
+    def tables(self) -> Sequence[Table]:
+        """One row per code, the gravest first; sites and evidence put together; remedies below."""
+        counts = [
+            f"{n} {severity}{'s' if n > 1 else ''}"
+            for severity in reversed(SEVERITIES)
+            if (n := sum(f.severity == severity for f in self.findings))
+        ]
+        summary = ", ".join(counts) or "nothing found"
+        title = f"Diagnosis of '{self.model}': {summary} ({len(self.checked)} rules)"
+        notes = tuple(f"Not checked: {', '.join(s.codes)}: {s.reason}." for s in self.skipped)
+        return (_table(title, self.findings, notes),)
+
+
+def _table(title: str, findings: Sequence[Finding], notes: tuple[str, ...] = ()) -> Table:
+    """Findings of one code with the same words as evidence share a row, and codes a remedy."""
+    alike: dict[tuple[object, ...], list[Finding]] = {}
+    remedies: dict[str, dict[str, None]] = {}
+    for finding in sorted(findings, key=lambda f: -SEVERITIES.index(f.severity)):
+        words = tuple(v for v in finding.evidence.values() if isinstance(v, str))
+        alike.setdefault((finding.code, tuple(finding.evidence), words), []).append(finding)
+        remedies.setdefault(finding.remedy, {})[finding.code] = None
+    rows = tuple(
+        (
+            f"{group[0].code} {group[0].severity}",
+            group[0].problem,
+            joined([f.site for f in group], most=2),
+            _measured([f.evidence for f in group]),
+        )
+        for group in alike.values()
+    )
+    columns = ("code", "problem", "site", "evidence") if rows else ()
+    mending = (f"Remedy of {', '.join(codes)}: {remedy}" for remedy, codes in remedies.items())
+    return Table(title, columns, rows, (*mending, *notes))
+
+
+def _measured(evidence: Sequence[Evidence]) -> str:
+    """Each name with its value; with its range, where several sites share the row."""
+    parts: list[str] = []
+    for name, first in evidence[0].items():
+        if isinstance(first, str):
+            parts.append(f"{name} {first}")
+            continue
+        values = sorted((one[name] for one in evidence), key=float)
+        ends = (str(v) if isinstance(v, int) else number(float(v)) for v in (values[0], values[-1]))
+        parts.append(f"{name} {'…'.join(dict.fromkeys(ends))}")
+    return ", ".join(parts).replace("_", " ")

@@ -1,0 +1,99 @@
+"""Every BatchNormalization of a model: where it is, what it does in each entry point, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from truenorm._records.observation import Mode
+from truenorm._records.site import Site
+from truenorm._records.tables import Record, Table, grouped, joined
+
+
+@dataclass(frozen=True)
+class Surprise:
+    """Why a site did, or would do, other than its entry point leads one to expect.
+
+    Args:
+        path: The site.
+        code: Which reason, as a word for programs.
+        explanation: The reason in a sentence.
+    """
+
+    path: str
+    code: str
+    explanation: str
+
+
+@dataclass(frozen=True)
+class Inspection(Record):
+    """Every site of a model, and what it did in each entry point.
+
+    Args:
+        model: The model's name.
+        sites: The sites, in the order of their calls.
+        modes: For each entry point, the mode of each site (same order as ``sites``).
+        surprises: What is not as one would expect of the entry points, with the cause.
+    """
+
+    model: str
+    sites: tuple[Site, ...]
+    modes: Mapping[str, tuple[Mode, ...]]
+    surprises: tuple[Surprise, ...] = ()
+
+    def tables(self) -> Sequence[Table]:
+        """Where every site is, what every site did, and why where that surprises."""
+        place = Table(
+            f"BatchNormalization in '{self.model}': where it is",
+            ("sites", "channels", "position", "from → to", "momentum, epsilon", "frozen"),
+            _places(self.sites),
+        )
+        done = (
+            (site.path, tuple(modes[index].describe() for modes in self.modes.values()))
+            for index, site in enumerate(self.sites)
+        )
+        mode = Table(
+            f"BatchNormalization in '{self.model}': the statistics it normalised with, and more",
+            ("sites", *self.modes),
+            grouped(done),
+            (
+                "batch: normalised with the batch's own mean and variance; moving: with the "
+                "moving statistics; updates: the moving statistics changed; learns: gamma and "
+                "beta changed.",
+            ),
+        )
+        if not self.surprises:
+            return (place, mode)
+        why = Table(
+            f"BatchNormalization in '{self.model}': why it did not do what one might expect",
+            ("sites", "code", "cause"),
+            grouped((s.path, (s.code, s.explanation)) for s in self.surprises),
+        )
+        return (place, mode, why)
+
+
+def _places(sites: Sequence[Site]) -> tuple[tuple[str, ...], ...]:
+    """One row per group of sites that are in the same kind of place."""
+    alike: dict[tuple[str, ...], list[Site]] = {}
+    for site in sites:
+        after = ", ".join(dict.fromkeys(map(_class, site.consumers))) or "output"
+        row = (
+            site.position or "–",
+            "–" if site.producer is None else f"{_class(site.producer)} → {after}",
+            f"{site.momentum}, {site.epsilon:g}",
+            "no" if site.policy == "none" else site.policy,
+        )
+        alike.setdefault(row, []).append(site)
+    return tuple(
+        (joined([s.path for s in group]), _range([s.channels for s in group]), *row)
+        for row, group in alike.items()
+    )
+
+
+def _class(label: str) -> str:
+    return label.split(" ", 1)[0]
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low}–{high}"

@@ -1,0 +1,101 @@
+"""What the BatchNormalization layers of a model did, call by call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from truenorm._records.tables import Record, Table, grouped
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Calls of one site that were alike.
+
+    Args:
+        training: The value of ``training`` that arrived in ``call``; ``"a tensor"`` if it was one.
+        trainable: The layer's ``trainable`` at that time.
+        policy: Its freeze policy at that time.
+        statistics: Which statistics normalised: ``batch`` or ``moving``.
+        times: How many such calls there were.
+    """
+
+    training: bool | str | None
+    trainable: bool
+    policy: str
+    statistics: str
+    times: int
+
+    def describe(self) -> str:
+        """The calls in a few words, for a table cell."""
+        frozen = "" if self.policy == "none" else f", frozen: {self.policy}"
+        return f"{self.times}× training={self.training}{frozen}: {self.statistics}"
+
+
+@dataclass(frozen=True)
+class Mode(Record):
+    """What one site really did over a time, as observed.
+
+    Args:
+        calls: Its calls, alike ones together, in the order of their first.
+        updated: Whether the layer's moving statistics changed.
+        learned: Whether the layer's gamma or beta changed.
+    """
+
+    calls: tuple[Calls, ...]
+    updated: bool
+    learned: bool
+
+    @property
+    def statistics(self) -> str | None:
+        """Which normalised: ``batch``, ``moving``, ``mixed``; None if it was never called."""
+        used = {calls.statistics for calls in self.calls}
+        return ("mixed" if len(used) > 1 else used.pop()) if used else None
+
+    @property
+    def training(self) -> tuple[bool | str | None, ...]:
+        """The different values of ``training`` that arrived."""
+        return tuple(dict.fromkeys(calls.training for calls in self.calls))
+
+    def describe(self) -> str:
+        """The mode in a few words, for a table cell."""
+        if self.statistics is None:
+            return "not called"
+        extras = [word for word, on in (("updates", self.updated), ("learns", self.learned)) if on]
+        return " + ".join([self.statistics, *extras])
+
+    def tables(self) -> Sequence[Table]:
+        """One row."""
+        return (Table("mode", ("mode",), ((self.describe(),),)),)
+
+
+@dataclass(frozen=True)
+class Observation(Record):
+    """What every site did while an observation was open; empty until it is closed.
+
+    Args:
+        model: The model's name.
+        modes: Per path of a site, what it did.
+        notes: What must be known to read them.
+    """
+
+    model: str
+    modes: Mapping[str, Mode]
+    notes: tuple[str, ...] = ()
+
+    def tables(self) -> Sequence[Table]:
+        """One row per group of sites that did the same."""
+        rows = (
+            (
+                path,
+                (
+                    "; ".join(calls.describe() for calls in mode.calls) or "not called",
+                    "changed" if mode.updated else "–",
+                    "changed" if mode.learned else "–",
+                ),
+            )
+            for path, mode in self.modes.items()
+        )
+        columns = ("sites", "calls: statistics used", "moving statistics", "gamma, beta")
+        title = f"BatchNormalization in '{self.model}': what it did"
+        return (Table(title, columns, grouped(rows), self.notes),)

@@ -1,0 +1,129 @@
+"""What a ``.keras`` file says of its BatchNormalization layers, without a model made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from truenorm._records.rewrite import Left
+from truenorm._records.tables import Record, Table, number
+
+
+@dataclass(frozen=True)
+class StoredStatistics(Record):
+    """The moving statistics of one layer in short.
+
+    Args:
+        initial: Whether all means are 0 and all variances 1, as in a layer never trained.
+        negative: Channels with a variance below 0.
+        non_finite: Channels with a mean or variance that is NaN or infinite.
+        largest_mean: Largest ``|moving_mean|`` of the finite ones; None if there is none.
+        least_variance: Least finite ``moving_variance``; None if there is none.
+        largest_variance: Largest finite ``moving_variance``; None if there is none.
+    """
+
+    initial: bool
+    negative: int
+    non_finite: int
+    largest_mean: float | None
+    least_variance: float | None
+    largest_variance: float | None
+
+    def describe(self) -> str:
+        """Them in a few words, faults first, for a table cell."""
+        if self.initial:
+            return "as initialised"
+        faults = [
+            f"{count} channels {what}"
+            for count, what in ((self.non_finite, "not finite"), (self.negative, "negative"))
+            if count
+        ]
+        if self.largest_mean is not None:
+            faults.append(f"|mean| up to {number(self.largest_mean)}")
+        if self.least_variance is not None:
+            least, largest = number(self.least_variance), number(self.largest_variance)
+            faults.append(f"variance {least} to {largest}")
+        return ", ".join(faults)
+
+    def tables(self) -> Sequence[Table]:
+        """One row per fact."""
+        rows = tuple((k, str(v)) for k, v in self.to_dict().items())
+        return (Table("moving statistics", ("fact", "value"), rows),)
+
+
+@dataclass(frozen=True)
+class StoredLayer(Record):
+    """One BatchNormalization layer as a file has it.
+
+    Args:
+        path: Where it is: layer names joined by ``/``.
+        layer: The class of the layer, with its package: ``keras.BatchNormalization``.
+        axis: The axis of the channels, as the configuration has it.
+        channels: Number of channels.
+        momentum: Weight of the old moving statistics; None where the average is cumulative.
+        epsilon: Added to the variance before the root is taken.
+        trainable: The layer's own ``trainable``.
+        policy: Which part is frozen: ``none``, ``all`` (not trainable), ``statistics``, ``affine``.
+        dtype: The name of its dtype policy.
+        statistics: Its moving statistics.
+    """
+
+    path: str
+    layer: str
+    axis: int
+    channels: int
+    momentum: float | None
+    epsilon: float
+    trainable: bool
+    policy: str
+    dtype: str
+    statistics: StoredStatistics
+
+    def tables(self) -> Sequence[Table]:
+        """One row per fact."""
+        rows = tuple((k, str(v)) for k, v in self.to_dict().items())
+        return (Table(self.path, ("fact", "value"), rows),)
+
+
+@dataclass(frozen=True)
+class StoredModel(Record):
+    """Every BatchNormalization layer of a ``.keras`` file, read without making the model.
+
+    Args:
+        model: The model's name.
+        keras: The version of Keras that wrote the file; None if it does not say.
+        saved: When it was written, as it says; None if it does not.
+        layers: The BatchNormalization layers, in the order of the configuration.
+        hidden: Layers that cannot be looked into, and why.
+    """
+
+    model: str
+    keras: str | None
+    saved: str | None
+    layers: tuple[StoredLayer, ...]
+    hidden: tuple[Left, ...] = ()
+
+    def tables(self) -> Sequence[Table]:
+        """One row per layer."""
+        rows = tuple(
+            (
+                layer.path,
+                layer.layer.split(".")[0],
+                str(layer.axis),
+                str(layer.channels),
+                number(layer.momentum, 6),
+                number(layer.epsilon, 6),
+                "no" if layer.policy == "none" else layer.policy,
+                layer.dtype,
+                layer.statistics.describe(),
+            )
+            for layer in self.layers
+        )
+        columns = ("layer", "of", "axis", "channels", "momentum", "epsilon", "frozen", "dtype",
+                   "moving statistics")  # fmt: skip
+        notes = [f"Not looked into: {one.path}, {one.reason}." for one in self.hidden]
+        if self.keras is not None:
+            notes.insert(0, f"Written by Keras {self.keras}, {self.saved or 'no date given'}.")
+        notes.insert(0, "Read from the file alone: no model was made, so no mode was observed.")
+        title = f"BatchNormalization in the file of '{self.model}': {len(rows)} layers"
+        return (Table(title, columns if rows else (), rows, tuple(notes)),)

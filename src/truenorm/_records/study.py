@@ -1,0 +1,146 @@
+"""A controlled experiment: its runs, their comparison, the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from truenorm._records.tables import Record, Table, number
+
+
+@dataclass(frozen=True)
+class Trial(Record):
+    """One training run: one position, one seed.
+
+    Args:
+        position: Where BatchNormalization was.
+        seed: Decides initial weights and the order of the batches.
+        history: Keras's history: per metric its value after each epoch (``val_`` for validation),
+            with the moving statistics as training left them.
+        final: The validation metrics that the study judges by, under the same names: after the
+            last epoch, with recalibrated statistics unless the study was told otherwise.
+        sites: How many BatchNormalization sites the model had.
+        parameters: Number of the model's parameters.
+        seconds: Time of the run, in seconds, with start and compilation.
+        model: File of the trained model, relative to the study's folder.
+        error: None, or why the run failed (then the history is empty).
+    """
+
+    position: str
+    seed: int
+    history: Mapping[str, tuple[float, ...]]
+    final: Mapping[str, float]
+    sites: int
+    parameters: int
+    seconds: float
+    model: str
+    error: str | None = None
+
+    def tables(self) -> Sequence[Table]:
+        """The metrics that the study judges by."""
+        rows = tuple((name, number(value, 4)) for name, value in self.final.items())
+        return (Table(f"{self.position}, seed {self.seed}", ("metric", "value"), rows),)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its 95% confidence interval (Student's t; low and high None if n=1).
+
+    Args:
+        mean: The mean, in the metric's units.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        n: Number of seeds.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two positions compared over the same seeds: the paired difference ``first - second``.
+
+    Args:
+        metric: Which metric, as in Keras's history.
+        first: A position.
+        second: Another position.
+        difference: Mean and interval of the paired difference, in the metric's units.
+        p_value: Of the paired t-test, two-sided.
+        p_adjusted: The same after Holm's correction for all pairs of positions of this metric.
+    """
+
+    metric: str
+    first: str
+    second: str
+    difference: Interval
+    p_value: float | None
+    p_adjusted: float | None
+
+
+@dataclass(frozen=True)
+class Study(Record):
+    """A controlled experiment over positions and seeds, and what it shows.
+
+    Args:
+        name: What was studied.
+        settings: All that decides the result: epochs, batch size, seeds, backend, versions.
+        trials: Every run.
+        summaries: Per position, per metric, mean and interval over the seeds.
+        comparisons: Every pair of positions, per metric.
+        metric: The metric that decides.
+        best: The position whose mean of that metric is best, shown or not.
+        winner: That position if it is shown to differ from each other one, else None.
+        verdict: The result in sentences.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    trials: tuple[Trial, ...]
+    summaries: Mapping[str, Mapping[str, Interval]]
+    comparisons: tuple[Comparison, ...]
+    metric: str
+    best: str
+    winner: str | None
+    verdict: tuple[str, ...]
+
+    def tables(self) -> Sequence[Table]:
+        """The positions, their paired differences, and the verdict."""
+        metrics = tuple(dict.fromkeys(name for row in self.summaries.values() for name in row))
+        positions = Table(
+            f"{self.name}: mean over seeds [95% interval]",
+            ("position", "seeds", *metrics),
+            tuple(
+                (
+                    position,
+                    str(max(i.n for i in row.values())),
+                    *(interval(row[m]) for m in metrics),
+                )
+                for position, row in self.summaries.items()
+            ),
+        )
+        pairs = Table(
+            f"{self.name}: paired differences, same seeds [95% interval]",
+            ("metric", "difference", "mean", "p", "p (Holm)"),
+            tuple(
+                (
+                    c.metric,
+                    f"{c.first} − {c.second}",
+                    interval(c.difference),
+                    number(c.p_value, 2),
+                    number(c.p_adjusted, 2),
+                )
+                for c in self.comparisons
+            ),
+        )
+        return (positions, pairs, Table("Verdict", (), (), self.verdict))
+
+
+def interval(value: Interval) -> str:
+    """An interval for a table cell."""
+    if value.low is None or value.high is None:
+        return f"{value.mean:.4f}"
+    return f"{value.mean:.4f} [{value.low:.4f}, {value.high:.4f}]"

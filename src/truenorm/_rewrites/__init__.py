@@ -1,0 +1,1 @@
+"""A new model from an old one: replace, place, fold."""

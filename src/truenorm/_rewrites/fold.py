@@ -1,0 +1,188 @@
+"""Fold BatchNormalization into its neighbours, for inference."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import keras
+import numpy as np
+
+from truenorm._layer.batch_normalization import BatchNormalization
+from truenorm._model.graph import Call, is_batch_normalization
+from truenorm._model.probe import make_inputs
+from truenorm._model.rebuild import Piece, copy_of, rebuild
+from truenorm._model.sites import Where, apply, selector, site_calls
+from truenorm._model.values import as_float64
+from truenorm._records.moments import Array
+from truenorm._records.rewrite import Change, Left, Rewrite
+from truenorm._rewrites.affine import (
+    Affine,
+    CannotBeAbsorbed,
+    Taking,
+    absorbed_before,
+    absorbed_behind,
+    affine_of,
+    has_activation,
+    values_of,
+    why_unfit,
+    with_map_before,
+    with_map_behind,
+)
+from truenorm._rewrites.verify import verify
+
+
+def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
+    """Fold every BatchNormalization that can be folded into its neighbours, for inference.
+
+    The new model computes what the old one computes with ``training=False``, with fewer layers;
+    it is verified on a probe before it is returned. A BatchNormalization folds into what makes its
+    input, if that is a convolution or dense layer without an activation, or else into all that
+    takes its output: dense layers, convolutions without padding, other BatchNormalization. What
+    commutes with a scale and a shift may be in between: dropout, pooling (maxima if no scale is
+    negative), flattening, cropping, upsampling, concatenation; before it also an addition. All
+    others stay, with their reason in the receipt; those of truenorm become Keras's, so that the new
+    model loads without truenorm. (Not so those that are called in training mode or with a mask, are
+    inside a wrapper, or have statistics that are not finite: these stay as they are.)
+
+    Args:
+        model: A functional or built Sequential ``keras.Model``, nested ones included. It is not
+            changed.
+        where: Which sites: a path pattern (``"block1/*"``), a predicate on a
+            :class:`truenorm.Site`, or None for all. So some can be removed from a model that goes
+            on training, which keeps its function; every BatchNormalization that stays is left as
+            it is.
+        probe: Inputs to verify on, as the model takes them; made from the input specification
+            (standard normal) where none are given.
+
+    Returns:
+        The folded model with its receipt and the largest differences of the outputs.
+
+    Raises:
+        ModelError: The model is subclassed, not built, or has no BatchNormalization.
+        OptionError: ``where`` is something else.
+        DataError: The model does not take ``probe``.
+        VerificationError: The outputs would differ by more than rounding.
+
+    Example:
+        >>> import keras, truenorm as tn
+        >>> model = keras.Sequential([
+        ...     keras.Input((8,)), keras.layers.Dense(4), keras.layers.BatchNormalization()])
+        >>> [type(layer).__name__ for layer in tn.fold(model).model.layers]
+        ['Dense']
+
+    Reference:
+        Jacob et al. (2018), "Quantization and Training of Neural Networks for Efficient
+        Integer-Arithmetic-Only Inference", section 3.2, equation 14, arXiv:1712.05877.
+    """
+    folding = Folding(model, where)
+    changed, left = apply(folding.site, model)
+    new = rebuild(model, folding.edit())
+    errors = verify(model, new, make_inputs(model) if probe is None else probe, "Folding")
+    return Rewrite(new, "fold", changed, left, *errors)
+
+
+def why_not_folded(model: Any) -> dict[str, str]:
+    """Path of every site that stays, and why."""
+    _, left = apply(Folding(model).site, model)
+    return {site.path: site.reason for site in left}
+
+
+class Folding:
+    """What folding the sites of a model comes to; a site at a time, in the order of execution."""
+
+    def __init__(self, model: Any, where: Where = None) -> None:
+        wanted, sites = selector(where), site_calls(model)[0]
+        self.fixed = {call.operation for call in sites if not wanted(call) or why_unfit(call)}
+        self.whole = where is None
+        # In a part of a model none takes another one in: it would no longer be what it was.
+        self.closed = self.fixed if self.whole else {call.operation for call in sites}
+        self.free = {call.operation for call in sites} - self.fixed
+        self.names = {layer.name for layer in model._flatten_layers()}
+        self.names |= {tensor.name for tensor in model.inputs}
+        self.weights: dict[Any, list[Array]] = {}  # of convolution and dense layers, in float64
+        self.maps: dict[Any, Affine] = {}  # of BatchNormalization that took others in, and stays
+        self.gone: dict[Any, list[Piece]] = {}  # folded away, and what stays of it
+
+    def site(self, call: Call) -> Change | Left:
+        """Fold one site, or say why not."""
+        layer = call.operation
+        reason = "it is called more than once" if call.shared else why_unfit(call)
+        if reason or layer in self.fixed:
+            return Left(call.path, reason or "not selected")
+        affine = self.maps.get(layer) or affine_of(layer)
+        bare = [k for k in self.gone if not has_activation(k)]
+        try:
+            return self._fold(call, absorbed_before(call, affine, bare), "before")
+        except CannotBeAbsorbed as reason:
+            why_not_before = reason
+        try:
+            return self._fold(call, absorbed_behind(call, affine, self.closed), "after")
+        except CannotBeAbsorbed as why_not_behind:
+            return Left(call.path, f"{why_not_before}; {why_not_behind}")
+
+    def _fold(self, call: Call, takings: list[Taking], side: str) -> Change:
+        dtype = call.operation.compute_dtype
+        for taker, _ in takings:
+            if taker.operation.compute_dtype != dtype:
+                raise CannotBeAbsorbed(f"{taker.label()} does not compute in {dtype}, as it does")
+        for taker, affine in takings:
+            self._take(taker.operation, affine, side)
+        self.maps.pop(call.operation, None)
+        self.gone[call.operation] = self._own_activation(call.operation)
+        takers = ", ".join(taker.label() for taker, _ in takings)
+        return Change(call.path, f"folded into {takers} {side} it")
+
+    def _take(self, layer: Any, affine: Affine, side: str) -> None:
+        if is_batch_normalization(layer):
+            self.maps[layer] = (self.maps.get(layer) or affine_of(layer)).after(affine)
+            return
+        values = self.weights.get(layer) or values_of(layer)
+        take_in = with_map_behind if side == "before" else with_map_before
+        self.weights[layer] = take_in(layer, values, affine)
+
+    def edit(self) -> dict[Any, list[Piece]]:
+        """The edit of the model."""
+        alone = self.free - self.maps.keys() - self.gone.keys() if self.whole else set()
+        stays = {k: self._plain(k) for k in alone if type(k) is BatchNormalization}
+        merged = {k: self._merged(k, affine) for k, affine in self.maps.items()}
+        taken = {k: [copy_of(k, values, use_bias=True)] for k, values in self.weights.items()}
+        return stays | merged | taken | self.gone
+
+    def _plain(self, layer: Any) -> list[Piece]:
+        """Keras's layer in the place of ours, and the activation that was inside."""
+        known = inspect.signature(keras.layers.BatchNormalization).parameters
+        config = {k: v for k, v in layer.get_config().items() if k in known}
+        config |= {"renorm": False, "renorm_clipping": None, "synchronized": False}
+        config |= {"momentum": 0.99 if layer.momentum is None else layer.momentum}
+        config |= {"name": layer.name, "dtype": layer.dtype_policy}
+        new = keras.layers.BatchNormalization(**config)
+        values = [layer.gamma, layer.beta, layer.moving_mean, layer.moving_variance]
+        piece = Piece(new, layer, [v for v in values if v is not None])
+        return [piece, *self._own_activation(layer)]
+
+    def _merged(self, layer: Any, affine: Affine) -> list[Piece]:
+        """Keras's BatchNormalization as the map, and the activation that was inside.
+
+        As gamma (x - mean) + beta, which loses no digits where the mean is large. No layer of
+        Keras's that scales and shifts is cheaper (``benchmarks/fold.py --stays``).
+        """
+        new = keras.layers.BatchNormalization(
+            axis=affine.axis, epsilon=0.0, name=layer.name, dtype=layer.dtype_policy
+        )
+        beta = as_float64(layer.beta) if layer.center else 0 * affine.shift
+        some = affine.scale != 0
+        mean = np.where(some, (beta - affine.shift) / np.where(some, affine.scale, 1.0), 0.0)
+        values = [affine.scale, np.where(some, beta, affine.shift), mean, np.ones_like(mean)]
+        return [Piece(new, layer, values), *self._own_activation(layer)]
+
+    def _own_activation(self, layer: Any) -> list[Piece]:
+        """Of a layer that goes: its own activation, if it had one, as a layer."""
+        if not has_activation(layer):
+            return []
+        name = f"{layer.name}_activation"
+        while name in self.names:
+            name += "_"
+        self.names.add(name)
+        activation = keras.layers.Activation(layer.activation, name=name, dtype=layer.dtype_policy)
+        return [Piece(activation)]

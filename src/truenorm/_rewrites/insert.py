@@ -1,0 +1,90 @@
+"""Layers that a model lacks: a BatchNormalization where there is none, an activation of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import keras
+
+from truenorm._model.graph import Call, is_batch_normalization
+from truenorm._model.rebuild import Piece, copy_of
+from truenorm._model.sites import fused_activation, is_activation, is_linear
+
+
+def lacks_batch_normalization(call: Call) -> bool:
+    """Whether this is a convolution or dense layer that comes to none before the next of them."""
+    return is_linear(call) and not any(map(_is_site, _onward(call, stop=True)))
+
+
+def insertion(
+    call: Call, *, behind_activation: bool, taken: Collection[str]
+) -> str | tuple[str, dict[Any, list[Piece]]]:
+    """Why a convolution or dense layer gets no BatchNormalization, or what is done and the edit.
+
+    Args:
+        call: A call that lacks one.
+        behind_activation: Whether it stands behind the layer's activation instead of before it.
+        taken: Names that the new layer cannot have.
+    """
+    layer, consumer = call.operation, call.only_consumer
+    if not any(is_linear(other) or _is_site(other) for other in _onward(call, stop=False)):
+        return "it is an output layer: no convolution or dense layer comes after it"
+    if call.shared or call.is_output:
+        return "it is called more than once" if call.shared else "it is an output of the model"
+    batch_norm = _new(layer, taken)
+    inserted = f"{batch_norm.layer.name} inserted"
+    if fused_activation(call) and not behind_activation:
+        bare, activation = split(layer)
+        what = f"{inserted} before '{fused_activation(call)}', split out"
+        return what, {layer: [bare, batch_norm, activation]}
+    if fused_activation(call) or not behind_activation or not is_activation(consumer):
+        return f"{inserted} behind it", {layer: [copy_of(layer), batch_norm]}
+    if consumer is None or consumer.shared or consumer.is_output:
+        return "its activation is called more than once, or is an output of the model"
+    what = f"{inserted} behind {consumer.label()}"
+    return what, {consumer.operation: [copy_of(consumer.operation), batch_norm]}
+
+
+def split(layer: Any) -> tuple[Piece, Piece]:
+    """A convolution or dense layer without its activation, and this as a layer of its own."""
+    inside, name = layer.activation, split_name(layer)
+    theirs = {id(variable) for variable in getattr(inside, "variables", ())}
+    own = [variable for variable in layer.variables if id(variable) not in theirs]
+    if not isinstance(inside, keras.Layer):
+        activation = Piece(keras.layers.Activation(inside, name=name, dtype=layer.dtype_policy))
+    else:
+        activation = copy_of(inside, name=name)
+        if not inside.built:  # Keras does so at its first call: it has no state yet
+            activation.source = None
+    return copy_of(layer, own, activation="linear"), activation
+
+
+def split_name(layer: Any) -> str:
+    """How an activation is named that was split out of this layer."""
+    return f"{layer.name}_activation"
+
+
+def _new(layer: Any, taken: Collection[str]) -> Piece:
+    """Keras's own, on the layer's channels and in its precision."""
+    (axis,) = layer.input_spec.axes
+    name, number = f"{layer.name}_bn", 1
+    while name in taken:
+        name, number = f"{layer.name}_bn_{number}", number + 1
+    return Piece(keras.layers.BatchNormalization(axis=axis, name=name, dtype=layer.dtype_policy))
+
+
+def _is_site(call: Call) -> bool:
+    return is_batch_normalization(call.operation)
+
+
+def _onward(call: Call, *, stop: bool) -> Iterator[Call]:
+    """Every call after this one; with ``stop`` none beyond a convolution or dense layer."""
+    queue, seen = [call], {call}
+    while queue:
+        for other in queue.pop().consumers:
+            if other not in seen:
+                seen.add(other)
+                yield other
+                if not (stop and is_linear(other)):
+                    queue.append(other)

@@ -1,0 +1,1 @@
+"""The population statistics of a model over a data set."""

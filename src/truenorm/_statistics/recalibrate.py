@@ -1,0 +1,136 @@
+"""Put the population statistics into a model, all or nothing; and how far its own are from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from truenorm._errors import DataError
+from truenorm._model.values import as_float64, numbers
+from truenorm._records.moments import Moments
+from truenorm._records.population import Population
+from truenorm._records.recalibration import Gap, Recalibration
+from truenorm._statistics.collect import Upstream, collect, layers_of
+
+
+def recalibrate(
+    model: Any, data: Any, *, upstream: Upstream = "batch", batch_size: int = 32, **options: Any
+) -> Recalibration:
+    """Set every layer's moving statistics to the population's; changes the model in place.
+
+    ``moving_mean`` and ``moving_variance`` (and, with ``renorm``, the statistics that these are
+    derived from) become those of :func:`collect`; nothing else changes. It is all or nothing: if
+    a value is not a finite number in its variable's dtype, or an exception interrupts, the old
+    statistics stand. A channel of which the data has no value keeps its statistics; one of which
+    it has one value, its variance.
+
+    Args:
+        model: As in :func:`collect`.
+        data: As in :func:`collect`: the training set, or a large enough sample of it. Or a
+            ``Population`` that was collected before, perhaps in parts elsewhere and merged.
+        upstream: As in :func:`collect`.
+        batch_size: As in :func:`collect`.
+        **options: The other options of :func:`collect`.
+
+    Returns:
+        The population, the gap that there was before, what is left of it, and ``undo()``.
+
+    Raises:
+        DataError: Also if the data makes a statistic that is not a finite number, or the
+            population is of another model.
+
+    Example:
+        >>> import keras, numpy as np, truenorm as tn
+        >>> layer = keras.layers.BatchNormalization(name="bn")
+        >>> model = keras.Sequential([keras.Input((1,)), layer])
+        >>> done = tn.recalibrate(model, np.array([[1.0], [5.0]]))
+        >>> [float(v) for v in keras.ops.convert_to_numpy(layer.moving_mean)]
+        [3.0]
+        >>> done.undo()
+        >>> [float(v) for v in keras.ops.convert_to_numpy(layer.moving_mean)]
+        [0.0]
+    """
+    layers = layers_of(model)
+    if isinstance(data, Population):
+        population = _fitting(data, layers)
+    else:
+        population = collect(model, data, upstream=upstream, batch_size=batch_size, **options)
+    before = gaps(model, population)
+    old: list[tuple[Any, Any]] = []
+    new: list[tuple[Any, Any]] = []
+    for layer, path in layers.items():
+        for variable, value in _assignments(layer, population.sites.get(path)):
+            kept = numbers(variable)
+            with np.errstate(over="ignore"):  # infinity in a 16-bit variable: refused below
+                value = value.astype(kept.dtype)
+            if not np.isfinite(value).all():
+                raise DataError(
+                    "The data makes statistics that are not finite numbers; nothing was written",
+                    where=path,
+                    remedy="look for NaN or infinity in the data, or in this layer's inputs",
+                )
+            old.append((variable, kept))
+            new.append((variable, value))
+
+    def undo() -> None:
+        for variable, value in old:
+            variable.assign(value)
+
+    try:
+        for variable, value in new:
+            variable.assign(value)
+        after = gaps(model, population)
+    except BaseException:  # Ctrl-C included: all or nothing
+        undo()
+        raise
+    return Recalibration(population, before, after, undo)
+
+
+def gaps(model: Any, population: Population) -> tuple[Gap, ...]:
+    """How far each layer's moving statistics are from a population."""
+    found: list[Gap] = []
+    for layer, path in layers_of(model).items():
+        if path not in population.sites:
+            continue
+        moments = population.sites[path]
+        variance = moments.variance + layer.epsilon
+        with np.errstate(invalid="ignore", divide="ignore"):  # stored variances may be anything
+            shift = np.abs(as_float64(layer.moving_mean) - moments.mean) / np.sqrt(variance)
+            ratio = (as_float64(layer.moving_variance) + layer.epsilon) / variance
+            scale = np.abs(np.log2(ratio)) / 2
+        found.append(Gap(path, float(shift.max(initial=0)), float(scale.max(initial=0))))
+    return tuple(found)
+
+
+def _fitting(population: Population, layers: Mapping[Any, str]) -> Population:
+    """A population that was given, if it is one of this model."""
+    ours = {path: int(layer.moving_mean.shape[0]) for layer, path in layers.items()}
+    for path, moments in population.sites.items():
+        if ours.get(path) != len(moments.mean):
+            raise DataError(
+                "This population is of another model",
+                where=path,
+                expected=f"{ours[path]} channels" if path in ours else f"one of {sorted(ours)}",
+                received=f"{len(moments.mean)} channels",
+            )
+    return population
+
+
+def _assignments(layer: Any, moments: Moments | None) -> Iterator[tuple[Any, Any]]:
+    """Which variables get which values; a channel without enough values keeps what it has."""
+    if moments is None:
+        return
+    some, enough = moments.count > 0, moments.count > 1
+
+    def kept_unless(known: Any, variable: Any, value: Any) -> tuple[Any, Any]:
+        return variable, np.where(known, value, as_float64(variable))
+
+    yield kept_unless(some, layer.moving_mean, moments.mean)
+    yield kept_unless(enough, layer.moving_variance, moments.variance)
+    if layer.renorm:  # Keras derives moving_variance from moving_stddev
+        deviation = np.sqrt(moments.variance + layer.epsilon)
+        yield kept_unless(enough, layer.moving_stddev, deviation)
+        yield kept_unless(some, layer.renorm_mean, moments.mean)
+        yield kept_unless(enough, layer.renorm_stddev, deviation)

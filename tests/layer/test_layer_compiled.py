@@ -1,0 +1,247 @@
+"""The layer inside compilers and exporters: same numbers, at inference with stock operations."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from helpers import array, error, tensor
+
+from truenorm import BatchNormalization
+from truenorm._kernels import reference
+
+BACKEND = keras.config.backend()
+RNG = np.random.default_rng(2)
+X = RNG.normal(3, 2, (8, 3, 5)).astype("float32")
+GRADIENT = RNG.normal(size=X.shape).astype("float32")
+
+Step = tuple[Any, Any, Any]
+"""Output, gradient of ``X`` and moving mean of ``new_layer`` after one training step with ``X``."""
+
+
+def new_layer(**options: Any) -> Any:
+    layer = BatchNormalization(momentum=0.0, activation="relu", **options)
+    layer.build(X.shape)
+    return layer
+
+
+def torch_step(wrapped: Callable[[Any], Callable[..., Any]]) -> Step:
+    import torch
+
+    layer = new_layer()
+    x = torch.tensor(X, requires_grad=True)
+    output = wrapped(layer)(x)
+    output.backward(torch.tensor(GRADIENT))
+    return output.detach(), x.grad, layer.moving_mean
+
+
+def in_torch_compile() -> Step:
+    import torch
+
+    def wrapped(layer: Any) -> Any:
+        call = lambda x: layer(x, training=True)  # noqa: E731
+        return torch.compile(call, backend="aot_eager", fullgraph=True)
+
+    return torch_step(wrapped)
+
+
+def in_torch_checkpoint() -> Step:
+    from torch.utils.checkpoint import checkpoint
+
+    return torch_step(
+        lambda layer: (
+            lambda x: checkpoint(lambda x: layer(x, training=True), x, use_reentrant=False)
+        )
+    )
+
+
+def in_xla(recompute: bool = False) -> Step:
+    import tensorflow as tf
+
+    layer = new_layer()
+
+    @tf.function(jit_compile=True)
+    def step(x: Any) -> Any:
+        call = lambda x: layer(x, training=True)  # noqa: E731
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            output = (tf.recompute_grad(call) if recompute else call)(x)
+        return output, tape.gradient(output, x, tf.constant(GRADIENT))
+
+    return *step(tf.constant(X)), layer.moving_mean
+
+
+def in_jit(recompute: bool = False) -> Step:
+    import jax
+
+    layer = new_layer()
+    trainable, moving = (
+        [v.value for v in variables]
+        for variables in (layer.trainable_variables, layer.non_trainable_variables)
+    )
+
+    def call(x: Any) -> Any:
+        return layer.stateless_call(trainable, moving, x, training=True)
+
+    @jax.jit
+    def step(x: Any, gradient: Any) -> Any:
+        function = jax.checkpoint(call) if recompute else call
+        output, pull, moved = jax.vjp(function, x, has_aux=True)
+        return output, pull(gradient)[0], moved[0]
+
+    return step(X, GRADIENT)
+
+
+STEPS: dict[str, list[Callable[[], Step]]] = {
+    "torch": [in_torch_compile, in_torch_checkpoint],
+    "tensorflow": [in_xla, partial(in_xla, recompute=True)],
+    "jax": [in_jit, partial(in_jit, recompute=True)],
+}
+
+
+@pytest.mark.parametrize("step", STEPS[BACKEND])
+def test_one_training_step(step: Callable[[], Step]) -> None:
+    output, gradient, moving_mean = map(array, step())
+    forward = reference.forward(X)
+    backward = reference.backward(GRADIENT * (forward.output > 0), X)
+    assert error(output, np.maximum(forward.output, 0)) < 1e-6
+    assert error(gradient, backward.x) < 1e-6
+    assert error(moving_mean, forward.mean) < 1e-6
+
+
+if BACKEND == "jax":
+
+    def test_forward_mode_needs_a_mask() -> None:
+        import jax
+
+        layer = BatchNormalization()
+        toward = RNG.normal(size=X.shape).astype("float32")
+        mask = tensor(np.ones(X.shape[:-1]), "bool")
+        _, found = jax.jvp(lambda x: layer(x, training=True, mask=mask), (X,), (toward,))
+        ahead, behind = (
+            reference.forward(np.float64(X) + step * toward).output for step in (1e-6, -1e-6)
+        )
+        assert error(array(found), (ahead - behind) / 2e-6) < 1e-5
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.jvp(lambda x: layer(x, training=True), (X,), (toward,))
+
+
+# --- exported for inference --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[Any, Any, Any]:
+    """A model with every option that could show in an inference graph, an input, its output."""
+    network = keras.Sequential(
+        [
+            keras.Input((5,)),
+            BatchNormalization(activation="relu", momentum=None, virtual_batch_size=4),
+            keras.layers.Dense(3),
+            BatchNormalization(renorm=True, synchronized=True),
+        ]
+    )
+    x = RNG.normal(3, 2, (8, 5)).astype("float32")
+    network.compile("sgd", "mse")
+    network.fit(x, np.zeros((8, 3)), verbose=0)
+    return network, x, network.predict(x, verbose=0)
+
+
+def torch_export(network: Any, x: Any, folder: pathlib.Path) -> Any:  # noqa: ARG001
+    import torch
+
+    program = torch.export.export(network.eval(), (torch.tensor(x),))
+    names = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    assert names
+    assert all(name.startswith("aten.") and "batch_norm" not in name for name in names)
+    return program.module()(torch.tensor(x)).detach()
+
+
+def onnx_export(network: Any, x: Any, folder: pathlib.Path) -> Any:
+    import onnx
+    import onnxruntime
+
+    path = str(folder / "model.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch's tracer, about Keras's own code
+        network.export(path, format="onnx", verbose=False)
+    model = onnx.load(path)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert not model.functions
+    session = onnxruntime.InferenceSession(path)
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+def saved_model(network: Any, x: Any, folder: pathlib.Path) -> Any:
+    network.export(str(folder), verbose=False)
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(folder))
+    graph = loaded.signatures["serving_default"].graph.as_graph_def()
+    used = {n.op for f in graph.library.function for n in f.node_def}
+    if BACKEND == "tensorflow":
+        arithmetic = {"AddV2", "Sub", "Mul", "Rsqrt", "Relu", "MatMul", "BiasAdd"}
+        plumbing = {"Identity", "Const", "NoOp", "ReadVariableOp", "Reshape", "Shape", "Cast"}
+        plumbing |= {"Pack", "StridedSlice", "StatefulPartitionedCall"}
+        assert used <= arithmetic | plumbing
+    return loaded.serve(x)
+
+
+EXPORTS: dict[str, list[Callable[..., Any]]] = {
+    "torch": [torch_export, onnx_export],
+    "tensorflow": [saved_model],
+    "jax": [saved_model],
+}
+
+
+@pytest.mark.parametrize("export", EXPORTS[BACKEND])
+def test_what_is_exported_gives_what_predict_gives(
+    trained: Any, tmp_path: pathlib.Path, export: Callable[..., Any]
+) -> None:
+    network, x, expected = trained
+    np.testing.assert_allclose(np.asarray(export(network, x, tmp_path)), expected, atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch's exporters see the composite's operations")
+def test_a_call_in_training_mode_is_exported_without_the_compiled_passes(
+    tmp_path: pathlib.Path,
+) -> None:
+    inputs = keras.Input((5,))
+    network = keras.Model(inputs, BatchNormalization(momentum=0.0)(inputs, training=True))
+    network.export(str(tmp_path), verbose=False)
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(tmp_path))
+    graph = loaded.signatures["serving_default"].graph.as_graph_def()
+    used = {n.op for part in (graph, *graph.library.function) for n in node_defs(part)}
+    assert not [name for name in used if "ruenorm" in name]
+    x = RNG.normal(3, 2, (8, 5)).astype("float32")
+    expected = reference.forward(x).output
+    np.testing.assert_allclose(np.asarray(loaded.serve(x)), expected, atol=1e-5)
+
+
+def test_training_writes_nothing_of_ours_to_standard_error() -> None:
+    """XLA and TensorFlow log what they dislike in an operation there, and go on."""
+    program = (
+        "import keras, numpy as np; from truenorm import BatchNormalization; "
+        "layers = [keras.Input((3,)), BatchNormalization(), keras.layers.Dense(1)]; "
+        "model = keras.Sequential(layers); "
+        "model.compile('sgd', 'mse'); "
+        "model.fit(np.ones((8, 3)), np.zeros((8, 1)), verbose=0, batch_size=4)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "tn_" not in found.stderr.lower()
+    assert "truenorm" not in found.stderr.lower()
+
+
+def node_defs(part: Any) -> Any:
+    """The nodes of a graph, or of a function of it."""
+    return part.node if hasattr(part, "node") else part.node_def

@@ -1,0 +1,94 @@
+"""The package as users meet it: public names, light imports, errors, documentation examples."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+import truenorm as tn
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
+    )
+    return result.stdout.strip()
+
+
+def test_public_names_are_sorted_and_exist() -> None:
+    assert tn.__all__ == sorted(tn.__all__)
+    for name in tn.__all__:
+        assert getattr(tn, name).__doc__, name
+    assert set(tn.__all__) <= set(dir(tn))
+    with pytest.raises(AttributeError, match="nothing"):
+        tn.nothing  # noqa: B018
+
+
+def test_every_public_name_is_in_the_readme_or_the_docs() -> None:
+    text = "".join(p.read_text("utf-8") for p in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+    missing = [name for name in tn.__all__ if name not in text]
+    assert not missing
+
+
+def test_importing_truenorm_does_not_import_keras_or_a_framework() -> None:
+    heavy = "{'keras', 'jax', 'torch', 'tensorflow', 'matplotlib', 'scipy', 'sklearn', 'typer'}"
+    assert run(f"import sys, truenorm; print({heavy} & set(sys.modules))") == "set()"
+
+
+def test_no_framework_beyond_kerass_own_is_imported() -> None:
+    frameworks = "{'jax', 'torch', 'tensorflow'}"
+    code = (
+        f"import sys, keras; before = {frameworks} & set(sys.modules); import truenorm; "
+        f"[getattr(truenorm, name) for name in truenorm.__all__]; "
+        f"print(({frameworks} & set(sys.modules)) - before)"
+    )
+    assert run(code) == "set()"
+
+
+SOURCES = {
+    ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "src" / "truenorm").rglob("*.py"))
+}
+EXAMPLES = [name for name, path in SOURCES.items() if ">>> " in path.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_the_examples_in_the_documentation_run(module: str) -> None:
+    keras.utils.set_random_seed(0)
+    results = doctest.testmod(importlib.import_module(module))
+    assert results.failed == 0
+    assert results.attempted > 0
+
+
+def test_errors_are_one_tree_and_name_all_parts() -> None:
+    error = tn.ModelError("It is bad", where="a/b", expected="x", received="y", remedy="do z")
+    assert str(error) == "It is bad (at 'a/b'). Expected: x. Received: y. Remedy: do z."
+    assert isinstance(error, ValueError)
+    errors = [getattr(tn, name) for name in tn.__all__ if name.endswith("Error")]
+    assert all(issubclass(error, tn.TruenormError) for error in errors)
+
+
+def code_of(readme: str) -> list[str]:
+    """The Python blocks of a README without their comments."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text("utf-8"), flags=re.DOTALL)
+    return [ast.unparse(ast.parse(block)) for block in blocks]
+
+
+def test_both_readmes_show_the_same_code_of_public_names() -> None:
+    english = code_of("README.md")
+    assert len(english) == 4
+    assert code_of("README.zh-CN.md") == english
+    names = set(re.findall(r"\btn\.(\w+)", "\n".join(english)))
+    assert names
+    assert names <= set(tn.__all__)

@@ -1,0 +1,80 @@
+"""Two processes that collect together get what one process gets alone."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+
+import truenorm as tn
+
+WORKER = Path(__file__).parents[1] / "processes.py"
+
+
+def free_ports() -> list[str]:
+    held = [socket.socket() for _ in range(2)]
+    for one in held:
+        one.bind(("127.0.0.1", 0))
+    ports = [str(one.getsockname()[1]) for one in held]
+    for one in held:
+        one.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What both processes have written."""
+    out = tmp_path_factory.mktemp("processes")
+    ports = free_ports()
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(out), *ports],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=240)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
+    return out
+
+
+def close(a: tn.Population, b: tn.Population, tolerance: float) -> None:
+    assert (a.samples, a.batches) == (b.samples, b.batches)
+    for path, moments in a.sites.items():
+        other = b.sites[path]
+        np.testing.assert_array_equal(moments.count, other.count)
+        shift = (moments.mean - other.mean) / other.standard_deviation
+        np.testing.assert_allclose(shift, 0, atol=tolerance)
+        np.testing.assert_allclose(moments.variance, other.variance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    # A pass is the same computation; settled statistics are settled to 2e-6.
+    [("shared", 1e-12), ("own part", 1e-12), ("one batch", 1e-12), ("settled", 1e-5)],
+)
+def test_all_processes_get_what_one_gets_alone(folder: Path, name: str, tolerance: float) -> None:
+    model, x = processes.model(), processes.data()
+    x = x[:8] if name == "one batch" else x
+    upstream = "population" if name == "settled" else "batch"
+    alone = tn.collect(model, x, batch_size=8, upstream=upstream)
+    first, second = (tn.Population.load(folder / f"{name} {rank}.npz") for rank in range(2))
+    assert first.to_dict() == second.to_dict()  # the same bits in both
+    close(first, alone, tolerance)
+    for path, error in alone.standard_errors().items():
+        assert first.standard_errors()[path] == pytest.approx(error, rel=1e-4)
+
+
+def test_a_process_that_fails_does_not_leave_the_other_waiting(folder: Path) -> None:
+    said = [(folder / f"failure {rank}.txt").read_text("utf-8") for rank in range(2)]
+    assert said[0].startswith("Another process that collects statistics with this one has failed.")
+    assert said[1].startswith("The data does not fit the model's inputs (at 'data').")

@@ -7,6 +7,9 @@ from ._errors import (
     DataError as DataError,
 )
 from ._errors import (
+    KerasVersionError as KerasVersionError,
+)
+from ._errors import (
     MissingDependencyError as MissingDependencyError,
 )
 from ._errors import (

@@ -9,6 +9,7 @@
     ├── DataError (ValueError)          the data given is empty, of the wrong shape, not numbers
     ├── OptionError (ValueError)        an argument has a value that is not one of those possible
     ├── MissingDependencyError (ImportError)  an optional package is not installed
+    ├── KerasVersionError (RuntimeError)      this Keras lacks what a tool relies on
     ├── OutputError (OSError)           a file or folder cannot be written as asked
     └── StudyError (RuntimeError)       an experiment could not be run to its end
 
@@ -73,6 +74,10 @@ class OptionError(TruenormError, ValueError):
 
 class MissingDependencyError(TruenormError, ImportError):
     """An optional package is needed and not installed."""
+
+
+class KerasVersionError(TruenormError, RuntimeError):
+    """The installed Keras does not have something that a tool relies on."""
 
 
 class OutputError(TruenormError, OSError):

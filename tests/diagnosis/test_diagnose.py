@@ -189,7 +189,7 @@ def test_the_record_prints_the_gravest_first_and_puts_like_sites_together() -> N
     assert str(diagnosis).startswith("Diagnosis of 'stack': 1 error, 3 warnings, 4 notes (4 rules)")
     (table,) = diagnosis.tables()
     assert [row[0] for row in table.rows] == ["TN105 error", "TN101 warning", "TN206 note"]
-    assert table.rows[1][2] == "3: a, … d"
+    assert table.rows[1][2] == "3 sites: a, … d"
     assert table.rows[2][3] == "weights 4, largest bias 0"
     assert table.notes[0] == "Remedy of TN105, TN101: tn.recalibrate(model, data)"
     assert "<table>" in diagnosis._repr_html_()

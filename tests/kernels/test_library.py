@@ -263,8 +263,8 @@ def test_a_mask(shape: tuple[int, ...], kept: str, dtype: str, relu: bool) -> No
 
 def test_a_forked_child_has_threads_of_its_own() -> None:
     program = (
-        "import os, numpy as np, sys; sys.path.insert(0, 'tests')\n"
-        "from test_native import draw, step\n"
+        "import os, numpy as np, sys; sys.path[:0] = ['tests', 'tests/kernels']\n"
+        "from test_library import draw, step\n"
         "drawn = draw((8003, 37, 1), 'float32'); before = step(*drawn).y.tobytes()\n"
         "child = os.fork()\n"
         "if child == 0:\n"

@@ -11,7 +11,7 @@ import pytest
 from models import dense, inputs_for, nested, residual, shake, snapshot, subclassed, two_towers
 
 import truenorm as tn
-import truenorm._statistics.collect
+import truenorm._statistics.recalibrate
 from truenorm._model.graph import layer_paths
 
 
@@ -328,7 +328,7 @@ def test_an_interrupted_writing_puts_everything_back(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(keras.Variable, "assign", interrupted)
         return ()
 
-    monkeypatch.setattr(truenorm._statistics.collect, "gaps", measured)
+    monkeypatch.setattr(truenorm._statistics.recalibrate, "gaps", measured)
     with pytest.raises(KeyboardInterrupt):
         tn.recalibrate(model, np.random.default_rng(0).normal(size=(8, 4)).astype("float32"))
     monkeypatch.undo()

@@ -10,6 +10,7 @@ import numpy as np
 
 from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Fault
+from truenorm._keras_internals import decays
 from truenorm._model.sites import fused_activation, is_linear
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Array
@@ -96,7 +97,7 @@ def weight_decay(facts: Facts) -> Iterator[Fault]:
             remedy = ", ".join(f"{n}_regularizer=None" for n in regularized)
             evidence = {"regularizer_on": " and ".join(regularized)}
             yield Fault(path, evidence, f"keras.layers.BatchNormalization({remedy})")
-        decayed = [n for n in names if decay and _is_decayed(facts.optimizer, getattr(layer, n))]
+        decayed = [n for n in names if decay and decays(facts.optimizer, getattr(layer, n))]
         if decayed:
             yield Fault(
                 path,
@@ -141,12 +142,3 @@ def _gamma(layer: Any) -> Array:
     if layer.gamma is None:
         return np.ones(layer.moving_mean.shape)
     return as_float64(layer.gamma)
-
-
-def _is_decayed(optimizer: Any, variable: Any) -> bool:
-    """Whether weight decay takes hold of a variable: Keras's rule, which has no public name."""
-    excluded = getattr(optimizer, "_exclude_from_weight_decay", None) or ()
-    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
-    if not variable.trainable or optimizer._var_key(variable) in excluded:
-        return False
-    return pattern is None or pattern.search(variable.name) is None

@@ -1,20 +1,20 @@
 """A Keras model as a flat list of calls: what runs, in which order, what feeds what.
 
 A functional or Sequential model, nested ones entered, is the list of its leaf calls, each linked to
-the calls that make its inputs and to those that take its output. This file and ``_rebuilding.py``
-are the only ones that read Keras's graph attributes, some of which are not public.
+the calls that make its inputs and to those that take its output.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 
 from truenorm._errors import ModelError
+from truenorm._keras_internals import functional_class, functional_twin, layers_in, nodes
 
 
 @dataclass(eq=False)
@@ -72,16 +72,11 @@ class Call:
 def graph_of(model: Any) -> Any | None:
     """The functional graph of a functional or built Sequential model; None for anything else."""
     if isinstance(model, keras.Sequential):
-        return getattr(model, "_functional", None)
-    if not isinstance(model, keras.Model) or not hasattr(model, "_nodes_by_depth"):
+        return functional_twin(model)
+    if not isinstance(model, functional_class()):
         return None
     # A subclass of a functional model may do something else in a call() of its own.
-    return model if type(model).call is functional_class(model).call else None
-
-
-def functional_class(model: Any) -> Any:
-    """Keras's class of functional models, which has no public name."""
-    return next(c for c in type(model).__mro__ if c.__name__ == "Functional")
+    return model if type(model).call is functional_class().call else None
 
 
 def require_graph(model: Any) -> None:
@@ -127,7 +122,7 @@ def _run(
     source_of: dict[int, Call | None] = {
         id(tensor): source for tensor, source in zip(graph.inputs, inputs, strict=True)
     }
-    for node in _nodes(graph):
+    for node in nodes(graph):
         operation = node.operation
         if any(id(t) not in source_of for t in node.input_tensors):
             continue  # not reachable from the inputs: Keras skips such nodes too
@@ -160,19 +155,12 @@ def _run(
 def constants(model: Any) -> list[Any]:
     """What the calls of a model are given besides tensors, nested models entered, as text."""
     found: list[Any] = []
-    for node in _nodes(graph_of(model)):
+    for node in nodes(graph_of(model)):
         given = keras.tree.flatten([list(node.arguments.args), dict(node.arguments.kwargs)])
         found.append([repr(value) for value in given if not isinstance(value, keras.KerasTensor)])
         if graph_of(node.operation) is not None:
             found += constants(node.operation)
     return found
-
-
-def _nodes(graph: Any) -> Iterator[Any]:
-    for depth in sorted(graph._nodes_by_depth, reverse=True):
-        for node in graph._nodes_by_depth[depth]:
-            if node.operation is not None and not node.is_input:
-                yield node
 
 
 def layer_paths(model: Any) -> dict[Any, str]:
@@ -184,7 +172,7 @@ def layer_paths(model: Any) -> dict[Any, str]:
     taken: Counter[str] = Counter()
 
     def walk(layer: Any, prefix: str) -> None:
-        for child in layer._flatten_layers(include_self=False, recursive=False):
+        for child in layers_in(layer, itself=False, nested=False):
             if graph_of(layer) is child:  # a Sequential's own functional twin
                 walk(child, prefix)
             elif child not in paths:

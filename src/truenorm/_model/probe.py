@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from truenorm._errors import DataError
+from truenorm._keras_internals import layers_in
 from truenorm._kernels.sums import compiled
 from truenorm._model.values import as_float64
 
@@ -56,7 +57,7 @@ def outputs(model: Any, inputs: Any) -> list[np.ndarray[Any, Any]]:
 
     # As one program on JAX, which else compiles every operation by itself: five times slower.
     jit = keras.config.backend() == "jax" and all(
-        getattr(layer, "supports_jit", True) for layer in model._flatten_layers()
+        getattr(layer, "supports_jit", True) for layer in layers_in(model)
     )
     state = [keras.ops.convert_to_tensor(variable) for variable in model.variables]
     try:

@@ -16,7 +16,8 @@ from typing import Any
 import keras
 
 from truenorm._errors import ModelError
-from truenorm._model.graph import calls, constants, functional_class, graph_of, require_graph
+from truenorm._keras_internals import functional_class, layers_in, operation_of, run_through_graph
+from truenorm._model.graph import calls, constants, graph_of, require_graph
 from truenorm._model.snapshot import same_randomness
 from truenorm._model.trainer import compile_like
 from truenorm._model.values import numbers
@@ -126,7 +127,7 @@ class _Builder:
 
     def _whole(self, model: Any) -> Any | None:
         """The same again from its class, if that is somebody's own and makes the same."""
-        parts = {*model._flatten_layers(), *(call.operation for call in calls(model))}
+        parts = {*layers_in(model), *(call.operation for call in calls(model))}
         if (
             _has_kerass_constructor(model)
             or not parts.isdisjoint(self.edit)
@@ -145,8 +146,8 @@ class _Builder:
 
     def _functional(self, model: Any) -> Any:
         inputs = keras.tree.map_structure(_new_input, model.input)
-        outputs = model._run_through_graph(
-            inputs, operation_fn=self.counterpart, call_fn=self._call
+        outputs = run_through_graph(
+            model, inputs, operation_fn=self.counterpart, call_fn=self._call
         )
         build = type(model) if _has_kerass_constructor(model) else keras.Model
         return build(inputs, outputs, name=model.name)
@@ -184,7 +185,7 @@ class _Builder:
 
 def _new_input(tensor: Any) -> Any:
     """A new input of the same specification and name."""
-    config = getattr(tensor._keras_history.operation, "get_config", dict)()
+    config = getattr(operation_of(tensor), "get_config", dict)()
     known = {key: config[key] for key in ("sparse", "ragged", "optional") if key in config}
     name = config.get("name", tensor.name)
     return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=name, **known)
@@ -194,7 +195,7 @@ def _layers_beside(root: Any, model: Any) -> Iterator[Any]:
     """All layers of ``root`` but those that are only inside ``model``."""
     if root is not model:
         yield root
-        for layer in root._flatten_layers(include_self=False, recursive=False):
+        for layer in layers_in(root, itself=False, nested=False):
             yield from _layers_beside(layer, model)
 
 
@@ -208,7 +209,7 @@ def _anatomy(model: Any) -> list[Any]:
     ]
     outputs = [call.is_output for call in found], [tuple(t.shape) for t in model.outputs]
     variables = [w.path for w in model.weights], [tuple(v.shape) for v in model.variables]
-    inner = [k for k in model._flatten_layers(include_self=False) if graph_of(k) is None]
+    inner = [k for k in layers_in(model, itself=False) if graph_of(k) is None]
     operations = [c.operation for c in found if not isinstance(c.operation, keras.Layer)]
     ours = {"name": None, "trainable": None}  # carried over
     configs = [{**k.get_config(), **ours} for k in (*inner, *operations)]
@@ -219,14 +220,14 @@ def _name_like(old: Any, new: Any) -> None:
     """Names that Keras counted on: of the inputs, and of what has no variables."""
     for ours, theirs in zip(calls(new), calls(old), strict=True):
         ours.operation.name = theirs.operation.name
-    for ours, theirs in zip(new._flatten_layers(), old._flatten_layers(), strict=True):
+    for ours, theirs in zip(layers_in(new), layers_in(old), strict=True):
         ours.name = theirs.name
     for ours, theirs in zip(new.inputs, old.inputs, strict=True):
         ours.name = theirs.name
 
 
 def _has_kerass_constructor(model: Any) -> bool:
-    base = keras.Sequential if isinstance(model, keras.Sequential) else functional_class(model)
+    base = keras.Sequential if isinstance(model, keras.Sequential) else functional_class()
     return inspect.signature(type(model).__init__) == inspect.signature(base.__init__)
 
 
@@ -253,7 +254,7 @@ def _carry(piece: Piece) -> None:
     if old is None:
         return
     same = piece.values is None  # else an activation inside may have been split out
-    pairs = list(zip(old._flatten_layers(), new._flatten_layers(), strict=same))
+    pairs = list(zip(layers_in(old), layers_in(new), strict=same))
     for inner, its_copy in pairs:
         its_copy.trainable = inner.trainable
     values = old.variables if piece.values is None else piece.values

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from truenorm._errors import ModelError, OptionError
+from truenorm._keras_internals import activation_operations
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.graph import (
     Call,
@@ -32,15 +33,6 @@ ACTIVATIONS = (
     keras.layers.PReLU,
     keras.layers.ELU,
 )
-FUNCTIONS = frozenset(
-    {"Celu", "Elu", "Gelu", "HardShrink", "HardSigmoid", "HardSilu", "HardTanh", "LeakyRelu",
-     "LogSigmoid", "ReLU", "Relu", "Relu6", "Selu", "Sigmoid", "Silu", "SoftShrink", "Softplus",
-     "Softsign", "SparsePlus", "SparseSigmoid", "Squareplus", "Tanh", "TanhShrink", "Threshold"}
-)  # fmt: skip
-"""Keras's operations that ``keras.activations`` and ``keras.ops`` leave in a graph, by the names of
-their classes, which are not public: those that work on each number by itself. (``exp`` is left out:
-in a graph it is arithmetic as a rule.)"""
-
 LINEAR = (
     keras.layers.Dense,
     keras.layers.Conv1D,
@@ -60,8 +52,7 @@ def is_activation(call: Call | None) -> bool:
     """Whether this is a layer or function that is an activation and nothing else."""
     if call is None or isinstance(call.operation, keras.Layer):
         return call is not None and isinstance(call.operation, ACTIVATIONS)
-    kind = type(call.operation)
-    return kind.__name__ in FUNCTIONS and kind.__module__.split(".")[0] == "keras"
+    return type(call.operation) in activation_operations()
 
 
 def is_linear(call: Call | None) -> bool:

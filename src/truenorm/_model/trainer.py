@@ -9,6 +9,14 @@ from typing import Any
 
 import keras
 
+from truenorm._keras_internals import (
+    EAGER,
+    compilation,
+    compile_arguments,
+    eager_flags,
+    layers_in,
+    trainable_when_compiled,
+)
 from truenorm._model.hooks import patched
 
 STEPS = {
@@ -19,24 +27,17 @@ STEPS = {
 """What a model compiles, and of which of its methods."""
 
 
-_EAGER = {"_run_eagerly": True, "_jit_compile": False}
-
-
 def _set(model: Any, attributes: Mapping[str, Any]) -> None:
     """Past Keras's tracking."""
     model.__dict__.update(attributes)
-
-
-def _flags(model: Any) -> dict[str, Any]:
-    return {name: vars(model).get(name) for name in _EAGER}
 
 
 def _compiled_for(model: Any) -> Any:
     """What the compiled functions of a model were made for."""
     optimizer = getattr(model, "optimizer", None)
     return (
-        id(getattr(model, "_compile_config", None)),
-        [(id(one), one.trainable, getattr(one, "freeze", None)) for one in model._flatten_layers()],
+        id(compilation(model)),
+        [(id(one), one.trainable, getattr(one, "freeze", None)) for one in layers_in(model)],
         [*map(id, getattr(optimizer, "variables", ()))],
     )
 
@@ -47,23 +48,23 @@ def uncompiled(model: Any) -> Generator[None]:
 
     They are given back unless a ``compile`` or a ``freeze`` inside has made them out of date.
     """
-    models = [one for one in model._flatten_layers() if isinstance(one, keras.Model)]
-    flags = {one: _flags(one) for one in models}
+    models = [one for one in layers_in(model) if isinstance(one, keras.Model)]
+    flags = {one: eager_flags(one) for one in models}
     functions = {one: {name: getattr(one, name, None) for name in STEPS} for one in models}
     state = {one: _compiled_for(one) for one in models}
 
     def staying_uncompiled(one: Any, original: Any) -> Any:
         def compile_(*args: Any, **kwargs: Any) -> None:
             original(*args, **kwargs)
-            flags[one] = _flags(one)
-            _set(one, _EAGER)
+            flags[one] = eager_flags(one)
+            _set(one, EAGER)
 
         return compile_
 
     with patched((one, "compile", staying_uncompiled(one, one.compile)) for one in models):
         try:
             for one in models:
-                _set(one, _EAGER)
+                _set(one, EAGER)
                 make_anew(one)  # fit may be running just now
             yield
         finally:
@@ -89,14 +90,14 @@ def make_anew(model: Any) -> None:
 
 def changed_after_compile(model: Any) -> list[Any]:
     """The layers whose ``trainable`` is not what it was when the model was compiled."""
-    compiled: dict[Any, bool] = getattr(model, "_compiled_trainable_state", {})
+    compiled = trainable_when_compiled(model)
     return [layer for layer, was in compiled.items() if layer.trainable != was]
 
 
 def compile_like(old: Any, new: Any) -> None:
     """Compile as the old model is; live losses are shared, since they have no state."""
-    config = getattr(getattr(old, "_compile_config", None), "config", None)
-    if not old.compiled or config is None:
+    config = compile_arguments(old)
+    if config is None:
         return
 
     def anew(item: Any) -> Any:

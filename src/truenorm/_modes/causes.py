@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from truenorm._keras_internals import layers_in
 from truenorm._model.graph import calls, graph_of
 from truenorm._model.sites import Spot, policy_of
 from truenorm._model.trainer import changed_after_compile
@@ -135,7 +136,7 @@ def _inference(case: _Case) -> Iterator[tuple[str, str]]:
 def _in_training_mode_by_itself(model: Any) -> Iterator[Any]:
     """The layers that run in training mode where nobody asks for it, in the order of calls."""
     if graph_of(model) is None:
-        its_calls = ((layer, None) for layer in model._flatten_layers(include_self=False))
+        its_calls = ((layer, None) for layer in layers_in(model, itself=False))
     else:
         its_calls = ((call.operation, call.written) for call in calls(model))
     for layer, written in its_calls:
@@ -147,8 +148,4 @@ def _in_training_mode_by_itself(model: Any) -> Iterator[Any]:
 
 def _parents(model: Any, layer: Any) -> list[Any]:
     """What the layer is inside of, from the outermost."""
-    return [
-        one
-        for one in model._flatten_layers()
-        if one is not layer and layer in one._flatten_layers()
-    ]
+    return [one for one in layers_in(model) if one is not layer and layer in layers_in(one)]

@@ -9,6 +9,7 @@ from typing import Any, cast
 import keras
 
 from truenorm._errors import ModelError, OptionError
+from truenorm._keras_internals import layers_in
 from truenorm._layer.arguments import FreezePolicy, check_policy
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.sites import batch_normalizations, policy_of
@@ -74,7 +75,7 @@ def freeze(model: Any, policy: FreezePolicy = "all", *, layers: Layers = None) -
     _require_able(chosen, policy)
     before = {layer: policy_of(layer) for layer in chosen}
     restore_flags = [_remember_flags(layer) for layer in chosen]
-    models = [one for one in model._flatten_layers() if isinstance(one, keras.Model)]
+    models = [one for one in layers_in(model) if isinstance(one, keras.Model)]
     learned = {one: state_of(one.optimizer) for one in models if is_built(one)}
 
     def undo() -> None:
@@ -154,7 +155,7 @@ def _is_meant(wanted: Any, layer: Any, path: str) -> bool:
     if isinstance(wanted, str):
         return fnmatchcase(path, wanted)
     if isinstance(wanted, keras.Layer):  # callable too
-        return layer in cast(Any, wanted)._flatten_layers()
+        return layer in layers_in(wanted)
     return callable(wanted) and bool(wanted(layer))
 
 
@@ -189,8 +190,8 @@ def _remember_flags(layer: Any) -> Callable[[], None]:
 
 
 def _notes(model: Any, chosen: dict[Any, str]) -> Iterator[str]:
-    for one in model._flatten_layers():
-        inside = one._flatten_layers(include_self=False)
+    for one in layers_in(model):
+        inside = layers_in(one, itself=False)
         awake = [path for layer, path in chosen.items() if layer.trainable and layer in inside]
         if awake and not one.trainable:
             yield (

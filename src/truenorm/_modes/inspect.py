@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from truenorm._errors import DataError, ModelError
+from truenorm._keras_internals import call_parameters, compile_arguments, layers_in
 from truenorm._model.data import check
 from truenorm._model.graph import graph_of
 from truenorm._model.probe import make_inputs
@@ -86,7 +87,7 @@ def _disposable(model: Any) -> Generator[Any]:
         yield copy
         return
     metrics = [variable for metric in model.metrics for variable in metric.variables]
-    restore = remember(model._flatten_layers(), [*model.variables, *metrics])
+    restore = remember(layers_in(model), [*model.variables, *metrics])
     try:
         # JAX would find the model's own programs again, which were traced without a look inside.
         model.__dict__.update({step: partial(getattr(model, step)) for step in STEPS.values()})
@@ -120,18 +121,19 @@ def _run_all(model: Any, inputs: Any, y: Any) -> dict[str, tuple[Mode, ...]]:
 
 def _training(model: Any) -> dict[str, bool]:
     """``training=True``, if the model's ``call`` takes it at all."""
-    return {"training": True} if "training" in model.call_signature_parameters else {}
+    return {"training": True} if "training" in call_parameters(model) else {}
 
 
 def _compile(model: Any, inputs: Any, y: Any) -> Any:
     """Make the model ready for fit, and give its targets."""
-    if y is not None and not model.compiled:  # nor is a copy of one with metrics of unknown class
+    arguments = compile_arguments(model)
+    if y is not None and arguments is None:  # nor is a copy of one with metrics of unknown class
         raise DataError(
             "Targets are given, but the model has no loss to use them with",
             where=model.name,
             remedy="compile the model first, or call inspect without y",
         )
-    if y is None:
+    if y is None or arguments is None:
         generator = np.random.default_rng(1)
         made = model(inputs, **({"training": False} if _training(model) else {}))
         targets = keras.tree.map_structure(
@@ -139,7 +141,7 @@ def _compile(model: Any, inputs: Any, y: Any) -> Any:
         )
         losses = keras.tree.map_structure(lambda _: "mean_squared_error", made)
     else:
-        targets, losses = y, model._compile_config.config["loss"]
+        targets, losses = y, arguments["loss"]
     # No loss scaling: under mixed_float16 it would skip the one step that is looked at.
     keras.Model.compile(model, keras.optimizers.SGD(1e-2), losses, auto_scale_loss=False)
     model.optimizer.build(model.trainable_variables)

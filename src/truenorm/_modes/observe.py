@@ -12,16 +12,12 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
-from keras.src.backend.common.symbolic_scope import in_symbolic_scope  # there is no public way
-
+from truenorm._keras_internals import in_symbolic_scope, layers_in, moments_method
 from truenorm._model.hooks import enclosed, intercepted, noted
 from truenorm._model.sites import Spot, policy_of, spots
 from truenorm._model.trainer import changed_after_compile, uncompiled
 from truenorm._model.values import numbers
 from truenorm._records.observation import Calls, Mode, Observation
-
-BATCH_METHODS = ("_normalize_batch", "_moments")
-"""Methods that a layer calls exactly when the batch's statistics normalise: ours, Keras's."""
 
 
 @contextmanager
@@ -76,8 +72,8 @@ def watched(model: Any, places: list[Spot]) -> Generator[Callable[[], tuple[Mode
     watch = _Watch(places)
     containers = [
         one
-        for one in model._flatten_layers()
-        if one not in watch.spots_of and not watch.spots_of.keys().isdisjoint(one._flatten_layers())
+        for one in layers_in(model)
+        if one not in watch.spots_of and not watch.spots_of.keys().isdisjoint(layers_in(one))
     ]
     with intercepted(watch.spots_of, watch.see), enclosed(containers, watch.forward_pass):
         yield watch.modes
@@ -108,7 +104,7 @@ class _Watch:
 
     def see(self, layer: Any, original: Any, inputs: Any, **arguments: Any) -> Any:
         batch: list[str] = []
-        with noted(layer, BATCH_METHODS, lambda: batch.append("batch")):
+        with noted(layer, ("_normalize_batch", moments_method()), lambda: batch.append("batch")):
             outputs = original(inputs, **arguments)
         if in_symbolic_scope():  # Keras looks for shapes: nothing is computed
             return outputs

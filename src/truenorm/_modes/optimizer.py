@@ -10,6 +10,14 @@ from typing import Any
 import keras
 
 from truenorm._errors import ModelError
+from truenorm._keras_internals import (
+    LEARNING_RATE,
+    learning_rate,
+    strategy_of,
+    trainable_when_compiled,
+    updated_variables,
+    weight_averages,
+)
 from truenorm._model.hooks import patched
 from truenorm._model.trainer import make_anew
 from truenorm._model.values import numbers
@@ -22,7 +30,7 @@ def follow(models: Iterable[Any], layers: Iterable[Any], known: dict[Any, Optimi
     built = [one for one in models if is_built(one)]
     fresh = {one: _fresh_for(one.optimizer, one.trainable_variables) for one in built}
     for model in models:
-        noted = getattr(model, "_compiled_trainable_state", {})
+        noted = trainable_when_compiled(model)
         noted.update({layer: layer.trainable for layer in layers if layer in noted})
         if fresh.get(model) is not None:
             _renew(model.optimizer, fresh[model], known.get(model, {}))
@@ -35,9 +43,9 @@ def is_built(model: Any) -> bool:
 
 def _fresh_for(optimizer: Any, variables: list[Any]) -> Any | None:
     """A new optimizer like this one, built for these variables; None if this one is already."""
-    if [*map(id, variables)] == [*map(id, optimizer._trainable_variables)]:
+    if [*map(id, variables)] == [*map(id, updated_variables(optimizer))]:
         return None
-    strategy = getattr(optimizer, "_distribution_strategy", None)  # TensorFlow's
+    strategy = strategy_of(optimizer)
     with nullcontext() if strategy is None else strategy.scope():
         fresh = _like(optimizer)
         fresh.build(variables)
@@ -54,11 +62,11 @@ def _like(optimizer: Any) -> Any:
             dynamic_growth_steps=optimizer.dynamic_growth_steps,
             name=optimizer.name,
         )
-    rate = optimizer._learning_rate
+    rate = learning_rate(optimizer)
     try:
         if isinstance(rate, keras.Variable):
             return type(optimizer).from_config(optimizer.get_config())
-        with patched([(optimizer, "_learning_rate", 0.0)]):  # it may have no config
+        with patched([(optimizer, LEARNING_RATE, 0.0)]):  # it may have no config
             config = optimizer.get_config()
         return type(optimizer).from_config({**config, "learning_rate": rate})
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -93,8 +101,8 @@ def _start_averages(optimizer: Any) -> None:
     """Averages of weights start at the weights: Keras does it in the first iteration only."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if optimizer.use_ema:
-        averages = optimizer._model_variables_moving_average
-        for variable, average in zip(optimizer._trainable_variables, averages, strict=True):
+        averages = weight_averages(optimizer)
+        for variable, average in zip(updated_variables(optimizer), averages, strict=True):
             average.assign(numbers(variable))
 
 

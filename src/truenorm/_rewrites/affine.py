@@ -106,7 +106,7 @@ def in_training_mode(call: Call) -> bool:
 def why_unfit(call: Call) -> str | None:
     """Why this BatchNormalization is no affine map that can be computed; None if it is one."""
     if is_own_class(call.operation):
-        return f"its class {type(call.operation).__name__} is somebody's own"
+        return f"its class {type(call.operation).__name__} is a custom subclass"
     if in_training_mode(call):
         return "it is called with training=True"
     if call.extras:
@@ -292,7 +292,7 @@ def _require_neighbour(call: Call, affine: Affine) -> None:
     """That a convolution or dense layer can take in a map on either side."""
     layer = call.operation
     if type(layer) not in LINEAR:
-        raise CannotBeAbsorbed(f"the class of {call.label()} is somebody's own")
+        raise CannotBeAbsorbed(f"the class of {call.label()} is a custom subclass")
     if call.shared:
         raise CannotBeAbsorbed(f"{call.label()} is called more than once")
     if layer.quantization_mode is not None or getattr(layer, "lora_enabled", False):

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from truenorm._keras_internals import layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.graph import Call, is_batch_normalization
 from truenorm._model.probe import make_inputs
@@ -98,7 +99,7 @@ class Folding:
         # In a part of a model none takes another one in: it would no longer be what it was.
         self.closed = self.fixed if self.whole else {call.operation for call in sites}
         self.free = {call.operation for call in sites} - self.fixed
-        self.names = {layer.name for layer in model._flatten_layers()}
+        self.names = {layer.name for layer in layers_in(model)}
         self.names |= {tensor.name for tensor in model.inputs}
         self.weights: dict[Any, list[Array]] = {}  # of convolution and dense layers, in float64
         self.maps: dict[Any, Affine] = {}  # of BatchNormalization that took others in, and stays

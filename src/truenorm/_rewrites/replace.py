@@ -67,7 +67,7 @@ def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) 
         if type(layer) is target:
             return Left(call.path, f"it is {to}'s already")
         if is_own_class(layer):
-            return Left(call.path, f"its class {type(layer).__name__} is somebody's own")
+            return Left(call.path, f"its class {type(layer).__name__} is a custom subclass")
         option = _only_ours(layer) if to == "keras" else None
         if option is not None:
             return Left(call.path, f"Keras's layer has nothing like its {option}")

@@ -18,6 +18,7 @@ import keras
 import numpy as np
 
 from truenorm import _kernels as kernels
+from truenorm._keras_internals import layers_in
 from truenorm._kernels import sums as collecting
 from truenorm._model.hooks import intercepted
 from truenorm._records.moments import Array, Moments, Spread
@@ -93,7 +94,7 @@ class Collector:
         wide = any(kernels.statistics_dtype(k.moving_mean.dtype) == "float64" for k in layers)
         self._dtype = "float64" if wide else "float32"
         jit = not getattr(model, "run_eagerly", False) and all(
-            getattr(layer, "supports_jit", True) for layer in model._flatten_layers()
+            getattr(layer, "supports_jit", True) for layer in layers_in(model)
         )
         self._called: tuple[str, ...] = ()
         self._run = collecting.compiled(self._forward, jit)

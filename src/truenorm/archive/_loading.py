@@ -141,7 +141,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
 
 
 def _refuse_unsafe_mode(path: str) -> None:
-    from keras.src.saving.serialization_lib import in_safe_mode  # there is no public way
+    from truenorm._keras_internals import in_safe_mode  # here: it imports Keras
 
     if in_safe_mode() is False:  # it would go over safe_mode=True
         raise ArchiveError(

@@ -15,9 +15,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from keras.src.backend.common.stateless_scope import in_stateless_scope  # there is no public way
 from torch.autograd import forward_ad
 
+from truenorm._keras_internals import in_stateless_scope
 from truenorm._kernels import library
 from truenorm._kernels.contract import Moving, Normalized
 

@@ -1,0 +1,214 @@
+"""The one door to Keras's inside: every name without a public equivalent that truenorm relies on.
+
+Each accessor says what the name is for. Where the installed Keras does not have it, the answer is
+:class:`KerasVersionError`, which names that version and what does not work; never a silent wrong
+answer. No other module uses a private name of Keras. (Private names of the frameworks are in
+their kernels.)
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import keras
+
+from truenorm._errors import KerasVersionError
+
+_MISSING = object()
+
+
+def _inside(owner: Any, name: str, purpose: str) -> Any:
+    """An attribute without a public equivalent."""
+    value = getattr(owner, name, _MISSING)
+    if value is _MISSING:
+        raise _lacking(f"{type(owner).__name__}.{name}", purpose)
+    return value
+
+
+@cache
+def _member(module: str, name: str, purpose: str) -> Any:
+    """A function or class of ``keras.src`` without a public name."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise _lacking(f"{module}.{name}", purpose) from error
+
+
+def _lacking(name: str, purpose: str) -> KerasVersionError:
+    return KerasVersionError(
+        f"This version of Keras lacks {name}, which truenorm needs to {purpose}",
+        expected="Keras 3.15.1, or a later version that truenorm knows",
+        received=f"Keras {keras.__version__}",
+        remedy="install a version of Keras that this truenorm supports, or a newer truenorm",
+    )
+
+
+# --- graphs ------------------------------------------------------------------------------------
+
+
+def functional_class() -> Any:
+    """The class of functional models."""
+    return _member("keras.src.models.functional", "Functional", "read a model's graph")
+
+
+def functional_twin(sequential: Any) -> Any | None:
+    """The functional model inside a built Sequential; None if it has no input shape yet."""
+    return _inside(sequential, "_functional", "read a Sequential model's graph")
+
+
+def nodes(functional: Any) -> Iterator[Any]:
+    """The nodes of a functional model in the order of execution, its inputs left out.
+
+    A node has ``operation``, ``arguments``, ``input_tensors`` and ``outputs``.
+    """
+    by_depth: Mapping[int, list[Any]] = _inside(
+        functional, "_nodes_by_depth", "read a model's graph"
+    )
+    for depth in sorted(by_depth, reverse=True):
+        for node in by_depth[depth]:
+            if node.operation is not None and not node.is_input:
+                yield node
+
+
+def run_through_graph(
+    functional: Any, inputs: Any, operation_fn: Callable[[Any], Any], call_fn: Callable[..., Any]
+) -> Any:
+    """Run a functional model with other operations in the place of its own."""
+    run = _inside(functional, "_run_through_graph", "make a model again with other layers")
+    return run(inputs, operation_fn=operation_fn, call_fn=call_fn)
+
+
+def operation_of(tensor: Any) -> Any:
+    """The operation that made a symbolic tensor."""
+    return _inside(tensor, "_keras_history", "tell which operation made a tensor").operation
+
+
+def layers_in(layer: Any, *, itself: bool = True, nested: bool = True) -> list[Any]:
+    """A layer and all layers in it, those of nested ones too."""
+    flatten = _inside(layer, "_flatten_layers", "find the layers of a model")
+    return flatten(include_self=itself, recursive=nested)
+
+
+def call_parameters(layer: Any) -> list[str]:
+    """The names of what a layer's ``call`` takes."""
+    return _inside(layer, "call_signature_parameters", "tell whether a layer takes training")
+
+
+# --- compile and fit ---------------------------------------------------------------------------
+
+
+def compile_arguments(model: Any) -> Mapping[str, Any] | None:
+    """What a model was compiled with; None if it was not."""
+    if not model.compiled:
+        return None
+    return _inside(model, "_compile_config", "compile a model as another one is").config
+
+
+def compilation(model: Any) -> Any:
+    """What changes with each ``compile``: compare by identity."""
+    purpose = "see that a model was compiled again"
+    return _inside(model, "_compile_config", purpose) if model.compiled else None
+
+
+def trainable_when_compiled(model: Any) -> dict[Any, bool]:
+    """``trainable`` of every layer as it was at ``compile``: the model's own record of it."""
+    if not getattr(model, "compiled", False):
+        return {}
+    return _inside(model, "_compiled_trainable_state", "see what changed since a model's compile")
+
+
+EAGER = {"_run_eagerly": True, "_jit_compile": False}
+"""A model's attributes that make ``fit`` run uncompiled, set without ``compile``."""
+
+
+def eager_flags(model: Any) -> dict[str, Any]:
+    """The attributes of :data:`EAGER` as they are."""
+    return {name: _inside(model, name, "run a model uncompiled for a while") for name in EAGER}
+
+
+# --- optimizers --------------------------------------------------------------------------------
+
+
+def updated_variables(optimizer: Any) -> list[Any]:
+    """The variables that a built optimizer updates."""
+    return _inside(optimizer, "_trainable_variables", "see what an optimizer updates")
+
+
+def weight_averages(optimizer: Any) -> list[Any]:
+    """The averages that an optimizer with ``use_ema`` keeps of them."""
+    purpose = "start averages of weights at the weights"
+    return _inside(optimizer, "_model_variables_moving_average", purpose)
+
+
+LEARNING_RATE = "_learning_rate"
+
+
+def learning_rate(optimizer: Any) -> Any:
+    """The learning rate of an optimizer: a variable, or the schedule itself."""
+    return _inside(optimizer, LEARNING_RATE, "make an optimizer again with its schedule")
+
+
+def strategy_of(optimizer: Any) -> Any | None:
+    """The strategy of ``tf.distribute`` that an optimizer was made under; None elsewhere."""
+    if keras.config.backend() != "tensorflow":
+        return None
+    purpose = "make an optimizer again under its strategy"
+    return _inside(optimizer, "_distribution_strategy", purpose)
+
+
+def decays(optimizer: Any, variable: Any) -> bool:
+    """Whether an optimizer with weight decay applies it to a variable."""
+    decides = _inside(optimizer, "_use_weight_decay", "tell which variables decay")
+    return bool(variable.trainable and decides(variable))
+
+
+# --- scopes ------------------------------------------------------------------------------------
+
+
+def in_symbolic_scope() -> bool:
+    """Whether Keras looks for shapes only: nothing is computed."""
+    module = "keras.src.backend.common.symbolic_scope"
+    return _member(module, "in_symbolic_scope", "tell calls from the search for shapes")()
+
+
+def in_stateless_scope() -> bool:
+    """Whether assignments to variables are noted by a scope instead of made."""
+    module = "keras.src.backend.common.stateless_scope"
+    return _member(module, "in_stateless_scope", "leave variables alone in a stateless scope")()
+
+
+def in_safe_mode() -> bool | None:
+    """Whether loading is safe in this process; None if nobody has said anything."""
+    module = "keras.src.saving.serialization_lib"
+    return _member(module, "in_safe_mode", "see whether loading files is safe here")()
+
+
+# --- the layer ---------------------------------------------------------------------------------
+
+
+def moments_method() -> str:
+    """The method of ``keras.layers.BatchNormalization`` that takes a batch's statistics."""
+    _inside(keras.layers.BatchNormalization, "_moments", "see which statistics a layer used")
+    return "_moments"
+
+
+@cache
+def activation_operations() -> frozenset[type]:
+    """The classes of the operations that activation functions leave in a graph.
+
+    Found out by calling the functions on a symbolic tensor: those that work on each number by
+    itself. (``exp`` is left out: in a graph it is arithmetic as a rule.)
+    """
+    names = (
+        "celu", "elu", "gelu", "hard_shrink", "hard_sigmoid", "hard_silu", "hard_tanh",
+        "leaky_relu", "log_sigmoid", "relu", "relu6", "selu", "sigmoid", "silu", "soft_shrink",
+        "softplus", "softsign", "sparse_plus", "sparse_sigmoid", "squareplus", "tanh",
+        "tanh_shrink",
+    )  # fmt: skip
+    tensor = keras.KerasTensor((None, 1))
+    outputs = [getattr(keras.ops, name)(tensor) for name in names]
+    outputs += [keras.ops.threshold(tensor, 0.0, 0.0), keras.activations.relu(tensor)]
+    return frozenset(type(operation_of(output)) for output in outputs)

@@ -7,7 +7,7 @@ the calls that make its inputs and to those that take its output.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,6 +150,26 @@ def _run(
             made = [call] * len(node.outputs)
         source_of.update({id(t): s for t, s in zip(node.outputs, made, strict=True)})
     return [source_of[id(t)] for t in graph.outputs]
+
+
+def nearby(
+    call: Call, *, back: bool = True, stop: Callable[[Call], bool] = lambda _: False
+) -> Iterator[Call]:
+    """Every call before (or after) this one, the nearest first; none beyond one that stops."""
+    queue, seen = [call], {id(call)}
+    while queue:
+        one = queue.pop(0)
+        for other in one.producers if back else one.consumers:
+            if other is not None and id(other) not in seen:
+                seen.add(id(other))
+                yield other
+                if not stop(other):
+                    queue.append(other)
+
+
+def is_site(call: Call) -> bool:
+    """Whether this call is a BatchNormalization."""
+    return is_batch_normalization(call.operation)
 
 
 def constants(model: Any) -> list[Any]:

@@ -11,7 +11,10 @@ from collections.abc import Collection
 from fnmatch import fnmatchcase
 from typing import Any
 
+import keras
+
 from truenorm._diagnosis.facts import Facts
+from truenorm._keras_internals import layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.sites import apply, is_own_class
 from truenorm._rewrites.fold import Folding
@@ -58,6 +61,16 @@ def remove(facts: Facts, path: str) -> str:
     if path not in {site.path for site in left}:
         return f"model = tn.fold(model, where={path!r}).model"
     return f'model = tn.place(model, "none", where={path!r}).model'
+
+
+def apart(facts: Facts, layer: Any) -> str:
+    """One BatchNormalization for each use, where the uses can be told apart."""
+    around = [one for one in layers_in(facts.model, itself=False) if layer in layers_in(one)]
+    if any(isinstance(one, keras.layers.TimeDistributed) for one in around):
+        return "keras.layers.BatchNormalization() on the whole sequence, without TimeDistributed"
+    if any(isinstance(one, keras.layers.RNN) for one in around):
+        return "keras.layers.LayerNormalization() in its place: a cell is called at each step"
+    return "keras.layers.BatchNormalization() for each use"
 
 
 def _selection(facts: Facts, meant: Collection[Any]) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from truenorm._diagnosis import batches, deployment, modes, parameters, statistics, structure
 from truenorm._diagnosis.rule import Rule
 
-_FREEZE = 'tn.freeze(model, "statistics")'
-
 RULES: tuple[Rule, ...] = (
     # statistics
     Rule("TN101", "warning", "moving statistics never updated", statistics.never_updated),
@@ -91,17 +89,19 @@ RULES: tuple[Rule, ...] = (
         "TN402",
         "warning",
         "trainable changed after compile",
-        modes.surprise("changed_after_compile", "model.compile(…)"),
+        modes.surprise(
+            "changed_after_compile", "trainable as it was; or, if it is meant, model.compile(…)"
+        ),
         ("modes",),
     ),
     Rule(
         "TN403",
         "note",
         "inside a frozen layer",
-        modes.surprise("frozen_parent", "tn.unfreeze(model)"),
+        modes.surprise("frozen_parent", modes.thaw_parent),
         ("modes",),
     ),
-    Rule("TN404", "note", "frozen", modes.surprise("frozen", "tn.unfreeze(model)"), ("modes",)),
+    Rule("TN404", "note", "frozen", modes.surprise("frozen", modes.unfreeze), ("modes",)),
     Rule(
         "TN405",
         "warning",
@@ -113,7 +113,7 @@ RULES: tuple[Rule, ...] = (
         "TN406",
         "note",
         "training=False written into the model",
-        modes.surprise("baked_false", _FREEZE),
+        modes.surprise("baked_false", modes.hold),
         ("modes",),
     ),
     Rule(
@@ -127,7 +127,7 @@ RULES: tuple[Rule, ...] = (
         "TN408",
         "note",
         "held by a freeze policy",
-        modes.surprise("policy", "tn.unfreeze(model)"),
+        modes.surprise("policy", modes.unfreeze),
         ("modes",),
     ),
     Rule(

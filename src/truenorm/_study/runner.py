@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 
 import keras
 
+from truenorm._checks import check_integer
 from truenorm._errors import OutputError
 from truenorm._records.files import replacing
 from truenorm._records.study import Study, Trial
@@ -137,9 +138,10 @@ or 'before_activation' or 'after_activation' or 'before_layer'. Received: 'behin
     chosen = backend or keras.config.backend()
     checks.check_backend(chosen)
     names, numbers = checks.check_positions(positions), checks.check_seeds(seeds)
-    for option, value in (("epochs", epochs), ("batch_size", batch_size), ("workers", workers)):
-        if option != "workers" or value is not None:
-            checks.check_count(option, value)
+    epochs = check_integer("epochs", epochs)
+    batch_size = check_integer("batch_size", batch_size)
+    if workers is not None:
+        check_integer("workers", workers)
     checks.check_timeout(timeout)
     arrays = checks.check_data(data)
     model = _built(build, numbers[0], arrays)

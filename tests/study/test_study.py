@@ -29,9 +29,9 @@ from truenorm._records.files import replacing
 from truenorm._records.study import Study
 from truenorm._study import trial as worker
 from truenorm._study.checks import check_momentum, check_placement
+from truenorm._study.experiment import study
 from truenorm._study.folder import Spec, open_folder, read_result, write_result
-from truenorm._study.pool import Progress
-from truenorm._study.runner import study
+from truenorm._study.progress import Progress
 
 POSITIONS = ("before_activation", "after_activation")
 SPEC = Spec("hash", "none", 3, 2, 4, False, False, keras.config.backend(), "float32", "float32")

@@ -71,14 +71,6 @@ def test_the_examples_in_the_documentation_run(module: str) -> None:
     assert results.attempted > 0
 
 
-def test_errors_are_one_tree_and_name_all_parts() -> None:
-    error = tn.ModelError("It is bad", where="a/b", expected="x", received="y", remedy="do z")
-    assert str(error) == "It is bad (at 'a/b'). Expected: x. Received: y. Remedy: do z."
-    assert isinstance(error, ValueError)
-    errors = [getattr(tn, name) for name in tn.__all__ if name.endswith("Error")]
-    assert all(issubclass(error, tn.TruenormError) for error in errors)
-
-
 def code_of(readme: str) -> list[str]:
     """The Python blocks of a README without their comments."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text("utf-8"), flags=re.DOTALL)

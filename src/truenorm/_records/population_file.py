@@ -18,21 +18,20 @@ import numpy as np
 
 from truenorm._errors import DataError
 from truenorm._records.files import replacing
+from truenorm._records.moments import Array
 
 LARGEST = 2**28
 """Bytes that a member may unpack to: the statistics of ten million channels are less."""
 
-Table = np.ndarray[Any, np.dtype[np.float64]]
 
-
-def write(path: str | os.PathLike[str], description: dict[str, Any], values: Table) -> None:
+def write(path: str | os.PathLike[str], description: dict[str, Any], values: Array) -> None:
     """Write the file; whatever happens, there is the old one or the new one, whole."""
     text = np.frombuffer(json.dumps(description).encode(), np.uint8)
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, description=text, values=values)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Table]:
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Array]:
     """The description and the table of a file; what is in them is for the caller to check."""
     try:
         with zipfile.ZipFile(path) as archive:

@@ -17,7 +17,7 @@ import numpy as np
 
 from truenorm._errors import StudyError
 from truenorm._records.study import Comparison, Interval, Study, Trial
-from truenorm._study.verdict import Facts, sentences
+from truenorm._study.verdict import Outcome, sentences
 
 LEVEL = 0.05
 """A difference is called shown if its adjusted p-value is below this."""
@@ -78,7 +78,7 @@ def analyse(
     }
     sound = bool(np.isfinite(values[metric][best]).all())
     winner = best if sound and own and all(is_shown(c) for c in own) else None
-    facts = Facts(
+    outcome = Outcome(
         metric=metric,
         lower_is_better=lower,
         best=best,
@@ -99,7 +99,7 @@ def analyse(
         metric=metric,
         best=best,
         winner=winner,
-        verdict=(*sentences(facts), *notes),
+        verdict=(*sentences(outcome), *notes),
     )
 
 
@@ -114,21 +114,14 @@ def lower_is_better(metric: str) -> bool:
 
 
 def student(values: np.ndarray) -> tuple[Interval, float | None]:
-    r"""Mean of n values, its 95% interval, and the two-sided p-value of a mean of zero.
+    """Mean of values, its 95% interval, and the two-sided p-value of a mean of zero.
 
-    .. math::
+    Student's t-test of one sample; of the differences of pairs it is the paired t-test.
 
-        \bar d \pm t_{0.975,\,n-1}\, \frac{s}{\sqrt n}, \qquad
-        p = 2\,P\!\left(T_{n-1} > \frac{|\bar d|\sqrt n}{s}\right), \qquad
-        s^2 = \frac{1}{n-1} \sum_i (d_i - \bar d)^2
-
-    Student (W. S. Gosset), "The probable error of a mean", Biometrika 6 (1908). Of the differences
-    of pairs this is the paired t-test.
-
-    Where the formula has no answer: without values the mean is NaN; with one there is no interval
-    and no p-value. Values all equal have an interval of no width: if they are zero, p is 1; if
-    not, there is none, since a spread of exactly zero says that the metric is too coarse or the
-    seeds too few, not that chance is impossible.
+    Where it has no answer: without values the mean is NaN; with one there is no interval and no
+    p-value. Values all equal have an interval of no width: if they are zero, p is 1; if not, there
+    is none, since a spread of exactly zero says that the metric is too coarse or the seeds too
+    few, not that chance is impossible.
     """
     from scipy import stats
 
@@ -138,10 +131,9 @@ def student(values: np.ndarray) -> tuple[Interval, float | None]:
     mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
     if spread <= 1e-9 * abs(mean):  # equal but for rounding in the subtraction
         return Interval(mean, mean, mean, n), 1.0 if mean == 0 else None
-    error = spread / math.sqrt(n)
-    half = float(stats.t.ppf(0.975, n - 1)) * error
-    p_value = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
-    return Interval(mean, mean - half, mean + half, n), p_value
+    test: Any = stats.ttest_1samp(values, 0.0)
+    low, high = test.confidence_interval(0.95)
+    return Interval(mean, float(low), float(high), n), float(test.pvalue)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -10,8 +10,8 @@ from truenorm._records.study import Comparison, Interval, Trial
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the sentences are made of.
+class Outcome:
+    """The outcome of a study, of which the sentences are made.
 
     Args:
         metric: The metric that decides.
@@ -57,42 +57,42 @@ class Facts:
         return " points" if self.in_points else ""
 
 
-def sentences(facts: Facts) -> tuple[str, ...]:
+def sentences(outcome: Outcome) -> tuple[str, ...]:
     """The verdict: the winner or the best, every pair that matters, and what was left out."""
-    return (*_result(facts), *_left_out(facts))
+    return (*_result(outcome), *_left_out(outcome))
 
 
-def _result(facts: Facts) -> list[str]:
-    seeds = f"{len(facts.seeds)} seed" + "s" * (len(facts.seeds) != 1)
-    mean = facts.means[facts.best]
+def _result(outcome: Outcome) -> list[str]:
+    seeds = f"{len(outcome.seeds)} seed" + "s" * (len(outcome.seeds) != 1)
+    mean = outcome.means[outcome.best]
     if math.isnan(mean):
-        return [f"No position has a {facts.noun} that is a number: every run diverged."]
-    level = f"{100 * mean:.2f}%" if facts.in_points else f"{mean:.4g}"
-    if len(facts.seeds) == 1:
+        return [f"No position has a {outcome.noun} that is a number: every run diverged."]
+    level = f"{100 * mean:.2f}%" if outcome.in_points else f"{mean:.4g}"
+    if len(outcome.seeds) == 1:
         only = (
-            f"{facts.best} has the best {facts.noun} ({level}), but with 1 seed nothing can be "
+            f"{outcome.best} has the best {outcome.noun} ({level}), but with 1 seed nothing can be "
             "told from chance: run the study with at least 2 seeds, better 5 or more."
         )
         return [only]
-    pairs = list(zip(facts.comparisons, facts.shown, strict=True))
-    if facts.winner is None:
+    pairs = list(zip(outcome.comparisons, outcome.shown, strict=True))
+    if outcome.winner is None:
         first = (
-            f"{facts.best} has the best mean {facts.noun} ({level}, {seeds}), but it is not shown "
-            "to differ from every other position."
+            f"{outcome.best} has the best mean {outcome.noun} ({level}, {seeds}), but it is not "
+            "shown to differ from every other position."
         )
-        return [first, *(_pair(facts, c, shown) for c, shown in pairs)]
-    own = [c for c in facts.comparisons if facts.winner in (c.first, c.second)]
-    parts = [_lead(facts, c, facts.winner) for c in own]
-    count = len(facts.comparisons)
+        return [first, *(_pair(outcome, c, shown) for c, shown in pairs)]
+    own = [c for c in outcome.comparisons if outcome.winner in (c.first, c.second)]
+    parts = [_lead(outcome, c, outcome.winner) for c in own]
+    count = len(outcome.comparisons)
     correction = f" after Holm's correction for {count} comparisons" if count > 1 else ""
     first = (
-        f"{facts.winner} is best: its {facts.noun} ({level}, {seeds}) is {' and '.join(parts)}, "
-        f"shown at the 5% level{correction} (in brackets: 95% intervals)."
+        f"{outcome.winner} is best: its {outcome.noun} ({level}, {seeds}) is "
+        f"{' and '.join(parts)}, shown at the 5% level{correction} (in brackets: 95% intervals)."
     )
-    return [first, *(_pair(facts, c, shown) for c, shown in pairs if c not in own)]
+    return [first, *(_pair(outcome, c, shown) for c, shown in pairs if c not in own)]
 
 
-def _lead(facts: Facts, comparison: Comparison, leader: str) -> str:
+def _lead(outcome: Outcome, comparison: Comparison, leader: str) -> str:
     """How far the leader is from the other: ``1.20 points [0.40, 2.00] above none's``."""
     other = comparison.second if leader == comparison.first else comparison.first
     difference = _seen_from(comparison, leader)
@@ -100,34 +100,34 @@ def _lead(facts: Facts, comparison: Comparison, leader: str) -> str:
     if below:
         difference = _negative(difference)
     side = "below" if below else "above"
-    return f"{_told(facts, difference)} {side} {other}'s"
+    return f"{_told(outcome, difference)} {side} {other}'s"
 
 
-def _pair(facts: Facts, comparison: Comparison, shown: bool) -> str:
+def _pair(outcome: Outcome, comparison: Comparison, shown: bool) -> str:
     first, second, difference = comparison.first, comparison.second, comparison.difference
     if math.isnan(difference.mean):
         return f"{first} and {second} cannot be compared: no seed has a number for both."
-    if (difference.mean > 0) == facts.lower_is_better and difference.mean != 0:
+    if (difference.mean > 0) == outcome.lower_is_better and difference.mean != 0:
         first, second = second, first
     if shown:
-        lead = _lead(facts, comparison, first)
-        return f"{first} is shown to be better than {second}: its {facts.noun} is {lead}."
+        lead = _lead(outcome, comparison, first)
+        return f"{first} is shown to be better than {second}: its {outcome.noun} is {lead}."
     if difference.low is None or difference.high is None:
         return f"{first} and {second} share one seed only, which shows nothing about chance."
     if difference.low == difference.high:
         if difference.mean == 0:
-            return f"{first} and {second} gave the same {facts.noun} in every seed."
+            return f"{first} and {second} gave the same {outcome.noun} in every seed."
         return (
             f"No difference shown between {first} and {second}: it is the same in each of "
-            f"{difference.n} seeds ({_told(facts, difference)}), which leaves no spread to test "
+            f"{difference.n} seeds ({_told(outcome, difference)}), which leaves no spread to test "
             "against; use more seeds or more validation data."
         )
-    half = facts.amount((difference.high - difference.low) / 2)
-    seen = _told(facts, _seen_from(comparison, first))
+    half = outcome.amount((difference.high - difference.low) / 2)
+    seen = _told(outcome, _seen_from(comparison, first))
     return (
-        f"No difference shown between {first} and {second} in {facts.noun}: {first} minus {second} "
-        f"is {seen}{_odds(comparison, len(facts.comparisons))}; with {difference.n} seeds a "
-        f"difference smaller than about {half}{facts.unit} would go unseen."
+        f"No difference shown between {first} and {second} in {outcome.noun}: {first} minus "
+        f"{second} is {seen}{_odds(comparison, len(outcome.comparisons))}; with {difference.n} "
+        f"seeds a difference smaller than about {half}{outcome.unit} would go unseen."
     )
 
 
@@ -152,22 +152,22 @@ def _negative(value: Interval) -> Interval:
     return Interval(-value.mean, low, high, value.n)
 
 
-def _told(facts: Facts, value: Interval) -> str:
-    text = f"{facts.amount(value.mean)}{facts.unit}"
+def _told(outcome: Outcome, value: Interval) -> str:
+    text = f"{outcome.amount(value.mean)}{outcome.unit}"
     if value.low is None or value.high is None:
         return text
-    return f"{text} [{facts.amount(value.low)}, {facts.amount(value.high)}]"
+    return f"{text} [{outcome.amount(value.low)}, {outcome.amount(value.high)}]"
 
 
-def _left_out(facts: Facts) -> list[str]:
+def _left_out(outcome: Outcome) -> list[str]:
     notes: list[str] = []
-    for trial in facts.failed:
+    for trial in outcome.failed:
         reason = (trial.error or "").splitlines()[0]
         notes.append(
             f"Seed {trial.seed} is left out at every position: its {trial.position} trial failed "
             f"({reason})."
         )
-    for position, seeds in facts.diverged.items():
+    for position, seeds in outcome.diverged.items():
         if seeds:
             listed = ", ".join(map(str, seeds))
             notes.append(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from truenorm._records.study import Comparison, Interval, Trial
+from truenorm._rewrites.place import Position
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Facts:
         means: Mean of the metric per position.
         comparisons: All pairs in that metric.
         shown: Per comparison, whether it is shown after the correction.
+        equivalent: Per comparison, whether it is shown to be smaller than the margin.
+        margin: The smallest difference of interest; None if there is none.
         seeds: The seeds that count.
         failed: Trials that did not finish.
         diverged: Per position, the seeds with a metric that is not a number at the end.
@@ -33,9 +37,16 @@ class Facts:
     means: Mapping[str, float]
     comparisons: tuple[Comparison, ...]
     shown: tuple[bool, ...]
+    equivalent: tuple[bool, ...]
+    margin: float | None
     seeds: tuple[int, ...]
     failed: tuple[Trial, ...]
     diverged: Mapping[str, tuple[int, ...]]
+
+    @property
+    def kind(self) -> str:
+        """What is compared, in a word."""
+        return "position" if set(self.means) <= set(get_args(Position)) else "variant"
 
     @property
     def noun(self) -> str:
@@ -66,7 +77,7 @@ def _result(facts: Facts) -> list[str]:
     seeds = f"{len(facts.seeds)} seed" + "s" * (len(facts.seeds) != 1)
     mean = facts.means[facts.best]
     if math.isnan(mean):
-        return [f"No position has a {facts.noun} that is a number: every run diverged."]
+        return [f"No {facts.kind} has a {facts.noun} that is a number: every run diverged."]
     level = f"{100 * mean:.2f}%" if facts.in_points else f"{mean:.4g}"
     if len(facts.seeds) == 1:
         only = (
@@ -74,22 +85,31 @@ def _result(facts: Facts) -> list[str]:
             "told from chance: run the study with at least 2 seeds, better 5 or more."
         )
         return [only]
-    pairs = list(zip(facts.comparisons, facts.shown, strict=True))
+    pairs = list(zip(facts.comparisons, facts.shown, facts.equivalent, strict=True))
     if facts.winner is None:
         first = (
             f"{facts.best} has the best mean {facts.noun} ({level}, {seeds}), but it is not shown "
-            "to differ from every other position."
+            f"to differ from every other {facts.kind}."
         )
-        return [first, *(_pair(facts, c, shown) for c, shown in pairs)]
+        return [first, *(_pair(facts, *pair) for pair in pairs), *_flips(facts)]
     own = [c for c in facts.comparisons if facts.winner in (c.first, c.second)]
     parts = [_lead(facts, c, facts.winner) for c in own]
     count = len(facts.comparisons)
-    correction = f" after Holm's correction for {count} comparisons" if count > 1 else ""
     first = (
         f"{facts.winner} is best: its {facts.noun} ({level}, {seeds}) is {' and '.join(parts)}, "
-        f"shown at the 5% level{correction} (in brackets: 95% intervals)."
+        f"shown at the 5% level{_corrected(count)} (in brackets: 95% intervals)."
     )
-    return [first, *(_pair(facts, c, shown) for c, shown in pairs if c not in own)]
+    small = [
+        c.second if facts.winner == c.first else c.first
+        for c, _, same in pairs
+        if same and c in own
+    ]
+    if small:
+        first += (
+            f" The difference to {' and '.join(small)} is shown to be smaller than "
+            f"{_margin(facts)}, the smallest of interest."
+        )
+    return [first, *(_pair(facts, *pair) for pair in pairs if pair[0] not in own), *_flips(facts)]
 
 
 def _lead(facts: Facts, comparison: Comparison, leader: str) -> str:
@@ -103,7 +123,7 @@ def _lead(facts: Facts, comparison: Comparison, leader: str) -> str:
     return f"{_told(facts, difference)} {side} {other}'s"
 
 
-def _pair(facts: Facts, comparison: Comparison, shown: bool) -> str:
+def _pair(facts: Facts, comparison: Comparison, shown: bool, equivalent: bool) -> str:
     first, second, difference = comparison.first, comparison.second, comparison.difference
     if math.isnan(difference.mean):
         return f"{first} and {second} cannot be compared: no seed has a number for both."
@@ -111,7 +131,8 @@ def _pair(facts: Facts, comparison: Comparison, shown: bool) -> str:
         first, second = second, first
     if shown:
         lead = _lead(facts, comparison, first)
-        return f"{first} is shown to be better than {second}: its {facts.noun} is {lead}."
+        but = f", which is less than {_margin(facts)}, the smallest of interest" * equivalent
+        return f"{first} is shown to be better than {second}: its {facts.noun} is {lead}{but}."
     if difference.low is None or difference.high is None:
         return f"{first} and {second} share one seed only, which shows nothing about chance."
     if difference.low == difference.high:
@@ -122,13 +143,74 @@ def _pair(facts: Facts, comparison: Comparison, shown: bool) -> str:
             f"{difference.n} seeds ({_told(facts, difference)}), which leaves no spread to test "
             "against; use more seeds or more validation data."
         )
-    half = facts.amount((difference.high - difference.low) / 2)
     seen = _told(facts, _seen_from(comparison, first))
+    if equivalent:
+        return _equivalent(facts, comparison, first, second)
+    subject = f"No difference shown between {first} and {second} in {facts.noun}"
+    if facts.margin is not None:
+        subject = (
+            f"Not decided between {first} and {second} in {facts.noun}: neither a difference nor "
+            f"one smaller than {_margin(facts)} is shown"
+        )
     return (
-        f"No difference shown between {first} and {second} in {facts.noun}: {first} minus {second} "
-        f"is {seen}{_odds(comparison, len(facts.comparisons))}; with {difference.n} seeds a "
-        f"difference smaller than about {half}{facts.unit} would go unseen."
+        f"{subject}: {first} minus {second} is {seen}{_odds(comparison, len(facts.comparisons))}; "
+        + _more_seeds(facts, comparison)
     )
+
+
+def _equivalent(facts: Facts, comparison: Comparison, first: str, second: str) -> str:
+    narrow = comparison.narrow or comparison.difference
+    seen = _told(facts, narrow if first == comparison.first else _negative(narrow))
+    return (
+        f"{first} and {second} are equivalent within {_margin(facts)} in {facts.noun}: {first} "
+        f"minus {second} is {seen} (90% interval; p = {comparison.p_equivalent:.2g} that it is "
+        f"larger{_corrected(len(facts.comparisons))}; {comparison.difference.n} seeds)."
+    )
+
+
+def _more_seeds(facts: Facts, comparison: Comparison) -> str:
+    """What this number of seeds can show, and which number would be enough."""
+    n = comparison.difference.n
+    can = ""
+    if comparison.detectable is not None:
+        can = (
+            f"with {n} seeds a true difference must be {facts.amount(comparison.detectable)}"
+            f"{facts.unit} or more to be shown in 4 of 5 studies; "
+        )
+    goal = "to show a difference as large as this one"
+    if facts.margin is not None:
+        goal = "to decide"
+    needed = comparison.seeds_needed
+    if needed is None:
+        return f"{can}{goal}, a new study needs more than 1,000 seeds."
+    return f"{can}{goal}, a new study needs about {needed} seeds ({max(0, needed - n)} more)."
+
+
+def _margin(facts: Facts) -> str:
+    return f"{facts.amount(facts.margin or 0.0)}{facts.unit}"
+
+
+def _corrected(count: int) -> str:
+    return f" after Holm's correction for {count} comparisons" if count > 1 else ""
+
+
+def _flips(facts: Facts) -> list[str]:
+    """What the exact sign-flip test says of the differences that are called shown."""
+    told = [
+        f"{c.first} and {c.second} p = {c.p_flips:.2g}"
+        for c, shown in zip(facts.comparisons, facts.shown, strict=True)
+        if shown and c.p_flips is not None
+    ]
+    if not told:
+        return []
+    fewest = min(c.difference.n for c, s in zip(facts.comparisons, facts.shown, strict=True) if s)
+    least = ""
+    if fewest < 6:
+        least = f" (with {fewest} seeds it cannot be below {2.0 ** (1 - fewest):.2g})"
+    return [
+        "The exact sign-flip test, which does not assume normal noise, gives for "
+        f"{', '.join(told)}{least}."
+    ]
 
 
 def _odds(comparison: Comparison, count: int) -> str:
@@ -161,17 +243,28 @@ def _told(facts: Facts, value: Interval) -> str:
 
 def _left_out(facts: Facts) -> list[str]:
     notes: list[str] = []
+    absent = [t.position for t in facts.failed if t.position not in facts.means]
+    for position in dict.fromkeys(absent):
+        reasons = {_first_line(t) for t in facts.failed if t.position == position}
+        why = "; ".join(sorted(reasons))
+        notes.append(f"{position} is not compared: none of its trials finished ({why}).")
     for trial in facts.failed:
-        reason = (trial.error or "").splitlines()[0]
+        if trial.position in absent:
+            continue
+        reason = _first_line(trial)
         notes.append(
-            f"Seed {trial.seed} is left out at every position: its {trial.position} trial failed "
-            f"({reason})."
+            f"Seed {trial.seed} is left out at every {facts.kind}: its {trial.position} trial "
+            f"failed ({reason})."
         )
     for position, seeds in facts.diverged.items():
         if seeds:
             listed = ", ".join(map(str, seeds))
             notes.append(
                 f"{position} diverged (a metric that is not a number) with seed {listed}; such "
-                "values are left out of the means, which flatters this position."
+                f"values are left out of the means, which flatters this {facts.kind}."
             )
     return notes
+
+
+def _first_line(trial: Trial) -> str:
+    return (trial.error or "").splitlines()[0]

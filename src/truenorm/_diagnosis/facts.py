@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from truenorm._diagnosis.measuring import Answers, Runner, Seen, ask, judge_of, look, no_data
+from truenorm._keras_internals import inner_optimizer
 from truenorm._model.data import labelled_batches
 from truenorm._model.graph import Call, calls, graph_of, is_batch_normalization
 from truenorm._model.sites import batch_normalizations, is_own_class, site_calls
@@ -95,7 +96,7 @@ class Facts:
     def optimizer(self) -> Any | None:
         """What the model is trained with, without the loss scaling around it."""
         optimizer = getattr(self.model, "optimizer", None)
-        return getattr(optimizer, "inner_optimizer", optimizer)
+        return optimizer and (inner_optimizer(optimizer) or optimizer)
 
     @cached_property
     def steps(self) -> int:

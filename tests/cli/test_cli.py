@@ -59,8 +59,9 @@ def command(
 ) -> Callable[..., tuple[int, str, str]]:
     """The command in this process: exit code, output, errors."""
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["truenorm", *map(str, arguments)])
+    def run(name: str, *arguments: object) -> tuple[int, str, str]:
+        here = [] if name == "demo" else ["--no-isolate"]
+        monkeypatch.setattr(sys, "argv", ["truenorm", name, *map(str, arguments), *here])
         monkeypatch.setenv("KERAS_BACKEND", keras.backend.backend())
         monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
         monkeypatch.setattr(sys, "path", [*sys.path])

@@ -19,6 +19,7 @@ except ImportError:
     )
 
 from truenorm._cli.demo import demo
+from truenorm._cli.isolation import isolated
 from truenorm._cli.models import diagnose, fold, inspect, place, recalibrate, replace
 
 app = typer.Typer(
@@ -29,8 +30,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (inspect, diagnose, place, fold, replace, recalibrate, demo):
-    app.command()(command)
+for command in (inspect, diagnose, place, fold, replace, recalibrate):
+    app.command()(isolated(command))
+app.command()(demo)
 
 
 def main() -> None:

@@ -11,9 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from truenorm._backends import Backend
+from truenorm._cli import isolation
 from truenorm._errors import MissingDependencyError
 from truenorm._records.tables import Record, printable
 from truenorm.archive import load, save
+from truenorm.archive._loading import check_name
 
 File = Annotated[Path, typer.Argument(help="A .keras file.", show_default=False)]
 Out = Annotated[
@@ -72,7 +74,9 @@ def model_of(
     choose_backend(backend)
     if imports:
         sys.path.append(str(Path.cwd()))  # a module of the user's is most often there
-    return load(file, max_parameters=max_parameters, imports=imports or ())
+    model = load(file, max_parameters=max_parameters, imports=imports or ())
+    isolation.loaded()
+    return model
 
 
 def show(record: Record, *, as_json: bool) -> None:
@@ -89,7 +93,9 @@ def show(record: Record, *, as_json: bool) -> None:
 
 def write(model: Any, out: Path, *, as_json: bool) -> None:
     """Save a model, and say so if the output is for people."""
-    save(model, out)
-    if not as_json:
+    check_name(out)
+    elsewhere = isolation.handed_over()
+    save(model, elsewhere or out)
+    if not as_json and elsewhere is None:
         print(f"Saved as {printable(str(out))}")
         sys.stdout.flush()

@@ -96,13 +96,25 @@ def read_json(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
 @contextmanager
 def weights(archive: zipfile.ZipFile) -> Generator[h5py.File]:
     """The file of the variables, if all that is in it is in it: no link leads elsewhere."""
+    with _variables(archive) as file:
+        _check_links(archive, file)
+        yield file
+
+
+def numbers(archive: zipfile.ZipFile) -> int:
+    """How many numbers are stored as variables, after the same checks."""
+    with _variables(archive) as file:
+        return _check_links(archive, file)
+
+
+@contextmanager
+def _variables(archive: zipfile.ZipFile) -> Generator[h5py.File]:
     info = _member(archive, WEIGHTS)
     with tempfile.SpooledTemporaryFile(max_size=64 * MIB) as copy:
         with archive.open(info) as member:  # to its end, so that its checksum is verified
             shutil.copyfileobj(member, copy, MIB)
         copy.seek(0)
         with h5py.File(copy, "r") as file:
-            _check_links(archive, file)
             yield file
 
 
@@ -178,14 +190,15 @@ def _depth(text: bytes) -> int:
     return deepest
 
 
-def _check_links(archive: zipfile.ZipFile, file: h5py.File) -> None:
+def _check_links(archive: zipfile.ZipFile, file: h5py.File) -> int:
     """Refuse variables that are elsewhere: h5py would follow links to other files of this machine.
 
-    Not by ``visititems``: an error inside it, as a damaged file makes, breaks h5py's own lock.
+    Gives how many numbers the others hold. Not by ``visititems``: an error inside it, as a damaged
+    file makes, breaks h5py's own lock.
     """
     groups: list[Any] = [file]
     seen: set[int] = set()
-    objects = 0
+    objects = held = 0
     while groups:
         group = groups.pop()
         for key in group:
@@ -199,11 +212,13 @@ def _check_links(archive: zipfile.ZipFile, file: h5py.File) -> None:
             value = group[key]
             if isinstance(value, h5py.Dataset):
                 _check_dataset(archive, value, where)
+                held += math.prod(value.shape or ())
             elif isinstance(value, h5py.Group):
                 address = cast(Any, h5py).h5o.get_info(value.id).addr
                 if address not in seen:  # a group can be its own member
                     seen.add(address)
                     groups.append(value)
+    return held
 
 
 def _check_dataset(archive: zipfile.ZipFile, value: Any, where: str) -> None:

@@ -20,18 +20,26 @@ from typing import Any, cast
 from truenorm._errors import ArchiveError, OptionError, OutputError
 from truenorm._records.files import replacing
 from truenorm._records.tables import printable
+from truenorm.archive._checking import check
 from truenorm.archive._classes import Classes
-from truenorm.archive._container import CONFIG, opened, read_json, verify_checksums, weights
+from truenorm.archive._container import (
+    CONFIG,
+    numbers,
+    opened,
+    read_json,
+    verify_checksums,
+)
+from truenorm.archive._isolation import is_out_of_memory, memory_for, not_enough_memory
 
-MOST_PARAMETERS = 500_000_000
+MOST_PARAMETERS = 200_000_000
+"""What a model may have unless more is allowed: more than any model with BatchNormalization that
+Keras brings along."""
 OURS = "truenorm>BatchNormalization"
 """What our layer is registered as."""
 
-_KERAS_RAISES = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError,
-    RuntimeError, TypeError, ValueError,
-)  # fmt: skip
-"""What a configuration that is made up can make Keras raise."""
+SLACK = 1_000_000
+"""What a model may have beside twice the numbers that its file holds: layers with LoRA and states
+are made with more than they store."""
 
 
 def load(
@@ -39,20 +47,30 @@ def load(
     *,
     max_parameters: int = MOST_PARAMETERS,
     imports: Collection[str] = (),
+    isolate: bool = False,
+    max_memory: int | None = None,
 ) -> Any:
     """A model from a ``.keras`` file, loaded with care.
 
     Before anything is made, the file is checked as :func:`truenorm.archive.read` does it, with the
     checksum of every member, and every class that it names must be one of Keras's that models are
     made of, truenorm's, or one that a module in ``imports`` registers. Keras then loads it in safe
-    mode and without compiling; a variable that would pass ``max_parameters`` is refused before its
-    memory is taken.
+    mode and without compiling; a variable that would pass ``max_parameters``, or what the file has
+    values for, is refused before its memory is taken.
+
+    That bounds variables only: initializers, constants and layers with states of their own take
+    memory too. With ``isolate=True`` the file is loaded in a separate process first, which may take
+    ``max_memory`` and five minutes, write to a temporary folder only, and (on Linux) open no
+    socket; only what it could load is loaded here. It costs the time to start Keras once more.
 
     Args:
         path: The ``.keras`` file.
         max_parameters: Most numbers that all the variables of the model may have together.
         imports: Modules of yours to import first, which register custom classes
             (``keras.saving.register_keras_serializable``). Their code runs.
+        isolate: Whether a separate process with limits loads the file first.
+        max_memory: Bytes of private memory that the process may take; by default 3 GiB, 64 MiB for
+            each processor and 16 times the size of the file, but not more than the machine has.
 
     Returns:
         The model, not compiled.
@@ -60,7 +78,8 @@ def load(
     Raises:
         ArchiveError: The file is damaged or made to do harm; it holds code (``Lambda``) or names a
             class that is not allowed; it asks for too many parameters; Keras cannot load it, or
-            TensorFlow not run it; or the process is in Keras's unsafe mode.
+            TensorFlow not run it; the isolated process came to its limits or was ended by a fault;
+            or this process is in Keras's unsafe mode.
         OptionError: A module in ``imports`` cannot be imported.
 
     Example:
@@ -73,11 +92,13 @@ def load(
         >>> [type(layer).__name__ for layer in loaded.layers]
         ['BatchNormalization']
     """
+    if isolate:
+        memory = max_memory or memory_for([path])
+        check(os.fspath(path), max_parameters=max_parameters, imports=imports, memory=memory)
     with opened(path) as archive:
         config = read_json(archive, CONFIG)
         verify_checksums(archive)
-        with weights(archive):
-            pass  # its links are checked
+        stored = numbers(archive)
 
     import keras  # here, so that reading a file does not wait for it
 
@@ -86,18 +107,14 @@ def load(
     _refuse_unsafe_mode(str(path))
     config = {key: value for key, value in config.items() if key != "compile_config"}
     Classes(str(path), _imported(imports)).check(config, str(config.get("class_name")))
-    with _counting(max_parameters) as asked:
+    asked = _Asked(max_parameters, SLACK + 2 * stored)
+    with asked.counted():
         try:
             model = keras.saving.load_model(path, {OURS: BatchNormalization}, compile=False)
-        except _KERAS_RAISES as error:
-            if asked.parameters > max_parameters:
-                raise ArchiveError(
-                    "The model has more parameters than are allowed, and is not loaded",
-                    where=str(path),
-                    expected=f"{max_parameters} parameters at most",
-                    received=f"{asked.parameters} or more",
-                    remedy="if it is right so, allow more: max_parameters (--max-parameters)",
-                ) from error
+        except Exception as error:
+            asked.check(str(path))
+            if is_out_of_memory(error):
+                raise not_enough_memory(str(path), _short(error)) from error
             raise ArchiveError(
                 "Keras cannot load this file", where=str(path), received=_short(error)
             ) from error
@@ -130,14 +147,19 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     archive.save(model, f"{folder}/model.keras")
     """
+    check_name(path)
+    with replacing(path) as temporary:
+        model.save(temporary)
+
+
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that is not called as :func:`save` writes it."""
     if Path(path).suffix != ".keras":
         raise OutputError(
             "Models are saved as .keras files",
             where=str(path),
             expected="a name that ends in .keras",
         )
-    with replacing(path) as temporary:
-        model.save(temporary)
 
 
 def _refuse_unsafe_mode(path: str) -> None:
@@ -168,33 +190,53 @@ def _imported(names: Collection[str]) -> frozenset[str]:
 
 @dataclass
 class _Asked:
-    """How many numbers the variables made so far have."""
-
-    parameters: int = 0
-
-
-@contextmanager
-def _counting(limit: int) -> Generator[_Asked]:
-    """Count the variables that are made, each before its memory is taken; refuse past the limit.
+    """How many numbers the variables made so far have, and how many they may have.
 
     Keras's own code says how large a variable is; nothing in a file has to be believed for it.
     """
-    import keras
 
-    asked, kind = _Asked(), cast(Any, keras.Variable)
-    original = kind.__init__
+    allowed: int
+    plausible: int
+    parameters: int = 0
 
-    def counted(self: Any, initializer: Any, shape: Any = None, *rest: Any, **options: Any) -> None:
-        asked.parameters += abs(math.prod(shape or ()))
-        if asked.parameters > limit:
-            raise MemoryError("more parameters than are allowed")
-        original(self, initializer, shape, *rest, **options)
+    @contextmanager
+    def counted(self) -> Generator[None]:
+        """Count the variables that are made, each before its memory is taken; refuse too many."""
+        import keras
 
-    kind.__init__ = counted
-    try:
-        yield asked
-    finally:
-        kind.__init__ = original
+        kind = cast(Any, keras.Variable)
+        original = kind.__init__
+
+        def init(made: Any, initializer: Any, shape: Any = None, *more: Any, **how: Any) -> None:
+            self.parameters += abs(math.prod(shape or ()))
+            if self.parameters > min(self.allowed, self.plausible):
+                raise MemoryError("more parameters than are allowed")
+            original(made, initializer, shape, *more, **how)
+
+        kind.__init__ = init
+        try:
+            yield
+        finally:
+            kind.__init__ = original
+
+    def check(self, path: str) -> None:
+        """Raise if that is why the model was not loaded."""
+        if self.parameters > self.allowed:
+            raise ArchiveError(
+                "The model has more parameters than are allowed, and is not loaded",
+                where=path,
+                expected=f"{self.allowed} parameters at most",
+                received=f"{self.parameters} or more",
+                remedy="if it is right so, allow more: max_parameters (--max-parameters)",
+            )
+        if self.parameters > self.plausible:
+            raise ArchiveError(
+                "The model has far more parameters than the file has values, and is not loaded",
+                where=path,
+                expected=f"{self.plausible} parameters at most",
+                received=f"{self.parameters} or more",
+                remedy="do not load this file anywhere unless you know why it is so",
+            )
 
 
 def _check_scopes(model: Any, path: str) -> None:

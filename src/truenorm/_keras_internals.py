@@ -218,6 +218,13 @@ def in_stateless_scope() -> bool:
     return _member(module, "in_stateless_scope", "leave variables alone in a stateless scope")()
 
 
+def stateless_scope() -> Any:
+    """The innermost stateless scope."""
+    module = "keras.src.backend.common.stateless_scope"
+    purpose = "run layers with statistics that are not theirs"
+    return _member(module, "get_stateless_scope", purpose)()
+
+
 def in_safe_mode() -> bool | None:
     """Whether loading is safe in this process; None if nobody has said anything."""
     module = "keras.src.saving.serialization_lib"

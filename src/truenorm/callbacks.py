@@ -8,12 +8,13 @@ import keras
 
 from truenorm._checks import check_integer
 from truenorm._layer.arguments import FreezePolicy
-from truenorm._modes.freeze import Layers, freeze
+from truenorm._model.sites import Layers
+from truenorm._modes.freeze import freeze
 from truenorm._records.freezing import Freezing
 from truenorm._records.recalibration import Recalibration
-from truenorm._statistics.collect import collected, collector_of
-from truenorm._statistics.collector import Collector
+from truenorm._statistics.collect import Collection, runner_of
 from truenorm._statistics.recalibrate import recalibrate
+from truenorm._statistics.runner import Runner
 
 
 class FreezeStatistics(keras.callbacks.Callback):
@@ -117,8 +118,9 @@ class Recalibrate(keras.callbacks.Callback):
     def __init__(self, data: Any, every: int = 1, **options: Any) -> None:
         super().__init__()
         self.data, self.every, self.options = data, check_integer("every", every), options
+        self.layers: Layers = options.pop("layers", None)
         self.last: Recalibration | None = None
-        self._collector: Collector | None = None
+        self._runner: Runner | None = None
         self._due = False
         self._fitting = False
 
@@ -147,7 +149,7 @@ class Recalibrate(keras.callbacks.Callback):
 
     def _recalibrate(self) -> None:
         self._due = False
-        if self._collector is None or self._collector.model is not self.model:
-            self._collector = collector_of(self.model)  # compiled once, not at each call
-        population = collected(self._collector, self.data, **self.options)
+        if self._runner is None or self._runner.model is not self.model:
+            self._runner = runner_of(self.model, self.layers)  # compiled once, not at each call
+        population = Collection(self._runner, self.data, **self.options).population()
         self.last = recalibrate(self.model, population)

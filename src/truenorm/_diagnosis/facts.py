@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import numpy as np
 from truenorm._diagnosis.measuring import Answers, Runner, Seen, ask, judge_of, look, no_data
 from truenorm._keras_internals import inner_optimizer
 from truenorm._model.data import labelled_batches
-from truenorm._model.graph import Call, calls, graph_of, is_batch_normalization
+from truenorm._model.graph import Call, calls, graph_of
 from truenorm._model.sites import batch_normalizations, is_own_class, site_calls
 from truenorm._modes.inspect import inspect
 from truenorm._records.inspection import Inspection
@@ -144,23 +144,3 @@ class Facts:
     def _judge(self) -> Any | None:
         labelled = self._first_batch[1] is not None
         return judge_of(self.model) if labelled and self.model.compiled else None
-
-
-def nearby(
-    call: Call, *, back: bool = True, stop: Callable[[Call], bool] = lambda _: False
-) -> Iterator[Call]:
-    """Every call before (or after) this one, the nearest first; none beyond one that stops."""
-    queue, seen = [call], {id(call)}
-    while queue:
-        one = queue.pop(0)
-        for other in one.producers if back else one.consumers:
-            if other is not None and id(other) not in seen:
-                seen.add(id(other))
-                yield other
-                if not stop(other):
-                    queue.append(other)
-
-
-def is_site(call: Call) -> bool:
-    """Whether this call is a BatchNormalization."""
-    return is_batch_normalization(call.operation)

@@ -19,10 +19,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from truenorm._diagnosis.facts import Facts, is_site, nearby
+from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.measuring import Answers, Mode
 from truenorm._diagnosis.rule import Fault
 from truenorm._layer.batch_normalization import BatchNormalization
+from truenorm._model.graph import is_site, nearby
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Array, Moments
 

@@ -8,11 +8,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from truenorm._diagnosis.facts import Facts, is_site, nearby
+from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Fault
 from truenorm._diagnosis.statistics import SKEW, output_error
-from truenorm._model.graph import Call
-from truenorm._model.sites import channel_axis, is_activation, is_linear, position
+from truenorm._model.graph import Call, is_site, nearby
+from truenorm._model.sites import channel_axis, channel_axis_of, is_activation, is_linear, position
 from truenorm._records.moments import Moments
 
 MOST = 0.5
@@ -79,7 +79,8 @@ def wrong_axis(facts: Facts) -> Iterator[Fault]:
             _neighbour(site, lambda c: c.only_producer),
             _neighbour(site, lambda c: c.only_consumer),
         )
-        expected = {_channel_axis_of(n, site) for n in neighbours if n is not None} - {None}
+        rank = site.operation.input_spec.ndim
+        expected = {channel_axis_of(n.operation, rank) for n in neighbours if n is not None}
         if expected and axis not in expected:
             right = sorted(expected)[0]
             evidence = {"axis": axis, "channel_axis": right}
@@ -171,11 +172,6 @@ def _neighbour(site: Call, step: Callable[[Call], Call | None]) -> Call | None:
     while call is not None and (is_activation(call) or isinstance(call.operation, _DROPOUT)):
         call = step(call)
     return call if is_linear(call) else None
-
-
-def _channel_axis_of(neighbour: Call, site: Call) -> int:
-    first = getattr(neighbour.operation, "data_format", None) == "channels_first"
-    return 1 if first else site.operation.input_spec.ndim - 1
 
 
 def _shared(facts: Facts) -> dict[Any, list[Call]]:

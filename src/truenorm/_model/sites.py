@@ -248,8 +248,3 @@ def channel_axis(layer: Any) -> int:
     """The axis of the channels, counted from the left."""
     rank = layer.input_spec.ndim
     return layer.axis % rank
-
-
-def channel_axis_of(layer: Any, rank: int) -> int:
-    """The axis that a layer of any kind takes for that of the channels."""
-    return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1

@@ -253,7 +253,7 @@ def _compiled_apart(layers: Iterable[Any]) -> Iterator[tuple[Any, str, Wrapper]]
     """What layers have compiled by themselves: it may have been traced without a look inside."""
 
     def run(original: Any, *args: Any, **kwargs: Any) -> Any:
-        return collecting.anew(original)(*args, **kwargs)
+        return cast(Any, collecting.anew(original))(*args, **kwargs)
 
     for layer in layers:
         found = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -34,8 +35,8 @@ def two_one_sided(differences: np.ndarray, margin: float) -> tuple[Interval | No
     n = len(differences)
     if n < 2 or float(np.std(differences, ddof=1)) <= 1e-9 * abs(float(np.mean(differences))):
         return None, None
-    low = stats.ttest_1samp(differences, -margin, alternative="greater")
-    high = stats.ttest_1samp(differences, margin, alternative="less")
+    low: Any = stats.ttest_1samp(differences, -margin, alternative="greater")
+    high: Any = stats.ttest_1samp(differences, margin, alternative="less")
     mean, half = (
         float(np.mean(differences)),
         float(stats.sem(differences) * stats.t.ppf(0.95, n - 1)),

@@ -14,7 +14,6 @@ import shutil
 import stat
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -23,6 +22,7 @@ from typing import Any, cast
 import h5py
 
 from truenorm._errors import ArchiveError
+from truenorm._records.files import UNREADABLE
 
 CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
 
@@ -36,12 +36,6 @@ EXPANSION, ALLOWANCE = 20, 16 * MIB
 compress its archives, and trained weights compress to little less."""
 STORED_AT_LEAST = 1 / 1000
 """What a large HDF5 variable must have on disk of the bytes that its shape declares."""
-
-_BROKEN = (
-    zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, OverflowError, RuntimeError,
-    ValueError,
-)  # fmt: skip
-"""What Python's zipfile and h5py raise on a file that is damaged or made up."""
 
 
 @contextmanager
@@ -125,12 +119,12 @@ def _told(path: str) -> Generator[None]:
         yield
     except ArchiveError:
         raise
-    except _BROKEN as error:
+    except UNREADABLE as error:
         raise ArchiveError(
             "The file is damaged or not a .keras file",
             where=path,
             expected="a file as model.save('name.keras') writes it",
-            received=str(error)[:300],
+            received=(str(error) or type(error).__name__)[:300],
             remedy="get or save the file again",
         ) from error
 

@@ -178,11 +178,11 @@ def _imported(names: Collection[str]) -> frozenset[str]:
     for name in names:
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except (Exception, SystemExit) as error:
             raise OptionError(
                 "The module with custom classes cannot be imported",
                 where=name,
-                received=str(error),
+                received=f"{type(error).__name__}: {_short(error)}",
                 remedy="give a module as Python's import takes it, importable from here",
             ) from error
     return frozenset({"keras", "truenorm", *(name.split(".")[0] for name in names)})

@@ -50,6 +50,13 @@ def test_a_header_that_is_not_closed_is_refused(tmp_path: Path) -> None:
             read_data(tmp_path / "x.npy")
 
 
+def test_an_npz_that_is_called_npy_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.eye(3))
+    (tmp_path / "x.npz").rename(tmp_path / "x.npy")
+    with pytest.raises(tn.DataError, match="The data file cannot be read"):
+        read_data(tmp_path / "x.npy")
+
+
 def compressed_by(method: int) -> bytes:
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", zipfile.ZIP_LZMA) as file:

@@ -38,7 +38,7 @@ def read_data(path: Path) -> Any:
 
 def _npy(path: Path) -> Array:
     try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
+        values = np.lib.format.open_memmap(path, mode="r")
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
     return _checked(values, str(path))

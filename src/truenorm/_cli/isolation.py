@@ -69,6 +69,11 @@ def handed_over() -> Path | None:
     return None if _handover is None else _handover / MADE
 
 
+def is_apart() -> bool:
+    """Whether this is the separate process."""
+    return _handover is not None
+
+
 def loaded() -> None:
     """Loading, which is timed in the separate process, is over."""
     if _handover is not None and hasattr(signal, "setitimer"):

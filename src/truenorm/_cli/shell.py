@@ -16,9 +16,9 @@ from truenorm._cli import isolation
 from truenorm._errors import MissingDependencyError
 from truenorm._records.tables import Record, printable
 from truenorm.archive import load, save
-from truenorm.archive._loading import check_name
+from truenorm.archive._loading import check_name, load_here
 
-File = Annotated[Path, typer.Argument(help="A .keras file.", show_default=False)]
+File = Annotated[Path, typer.Argument(help="A .keras file, or an old .h5 one.", show_default=False)]
 Out = Annotated[
     Path, typer.Option(help="The .keras file to write; may be the one read.", show_default=False)
 ]
@@ -107,7 +107,8 @@ def model_of(
     choose_backend(backend)
     if imports:
         sys.path.append(str(Path.cwd()))  # a module of the user's is most often there
-    model = load(file, max_parameters=max_parameters, imports=imports or ())
+    opening = load_here if isolation.is_apart() else load
+    model = opening(file, max_parameters=max_parameters, imports=imports or ())
     isolation.loaded()
     return model
 

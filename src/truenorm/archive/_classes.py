@@ -130,7 +130,7 @@ def _package(custom: Any) -> str:
 def _is_kerass(entry: Mapping[str, Any]) -> bool:
     """Whether this is of the parts of Keras that models are made of."""
     module = entry.get("module")
-    if entry.get("class_name") == "function" and entry.get("config") in TOOLS:
+    if TOOLS & {str(entry.get("class_name")), str(entry.get("config"))}:
         return False
     if module is None:
         return not entry.get("registered_name")  # Keras then looks in its own tables only

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from truenorm._errors import ArchiveError
+from truenorm._records.files import owned_name, remove_abandoned
 
 GIB = 2**30
 MEMORY, FOR_EACH_PROCESSOR, FOR_EACH_BYTE = 3 * GIB, 64 * 2**20, 16
@@ -112,15 +114,15 @@ def confined(
         memory: Bytes of private memory that the process may take.
         output: Where its standard output goes; None for this process's.
     """
-    with tempfile.TemporaryDirectory(prefix="truenorm-") as folder:
-        job = {"folder": folder, "memory": memory, "seconds": SECONDS, "entry": entry,
+    with _folder() as folder:
+        job = {"folder": str(folder), "memory": memory, "seconds": SECONDS, "entry": entry,
                "arguments": arguments, "path": sys.path}  # fmt: skip
         process = subprocess.Popen(  # noqa: S603 (this Python, and a file of ours)
             [sys.executable, "-P", str(_CONFINEMENT), json.dumps(job)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.PIPE,
-            env={**os.environ, "TMPDIR": folder, "JOBLIB_MULTIPROCESSING": "0"},
+            env={**os.environ, "TMPDIR": str(folder), "JOBLIB_MULTIPROCESSING": "0"},
         )
         try:
             complaints = _beginning(process.stderr)
@@ -128,7 +130,20 @@ def confined(
         finally:
             process.kill()
             process.wait()
-        yield Ended(Path(folder), process.returncode, complaints)
+        yield Ended(folder, process.returncode, complaints)
+
+
+@contextmanager
+def _folder() -> Generator[Path]:
+    """A folder that is removed at the end; what killed processes left of them goes first."""
+    place = Path(tempfile.gettempdir())
+    remove_abandoned(place, "truenorm-")
+    folder = place / f"truenorm-{owned_name()}"
+    folder.mkdir(0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _beginning(stream: IO[bytes] | None) -> str:

@@ -11,7 +11,8 @@ import importlib
 import math
 import os
 import re
-from collections.abc import Collection, Generator
+import tempfile
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +21,19 @@ from typing import Any, cast
 from truenorm._errors import ArchiveError, OptionError, OutputError
 from truenorm._records.files import replacing
 from truenorm._records.tables import printable
-from truenorm.archive._checking import check
+from truenorm.archive._checking import checked
 from truenorm.archive._classes import Classes
 from truenorm.archive._container import (
     CONFIG,
+    check_links,
     numbers,
     opened,
     read_json,
     verify_checksums,
 )
 from truenorm.archive._isolation import is_out_of_memory, memory_for, not_enough_memory
+from truenorm.archive._keras2 import single, translated
+from truenorm.archive._legacy import config_of, copied, is_legacy, opened_h5, text_attribute
 
 MOST_PARAMETERS = 200_000_000
 """What a model may have unless more is allowed: more than any model with BatchNormalization that
@@ -50,7 +54,7 @@ def load(
     isolate: bool = False,
     max_memory: int | None = None,
 ) -> Any:
-    """A model from a ``.keras`` file, loaded with care.
+    """A model from a ``.keras`` file, or one of the old format, loaded with care.
 
     Before anything is made, the file is checked as :func:`truenorm.archive.read` does it, with the
     checksum of every member, and every class that it names must be one of Keras's that models are
@@ -64,7 +68,8 @@ def load(
     socket; only what it could load is loaded here. It costs the time to start Keras once more.
 
     Args:
-        path: The ``.keras`` file.
+        path: The ``.keras`` file. One in the old format (``.h5``, Keras 2 and 3) needs
+            ``isolate=True``: the separate process translates what is certain and names what is not.
         max_parameters: Most numbers that all the variables of the model may have together.
         imports: Modules of yours to import first, which register custom classes
             (``keras.saving.register_keras_serializable``). Their code runs.
@@ -92,38 +97,81 @@ def load(
         >>> [type(layer).__name__ for layer in loaded.layers]
         ['BatchNormalization']
     """
-    if isolate:
-        memory = max_memory or memory_for([path])
-        check(os.fspath(path), max_parameters=max_parameters, imports=imports, memory=memory)
+    memory = max_memory or memory_for([path])
+    if is_legacy(path) and not isolate:
+        raise ArchiveError(
+            "Models in the old format are opened in a separate process only",
+            where=str(path),
+            expected="a .keras file, or isolate=True (--isolate)",
+        )
+    if not isolate:
+        return load_here(path, max_parameters=max_parameters, imports=imports)
+    with checked(os.fspath(path), max_parameters, imports, memory) as file:
+        return load_here(file, max_parameters=max_parameters, imports=imports, shown=str(path))
+
+
+def load_here(
+    path: str | os.PathLike[str],
+    *,
+    max_parameters: int,
+    imports: Collection[str],
+    shown: str | None = None,
+) -> Any:
+    """Load a file in this process, which is the isolated one if the file is of the old format.
+
+    Args:
+        path: The file.
+        max_parameters: Most numbers of all the variables.
+        imports: Modules with custom classes.
+        shown: What errors call the file.
+    """
+    if is_legacy(path):
+        with tempfile.TemporaryDirectory() as folder:
+            with opened_h5(path) as file:
+                config = translated(config_of(file), str(path))
+                if not (text_attribute(file, "keras_version") or "").startswith("3."):
+                    config = single(config)
+                limits = _Asked(max_parameters, SLACK + 2 * check_links(file, file, ""))
+            copy = copied(path, config, Path(folder))
+            return _loaded(copy, config, limits, imports, shown or str(path))
     with opened(path) as archive:
         config = read_json(archive, CONFIG)
         verify_checksums(archive)
-        stored = numbers(archive)
+        limits = _Asked(max_parameters, SLACK + 2 * numbers(archive))
+    return _loaded(path, config, limits, imports, shown or str(path))
 
+
+def _loaded(
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    asked: _Asked,
+    imports: Collection[str],
+    shown: str,
+) -> Any:
+    """Have Keras load a file whose configuration was read and whose variables are in it."""
     import keras  # here, so that reading a file does not wait for it
 
     from truenorm._layer.batch_normalization import BatchNormalization
 
-    _refuse_unsafe_mode(str(path))
+    _refuse_unsafe_mode(shown)
     config = {key: value for key, value in config.items() if key != "compile_config"}
-    Classes(str(path), _imported(imports)).check(config, str(config.get("class_name")))
-    asked = _Asked(max_parameters, SLACK + 2 * stored)
+    Classes(shown, _imported(imports)).check(config, str(config.get("class_name")))
     with asked.counted():
         try:
             model = keras.saving.load_model(path, {OURS: BatchNormalization}, compile=False)
         except Exception as error:
-            asked.check(str(path))
+            asked.check(shown)
             if is_out_of_memory(error):
-                raise not_enough_memory(str(path), _short(error)) from error
+                raise not_enough_memory(shown, _short(error)) from error
             raise ArchiveError(
-                "Keras cannot load this file", where=str(path), received=_short(error)
+                "Keras cannot load this file", where=shown, received=_short(error)
             ) from error
     if not isinstance(model, keras.Model):
         raise ArchiveError(
-            "There is no model in this file", where=str(path), received=type(model).__name__
+            "There is no model in this file", where=shown, received=type(model).__name__
         )
     if keras.backend.backend() == "tensorflow":
-        _check_scopes(model, str(path))
+        _check_scopes(model, shown)
     return model
 
 
@@ -178,11 +226,11 @@ def _imported(names: Collection[str]) -> frozenset[str]:
     for name in names:
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except (Exception, SystemExit) as error:
             raise OptionError(
                 "The module with custom classes cannot be imported",
                 where=name,
-                received=str(error),
+                received=f"{type(error).__name__}: {_short(error)}",
                 remedy="give a module as Python's import takes it, importable from here",
             ) from error
     return frozenset({"keras", "truenorm", *(name.split(".")[0] for name in names)})

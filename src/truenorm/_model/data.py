@@ -91,6 +91,11 @@ def labelled_batches(
         yield keras.tree.map_structure(_native, inputs), keras.tree.map_structure(_native, labels)
 
 
+def comes_in_batches(model: Any, data: Any) -> bool:
+    """Whether the data is batches already; ``fit`` mixes what is not."""
+    return _arrays(model, data) is None
+
+
 def check(model: Any, inputs: Any) -> None:
     """Refuse inputs that the model cannot take, before anything runs."""
     expected, received = _shapes(_inputs(model)), _shapes(_arranged(model, inputs))

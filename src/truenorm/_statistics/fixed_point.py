@@ -40,29 +40,38 @@ _LEAST = 1e-6
 
 
 class Sample:
-    """As many samples as the first batch has, each sample of the data as likely as any other."""
+    """Some batches as large as the first one, each sample of the data as likely as any other.
 
-    def __init__(self) -> None:
+    Args:
+        batches: How many.
+    """
+
+    def __init__(self, batches: int = 1) -> None:
         self._random = np.random.default_rng(0)
+        self._wanted = batches
         self._rows: list[list[Any]] = []
         self._structure: Any = None
         self._seen = self._size = 0
 
     def drawn_from(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Hand the batches on, and draw from them (Vitter's algorithm R)."""
+        """Hand the batches on, and draw from them."""
         for batch in batches:
-            leaves = [np.asarray(keras.ops.convert_to_numpy(a)) for a in keras.tree.flatten(batch)]
-            size = len(leaves[0])
-            if self._structure is None and size:
-                self._structure, self._size = batch, size
-            for index in range(size):
-                place = self._seen
-                if self._seen >= self._size:
-                    place = int(self._random.integers(0, self._seen + 1))
-                self._seen += 1
-                if place < self._size:
-                    self._put(place, [np.array(leaf[index]) for leaf in leaves])
+            self.draw(batch)
             yield batch
+
+    def draw(self, batch: Any) -> None:
+        """Draw from one batch more (Vitter's algorithm R)."""
+        leaves = [np.asarray(keras.ops.convert_to_numpy(a)) for a in keras.tree.flatten(batch)]
+        size = len(leaves[0])
+        if self._structure is None and size:
+            self._structure, self._size = batch, size
+        for index in range(size):
+            place = self._seen
+            if self._seen >= self._wanted * self._size:
+                place = int(self._random.integers(0, self._seen + 1))
+            self._seen += 1
+            if place < self._wanted * self._size:
+                self._put(place, [np.array(leaf[index]) for leaf in leaves])
 
     def _put(self, place: int, row: list[Any]) -> None:
         shapes = [value.shape for value in row]
@@ -72,9 +81,16 @@ class Sample:
             self._rows[place] = row
 
     def batches(self) -> list[Any]:
-        """The samples as one batch in the structure of the model's inputs; none of no data."""
-        columns = [np.stack(column) for column in zip(*self._rows, strict=True)]
-        return [keras.tree.pack_sequence_as(self._structure, columns)] if columns else []
+        """The samples, mixed, in the structure of the model's inputs; none of no data."""
+        order = self._random.permutation(len(self._rows))
+        return [
+            keras.tree.pack_sequence_as(
+                self._structure,
+                [np.stack(column) for column in zip(*(self._rows[i] for i in part), strict=True)],
+            )
+            for part in np.split(order, range(self._size, len(order), max(self._size, 1)))
+            if len(part)
+        ]
 
 
 def settle(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import keras
 import numpy as np
@@ -253,15 +253,13 @@ def _compiled_apart(layers: Iterable[Any]) -> Iterator[tuple[Any, str, Wrapper]]
     """What layers have compiled by themselves: it may have been traced without a look inside."""
 
     def run(original: Any, *args: Any, **kwargs: Any) -> Any:
-        return cast(Any, collecting.anew(original))(*args, **kwargs)
+        again: Any = collecting.anew(original)
+        return again(*args, **kwargs)
 
     for layer in layers:
-        found = [
-            *vars(layer).items(),
-            *(i for cls in type(layer).__mro__ for i in vars(cls).items()),
-        ]
-        for name in {name for name, value in found if collecting.anew(value) is not None}:
-            yield layer, name, run
+        for attributes in (vars(layer), *map(vars, type(layer).__mro__)):
+            for name in [n for n, value in attributes.items() if collecting.anew(value)]:
+                yield layer, name, run
 
 
 def _one_behind(runs: Iterable[Run]) -> Iterator[Run]:

@@ -1,0 +1,76 @@
+"""The calls that mend: each can be made as it is printed, and none does harm.
+
+A layer that normalises with its moving statistics in ``fit`` has taught the network to work with
+just these: whoever replaces them by the population's destroys it. So a call that changes statistics
+names the layers that learn from batches, unless these are all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+from typing import Any
+
+from truenorm._diagnosis.facts import Facts
+from truenorm._layer.batch_normalization import BatchNormalization
+from truenorm._model.sites import apply, is_own_class
+from truenorm._rewrites.fold import Folding
+
+EXACT = 'model = tn.replace(model, to="truenorm").model'
+"""Statistics without a loss of digits."""
+
+ASK = "tn.diagnose(model, data)"
+"""Where only the data can tell what helps."""
+
+ASK_WITH_LABELS = "tn.diagnose(model, data, y)"
+"""Where only the loss can tell what helps."""
+
+
+def recalibrate(facts: Facts, path: str | None = None, options: str = "") -> str:
+    """Statistics of the data for the layers that learn from batches, or for the layer at a path."""
+    able = {layer: p for layer, p in facts.layers.items() if not is_own_class(layer)}
+    meant = {layer: p for layer, p in able.items() if layer not in facts.held}
+    if path is not None and path not in meant.values():
+        meant = {layer: p for layer, p in able.items() if p == path}
+    if len(meant) < len(facts.layers):
+        options = f", layers={_selection(facts, meant)}{options}"
+    return f"tn.recalibrate(model, data{options})"
+
+
+def hold(facts: Facts, layer: Any) -> str:
+    """Statistics that stay as they are, in ``fit`` too."""
+    path = facts.layers[layer]
+    if isinstance(layer, BatchNormalization):
+        return f'tn.freeze(model, "statistics", layers={path!r})'
+    if in_graph(facts, layer):
+        return f'{EXACT}; tn.freeze(model, "statistics", layers={path!r})'
+    return f"tn.freeze(model, layers={path!r})"
+
+
+def in_graph(facts: Facts, layer: Any) -> bool:
+    """Whether rewrites reach this layer: not inside a wrapper, a block or a subclassed model."""
+    return facts.graph and any(site.operation is layer for site in facts.sites)
+
+
+def remove(facts: Facts, path: str) -> str:
+    """A site that goes: folded where that keeps the function, else left out."""
+    _, left = apply(Folding(facts.model, path).site, facts.model)
+    if path not in {site.path for site in left}:
+        return f"model = tn.fold(model, where={path!r}).model"
+    return f'model = tn.place(model, "none", where={path!r}).model'
+
+
+def _selection(facts: Facts, meant: Collection[Any]) -> str:
+    """Some of the layers as the option ``layers`` takes them, in few words."""
+    paths = [path for layer, path in facts.layers.items() if layer in meant]
+    if len(paths) == 1:
+        return repr(paths[0])
+    start = paths[0] if paths else ""
+    while "/" in start:
+        start = start.rpartition("/")[0]
+        pattern = f"{start}/*"
+        if [p for p in facts.layers.values() if fnmatchcase(p, pattern)] == paths:
+            return repr(pattern)
+    if {layer for layer in facts.layers if layer.trainable} == {*meant}:
+        return "lambda layer: layer.trainable"
+    return repr(paths)

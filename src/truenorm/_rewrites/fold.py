@@ -84,10 +84,10 @@ def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
     return Rewrite(new, "fold", changed, left, *errors)
 
 
-def why_not_folded(model: Any) -> dict[str, str]:
+def why_not_folded(model: Any, where: Where = None) -> dict[str, str]:
     """Path of every site that stays, and why."""
     graph = read_graph(model)
-    _, left = check_all(graph, Folding(graph).site)
+    _, left = check_all(graph, Folding(graph, where).site)
     return {site.path: site.reason for site in left}
 
 

@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 BACKENDS := jax tensorflow torch
 JOBS ?= 2
 
-.PHONY: demo test long random nightly lint bench clean
+.PHONY: demo test long random nightly fuzz lint bench clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/truenorm demo --force
@@ -26,6 +26,10 @@ random: $(VENV)/test.stamp
 		KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) \
 			--hypothesis-profile random tests/test_random_rewrites.py || exit 1; \
 	done
+
+# Readers of files on thousands of damaged ones.
+fuzz: $(VENV)/test.stamp
+	KERAS_BACKEND=torch $(BIN)/python -m pytest --hypothesis-profile fuzz tests/fuzz
 
 # On 5,000: in ten rounds, since JAX keeps what it compiles as long as a process lives.
 nightly: $(VENV)/test.stamp

@@ -16,6 +16,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A name only: tests/test_random_rewrites.py says how many examples. All others run as ever.
 settings.register_profile("random", print_blob=True)
+settings.register_profile("fuzz", print_blob=True)  # tests/fuzz
 
 
 @pytest.fixture(autouse=True)

@@ -53,6 +53,10 @@ def guarded(shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, np.ndarray]
     return memory[GUARD:-GUARD].view(dtype).reshape(shape), memory
 
 
+def address(array: Any) -> int:
+    return 0 if array is None else array.ctypes.data
+
+
 def step(
     x: Any,
     dy: Any,
@@ -68,25 +72,26 @@ def step(
     wide = np.float64 if name == "float64" else np.float32
     (y, around_y), (d_x, around_d_x) = (guarded(x.shape, x.dtype) for _ in range(2))
     rows, around_rows = guarded((6, x.shape[1]), wide)
-    given = [None if a is None else np.ascontiguousarray(a, wide) for a in (gamma, beta)]
-    how = (*x.shape, library.DTYPES[name], relu, threads, 0, 1e-3, 0.0, library.own_threads())
-    counts = 0 if mask is None else mask.ctypes.data
-    held = [0 if a is None else a.ctypes.data for a in given]
-    kept, sums = ([row.ctypes.data for row in part] for part in (rows[:4], rows[4:]))
-    library.run(
-        "tn_forward", *how, x.ctypes.data, 0, *held, *kept, 0, 0, y.ctypes.data, *[0] * 4, counts
+    mean, variance, low, rstd, dgamma, dbeta = map(address, rows)
+    gamma, beta = (None if a is None else np.ascontiguousarray(a, wide) for a in (gamma, beta))
+    both = library.Call(
+        *(*x.shape, library.DTYPES[name]),
+        relu=relu,
+        threads=threads,
+        epsilon=1e-3,
+        parallel=library.own_threads(),
+        x=address(x),
+        gamma=address(gamma),
+        beta=address(beta),
+        mean=mean,
+        variance=variance,
+        low=low,
+        rstd=rstd,
+        mask=address(mask),
     )
-    addresses = (
-        x.ctypes.data,
-        dy.ctypes.data,
-        *held,
-        *kept,
-        *sums,
-        d_x.ctypes.data,
-        *[0] * 4,
-        counts,
-    )
-    library.run("tn_backward", *how, *addresses)
+    library.run("tn_forward", both._replace(y=address(y)))
+    backward = both._replace(dy=address(dy), dgamma=dgamma, dbeta=dbeta, y=address(d_x))
+    library.run("tn_backward", backward)
     for memory in (around_y, around_d_x, around_rows):
         assert (memory[:GUARD] == 0xA5).all()
         assert (memory[-GUARD:] == 0xA5).all()
@@ -220,9 +225,25 @@ def test_a_step_of_the_moving_statistics(
     moved[:] = old if in_place else 0
     given = moved if in_place else old
     before, count = old.copy(), shape[0] * shape[2]
-    how = (*shape, library.DTYPES[dtype], False, 2, unbiased, 1e-3, 0.9, library.own_threads())
-    rows = [row.ctypes.data for part in (kept, given, moved) for row in part]
-    library.run("tn_forward", *how, x.ctypes.data, *[0] * 3, *rows[:4], *[0] * 3, *rows[4:], 0)
+    mean, variance, low, rstd = map(address, kept)
+    call = library.Call(
+        *(*shape, library.DTYPES[dtype]),
+        threads=2,
+        unbiased=unbiased,
+        epsilon=1e-3,
+        momentum=0.9,
+        parallel=library.own_threads(),
+        x=address(x),
+        mean=mean,
+        variance=variance,
+        low=low,
+        rstd=rstd,
+        moving_mean=address(given[0]),
+        moving_variance=address(given[1]),
+        moved_mean=address(moved[0]),
+        moved_variance=address(moved[1]),
+    )
+    library.run("tn_forward", call)
     assert (around[:GUARD] == 0xA5).all()
     assert (around[-GUARD:] == 0xA5).all()
     with np.errstate(invalid="ignore"):

@@ -214,3 +214,12 @@ def test_layers_of_the_same_name_have_paths_of_their_own() -> None:
     model(np.zeros((2, 3), "float32"))
     paths = [path for path in layer_paths(model).values() if path.endswith("bn")]
     assert paths == ["block/bn", "block#2/bn"]
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_mask_is_seen_by_position_too(by_name: bool) -> None:
+    inputs, keep = keras.Input((4, 3)), keras.Input((4,), dtype="bool")
+    layer = keras.layers.BatchNormalization()
+    outputs = layer(inputs, mask=keep) if by_name else layer(inputs, None, keep)
+    (site,), _ = site_calls(keras.Model([inputs, keep], outputs))
+    assert site.extras == ("mask",)

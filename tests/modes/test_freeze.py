@@ -214,9 +214,8 @@ def test_the_callback_refuses_at_the_start_of_fit() -> None:
         tn.ModelError, match=r"^Keras's BatchNormalization cannot be frozen in part"
     ):
         model.fit(x, y, callbacks=[tn.callbacks.FreezeStatistics(after_epoch=100)], verbose=0)
-    with pytest.raises(
-        tn.OptionError, match=r"Expected: an integer of 0 or more\. Received: -1\.$"
-    ):
+    message = r"^after_epoch must be 0 or a positive integer\. Received: -1\.$"
+    with pytest.raises(tn.OptionError, match=message):
         tn.callbacks.FreezeStatistics(after_epoch=-1)
 
 

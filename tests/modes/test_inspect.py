@@ -243,8 +243,11 @@ def test_a_subclassed_model_that_forgets_training(forgetful: Any) -> None:
     x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
     inspection = tn.inspect(forgetful, x)
     assert {e: m[0].describe() for e, m in inspection.modes.items()} == {
-        **dict.fromkeys(HEALTHY, "moving"), "fit": "moving + learns"
-    }  # fmt: skip
+        **dict.fromkeys(HEALTHY, "moving"),
+        "fit": "moving + learns",
+        # Keras takes training= although call() does not, and hands it on to the layers inside.
+        "model(x, training=True)": "batch + updates",
+    }
     (surprise,) = inspection.surprises
     assert surprise.code == "call_without_training"
     assert "call() of Forgetful takes no argument 'training'" in surprise.explanation

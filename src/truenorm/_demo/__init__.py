@@ -31,8 +31,8 @@ from truenorm._rewrites.replace import replace
 from truenorm._statistics.collect import collect
 from truenorm._statistics.recalibrate import gaps, recalibrate
 from truenorm._study.analysis import lower_is_better
-from truenorm._study.pool import Progress as Event
-from truenorm._study.runner import POSITIONS, study
+from truenorm._study.experiment import POSITIONS, study
+from truenorm._study.progress import Progress as Event
 from truenorm.report import Chart, Section, comparison, learning_curves, report, save
 from truenorm.report import gaps as gaps_chart
 

@@ -16,8 +16,8 @@ import keras
 from truenorm._diagnosis.facts import Facts
 from truenorm._keras_internals import layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
-from truenorm._model.sites import apply, is_own_class
-from truenorm._rewrites.fold import Folding
+from truenorm._model.sites import is_own_class
+from truenorm._rewrites.fold import why_not_folded
 
 EXACT = 'model = tn.replace(model, to="truenorm").model'
 """Statistics without a loss of digits."""
@@ -57,8 +57,7 @@ def in_graph(facts: Facts, layer: Any) -> bool:
 
 def remove(facts: Facts, path: str) -> str:
     """A site that goes: folded where that keeps the function, else left out."""
-    _, left = apply(Folding(facts.model, path).site, facts.model)
-    if path not in {site.path for site in left}:
+    if path not in why_not_folded(facts.model, path):
         return f"model = tn.fold(model, where={path!r}).model"
     return f'model = tn.place(model, "none", where={path!r}).model'
 

@@ -17,7 +17,7 @@ import keras
 
 from truenorm._errors import ModelError
 from truenorm._keras_internals import functional_class, layers_in, operation_of, run_through_graph
-from truenorm._model.graph import calls, constants, graph_of, require_graph
+from truenorm._model.graph import calls, graph_of, require_graph
 from truenorm._model.snapshot import same_randomness
 from truenorm._model.trainer import compile_like
 from truenorm._model.values import numbers
@@ -204,7 +204,12 @@ def _anatomy(model: Any) -> list[Any]:
     found = calls(model)
     number: dict[Any, int] = {call: i for i, call in enumerate(found)}
     wiring = [
-        (type(call.operation), call.training, call.extras, [number.get(p) for p in call.producers])
+        (
+            type(call.operation),
+            call.written and call.written[1],
+            call.constants,
+            [number.get(p) for p in call.producers],
+        )
         for call in found
     ]
     outputs = [call.is_output for call in found], [tuple(t.shape) for t in model.outputs]
@@ -213,7 +218,7 @@ def _anatomy(model: Any) -> list[Any]:
     operations = [c.operation for c in found if not isinstance(c.operation, keras.Layer)]
     ours = {"name": None, "trainable": None}  # carried over
     configs = [{**k.get_config(), **ours} for k in (*inner, *operations)]
-    return [wiring, outputs, constants(model), variables, configs]
+    return [wiring, outputs, variables, configs]
 
 
 def _name_like(old: Any, new: Any) -> None:

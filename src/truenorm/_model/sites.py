@@ -14,10 +14,11 @@ from truenorm._keras_internals import activation_operations, layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.graph import (
     Call,
-    calls,
+    Graph,
     graph_of,
     is_batch_normalization,
     layer_paths,
+    read_graph,
     require_graph,
 )
 from truenorm._records.rewrite import Change, Left
@@ -76,18 +77,19 @@ def is_own_class(layer: Any) -> bool:
 
 
 def site_calls(model: Any) -> tuple[list[Call], list[Left]]:
-    """The calls that are a BatchNormalization, and the layers that no such call can be seen of.
+    """The calls that are a BatchNormalization, and the layers that no such call can be seen of."""
+    graph = read_graph(model)
+    return list(graph.sites), hidden(graph)
 
-    The latter are inside another layer, a wrapper or a subclass, whose call is not a graph.
-    """
-    sites = [call for call in calls(model) if is_batch_normalization(call.operation)]
-    seen = {call.operation for call in sites}
-    hidden = [
+
+def hidden(graph: Graph) -> list[Left]:
+    """The BatchNormalization layers inside another layer, whose call is not a graph."""
+    seen = {call.operation for call in graph.sites}
+    return [
         Left(path, "inside a layer whose call is not a graph (a wrapper or a subclass)")
-        for layer, path in batch_normalizations(model).items()
+        for layer, path in batch_normalizations(graph.model).items()
         if layer not in seen
     ]
-    return sites, hidden
 
 
 @dataclass(eq=False, frozen=True)
@@ -109,7 +111,7 @@ class Spot:
 def spots(model: Any) -> list[Spot]:
     """Every BatchNormalization call of any model, as far as a graph tells them apart."""
     paths = batch_normalizations(model)
-    sites = [] if graph_of(model) is None else site_calls(model)[0]
+    sites = () if graph_of(model) is None else read_graph(model).sites
     seen = {call.operation for call in sites}
     in_graph = [Spot(call.path, call.operation, call) for call in sites]
     return in_graph + [Spot(p, layer, None) for layer, p in paths.items() if layer not in seen]
@@ -171,14 +173,13 @@ def _is_meant(wanted: Any, layer: Any, path: str) -> bool:
     return callable(wanted) and bool(wanted(layer))
 
 
-Rule = Callable[[Call], Change | Left]
+Check = Callable[[Call], Change | Left]
 """Looks at one site: changes it (in an edit that it fills), or says why it is left."""
 
 
-def apply(rule: Rule, model: Any) -> tuple[tuple[Change, ...], tuple[Left, ...]]:
-    """What the rule does at every site of the model: the receipt of a rewrite."""
-    sites, hidden = site_calls(model)
-    results = [*map(rule, sites), *hidden]
+def check_all(graph: Graph, check: Check) -> tuple[tuple[Change, ...], tuple[Left, ...]]:
+    """What the check does at every site of the model: the receipt of a rewrite."""
+    results = [*map(check, graph.sites), *hidden(graph)]
     changed = tuple(result for result in results if isinstance(result, Change))
     return changed, tuple(result for result in results if isinstance(result, Left))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -10,26 +10,15 @@ from typing import Any
 import keras
 
 from truenorm._keras_internals import (
-    EAGER,
+    STEPS,
     compilation,
     compile_arguments,
-    eager_flags,
+    compiled_functions,
     layers_in,
+    make_function,
     trainable_when_compiled,
 )
 from truenorm._model.hooks import patched
-
-STEPS = {
-    "train_function": "train_step",
-    "test_function": "test_step",
-    "predict_function": "predict_step",
-}
-"""What a model compiles, and of which of its methods."""
-
-
-def _set(model: Any, attributes: Mapping[str, Any]) -> None:
-    """Past Keras's tracking."""
-    model.__dict__.update(attributes)
 
 
 def _compiled_for(model: Any) -> Any:
@@ -49,29 +38,29 @@ def uncompiled(model: Any) -> Generator[None]:
     They are given back unless a ``compile`` or a ``freeze`` inside has made them out of date.
     """
     models = [one for one in layers_in(model) if isinstance(one, keras.Model)]
-    flags = {one: eager_flags(one) for one in models}
-    functions = {one: {name: getattr(one, name, None) for name in STEPS} for one in models}
+    flags = {one: (one.run_eagerly, one.jit_compile) for one in models}
+    functions = {one: compiled_functions(one) for one in models}
     state = {one: _compiled_for(one) for one in models}
 
     def staying_uncompiled(one: Any, original: Any) -> Any:
         def compile_(*args: Any, **kwargs: Any) -> None:
             original(*args, **kwargs)
-            flags[one] = eager_flags(one)
-            _set(one, EAGER)
+            flags[one] = one.run_eagerly, one.jit_compile
+            one.run_eagerly, one.jit_compile = True, False
 
         return compile_
 
     with patched((one, "compile", staying_uncompiled(one, one.compile)) for one in models):
         try:
             for one in models:
-                _set(one, EAGER)
+                one.run_eagerly, one.jit_compile = True, False
                 make_anew(one)  # fit may be running just now
             yield
         finally:
             for one in models:
-                _set(one, flags[one])
+                one.run_eagerly, one.jit_compile = flags[one]
                 if _compiled_for(one) == state[one]:
-                    _set(one, functions[one])
+                    one.__dict__.update(functions[one])  # past Keras's tracking
                 else:
                     make_anew(one)
 
@@ -82,10 +71,11 @@ def make_anew(model: Any) -> None:
     ``jax.jit`` finds an old program again under an equal method for as long as anything refers to
     it; so the method is put into a wrapper that is equal to nothing else.
     """
-    for name, step in STEPS.items():
-        if getattr(model, name, None) is not None:
+    for name, function in compiled_functions(model).items():
+        if function is not None:
+            step = STEPS[name]
             with patched([(model, step, partial(getattr(model, step)))]):
-                getattr(model, f"make_{name}")(force=True)
+                make_function(model, name)
 
 
 def changed_after_compile(model: Any) -> list[Any]:

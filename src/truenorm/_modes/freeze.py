@@ -12,7 +12,7 @@ from truenorm._keras_internals import layers_in
 from truenorm._layer.arguments import FreezePolicy, check_policy
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.sites import Layers, chosen_layers, policy_of
-from truenorm._modes.optimizer import follow, is_built, state_of
+from truenorm._modes.optimizer import follow, has_optimizer, state_of
 from truenorm._records.freezing import Freezing, Frozen
 
 
@@ -72,7 +72,7 @@ def freeze(model: Any, policy: FreezePolicy = "all", *, layers: Layers = None) -
     before = {layer: policy_of(layer) for layer in chosen}
     restore_flags = [_remember_flags(layer) for layer in chosen]
     models = [one for one in layers_in(model) if isinstance(one, keras.Model)]
-    learned = {one: state_of(one.optimizer) for one in models if is_built(one)}
+    learned = {one: state_of(one.optimizer) for one in models if has_optimizer(one)}
 
     def undo() -> None:
         for restore in restore_flags:
@@ -161,6 +161,3 @@ def _notes(model: Any, chosen: dict[Any, str]) -> Iterator[str]:
                 f"'{one.name}' is frozen: gamma and beta of the {len(awake)} layers inside are not "
                 "learned, whatever their own policy."
             )
-
-
-# --- what was compiled -------------------------------------------------------------------------

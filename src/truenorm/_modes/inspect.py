@@ -11,14 +11,13 @@ import keras
 import numpy as np
 
 from truenorm._errors import DataError, ModelError
-from truenorm._keras_internals import call_parameters, compile_arguments, layers_in
+from truenorm._keras_internals import STEPS, compile_arguments, layers_in
 from truenorm._model.data import check
 from truenorm._model.graph import graph_of
 from truenorm._model.probe import make_inputs
 from truenorm._model.rebuild import rebuild
 from truenorm._model.sites import describe_spot, spots
 from truenorm._model.snapshot import remember, same_randomness
-from truenorm._model.trainer import STEPS
 from truenorm._model.values import numbers
 from truenorm._modes.causes import surprises
 from truenorm._modes.observe import watched
@@ -107,7 +106,7 @@ def _run_all(model: Any, inputs: Any, y: Any) -> dict[str, tuple[Mode, ...]]:
         "evaluate": lambda: model.evaluate(inputs, targets, batch_size=size, verbose=0),
         "predict": lambda: model.predict(inputs, batch_size=size, verbose=0),
         "model(x)": lambda: model(inputs),
-        "model(x, training=True)": lambda: model(inputs, **_training(model)),
+        "model(x, training=True)": lambda: model(inputs, training=True),
     }
     modes: dict[str, tuple[Mode, ...]] = {}
     for entry, run in runs.items():
@@ -117,11 +116,6 @@ def _run_all(model: Any, inputs: Any, y: Any) -> dict[str, tuple[Mode, ...]]:
         for variable, value in saved:
             variable.assign(value)
     return modes
-
-
-def _training(model: Any) -> dict[str, bool]:
-    """``training=True``, if the model's ``call`` takes it at all."""
-    return {"training": True} if "training" in call_parameters(model) else {}
 
 
 def _compile(model: Any, inputs: Any, y: Any) -> Any:
@@ -135,7 +129,7 @@ def _compile(model: Any, inputs: Any, y: Any) -> Any:
         )
     if y is None or arguments is None:
         generator = np.random.default_rng(1)
-        made = model(inputs, **({"training": False} if _training(model) else {}))
+        made = model(inputs, training=False)
         targets = keras.tree.map_structure(
             lambda t: generator.normal(size=tuple(t.shape)).astype("float32"), made
         )

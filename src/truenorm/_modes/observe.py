@@ -12,7 +12,12 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
-from truenorm._keras_internals import in_symbolic_scope, layers_in, moments_method
+from truenorm._keras_internals import (
+    in_symbolic_scope,
+    layers_in,
+    moments_method,
+    require_watchable,
+)
 from truenorm._model.hooks import enclosed, intercepted, noted
 from truenorm._model.sites import Spot, policy_of, spots
 from truenorm._model.trainer import changed_after_compile, uncompiled
@@ -69,6 +74,7 @@ def observe(model: Any) -> Generator[Observation]:
 @contextmanager
 def watched(model: Any, places: list[Spot]) -> Generator[Callable[[], tuple[Mode, ...]]]:
     """Watch these spots while open; gives what makes their modes so far, in the same order."""
+    require_watchable()
     watch = _Watch(places)
     containers = [
         one

@@ -12,6 +12,9 @@ import keras
 from truenorm._errors import ModelError
 from truenorm._keras_internals import (
     LEARNING_RATE,
+    inner_optimizer,
+    is_built,
+    is_compiled,
     learning_rate,
     strategy_of,
     trainable_when_compiled,
@@ -27,7 +30,7 @@ OptimizerState = dict[tuple[str, int], Any]
 
 def follow(models: Iterable[Any], layers: Iterable[Any], known: dict[Any, OptimizerState]) -> None:
     """Make what was compiled obey the flags as they are now."""
-    built = [one for one in models if is_built(one)]
+    built = [one for one in models if has_optimizer(one)]
     fresh = {one: _fresh_for(one.optimizer, one.trainable_variables) for one in built}
     for model in models:
         noted = trainable_when_compiled(model)
@@ -37,8 +40,9 @@ def follow(models: Iterable[Any], layers: Iterable[Any], known: dict[Any, Optimi
         make_anew(model)  # also while fit is running
 
 
-def is_built(model: Any) -> bool:
-    return model.compiled and getattr(model.optimizer, "built", False)
+def has_optimizer(model: Any) -> bool:
+    """Whether the model has an optimizer that has its variables."""
+    return is_compiled(model) and model.optimizer is not None and is_built(model.optimizer)
 
 
 def _fresh_for(optimizer: Any, variables: list[Any]) -> Any | None:
@@ -54,7 +58,7 @@ def _fresh_for(optimizer: Any, variables: list[Any]) -> Any | None:
 
 def _like(optimizer: Any) -> Any:
     """An optimizer of the same settings; a schedule of the learning rate is the very same."""
-    inner = getattr(optimizer, "inner_optimizer", None)
+    inner = inner_optimizer(optimizer)
     if inner is not None:
         return type(optimizer)(
             _like(inner),
@@ -99,7 +103,7 @@ def _renew(optimizer: Any, fresh: Any, known: OptimizerState) -> None:
 
 def _start_averages(optimizer: Any) -> None:
     """Averages of weights start at the weights: Keras does it in the first iteration only."""
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    optimizer = inner_optimizer(optimizer) or optimizer
     if optimizer.use_ema:
         averages = weight_averages(optimizer)
         for variable, average in zip(updated_variables(optimizer), averages, strict=True):

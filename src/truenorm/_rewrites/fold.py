@@ -10,10 +10,10 @@ import numpy as np
 
 from truenorm._keras_internals import layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
-from truenorm._model.graph import Call, is_batch_normalization
+from truenorm._model.graph import Call, Graph, is_batch_normalization, read_graph
 from truenorm._model.probe import make_inputs
 from truenorm._model.rebuild import Piece, copy_of, rebuild
-from truenorm._model.sites import Where, apply, selector, site_calls
+from truenorm._model.sites import Where, check_all, selector
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Array
 from truenorm._records.rewrite import Change, Left, Rewrite
@@ -76,24 +76,26 @@ def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
         Jacob et al. (2018), "Quantization and Training of Neural Networks for Efficient
         Integer-Arithmetic-Only Inference", section 3.2, equation 14, arXiv:1712.05877.
     """
-    folding = Folding(model, where)
-    changed, left = apply(folding.site, model)
+    graph = read_graph(model)
+    folding = Folding(graph, where)
+    changed, left = check_all(graph, folding.site)
     new = rebuild(model, folding.edit())
     errors = verify(model, new, make_inputs(model) if probe is None else probe, "Folding")
     return Rewrite(new, "fold", changed, left, *errors)
 
 
-def why_not_folded(model: Any) -> dict[str, str]:
+def why_not_folded(model: Any, where: Where = None) -> dict[str, str]:
     """Path of every site that stays, and why."""
-    _, left = apply(Folding(model).site, model)
+    graph = read_graph(model)
+    _, left = check_all(graph, Folding(graph, where).site)
     return {site.path: site.reason for site in left}
 
 
 class Folding:
     """What folding the sites of a model comes to; a site at a time, in the order of execution."""
 
-    def __init__(self, model: Any, where: Where = None) -> None:
-        wanted, sites = selector(where), site_calls(model)[0]
+    def __init__(self, graph: Graph, where: Where = None) -> None:
+        wanted, sites, model = selector(where), graph.sites, graph.model
         self.fixed = {call.operation for call in sites if not wanted(call) or why_unfit(call)}
         self.whole = where is None
         # In a part of a model none takes another one in: it would no longer be what it was.

@@ -9,10 +9,10 @@ import keras
 
 from truenorm._errors import OptionError
 from truenorm._layer.batch_normalization import BatchNormalization
-from truenorm._model.graph import Call
+from truenorm._model.graph import Call, read_graph
 from truenorm._model.probe import make_inputs
 from truenorm._model.rebuild import Piece, rebuild
-from truenorm._model.sites import apply, is_own_class
+from truenorm._model.sites import check_all, is_own_class
 from truenorm._records.rewrite import Change, Left, Rewrite
 from truenorm._rewrites.verify import verify
 
@@ -62,7 +62,7 @@ def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) 
     target = _CLASSES[to]
     edit: dict[Any, list[Piece]] = {}
 
-    def rule(call: Call) -> Change | Left:
+    def check(call: Call) -> Change | Left:
         layer = call.operation
         if type(layer) is target:
             return Left(call.path, f"it is {to}'s already")
@@ -74,7 +74,7 @@ def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) 
         edit[layer] = [Piece(target.from_config(layer.get_config()), layer)]
         return Change(call.path, f"now {to}'s BatchNormalization")
 
-    changed, left = apply(rule, model)
+    changed, left = check_all(read_graph(model), check)
     new = rebuild(model, edit)
     errors = verify(model, new, make_inputs(model) if probe is None else probe, "Replacing")
     return Rewrite(new, f"replace to {to}", changed, left, *errors)

@@ -3,13 +3,12 @@
 What is the same for all positions of a seed: the weights that training starts from (all positions
 are made from one saved model) and every batch of every epoch. What differs is the position.
 
-On stdout goes one line per epoch, :data:`MARK` and JSON. The parent that is gone closes the pipe,
-so an orphan ends at its next epoch.
+On stdout goes one line per epoch. A parent that is gone has closed the pipe, so an orphan ends at
+its next epoch.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -24,8 +23,8 @@ from truenorm._records.files import replacing
 from truenorm._records.study import Trial
 from truenorm._rewrites.place import Position, place
 from truenorm._statistics.recalibrate import recalibrate
-from truenorm._study.folder import Arrays, Spec, read_data, write_result
-from truenorm._study.pool import MARK
+from truenorm._study.folder import Arrays, Spec, read_arrays, write_result
+from truenorm._study.progress import tell
 
 _OURS = {"truenorm>BatchNormalization": BatchNormalization}
 _STARTED = time.perf_counter()
@@ -85,8 +84,7 @@ class _Epochs(keras.callbacks.Callback):
         self._batches.start(epoch)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        metrics = {name: float(value) for name, value in (logs or {}).items()}
-        print(MARK + json.dumps({"epoch": epoch + 1, "metrics": metrics}), flush=True)
+        tell(epoch + 1, {name: float(value) for name, value in (logs or {}).items()})
 
 
 def prepare(folder: Path, spec: Spec) -> Any:
@@ -138,7 +136,7 @@ def _sites(model: Any) -> int:
 def main(path: Path) -> None:
     """Run the trial of this spec and write its result; the model is saved as it was trained."""
     spec, folder = Spec.read(path), path.parent.parent
-    model, data = prepare(folder, spec), read_data(folder)
+    model, data = prepare(folder, spec), read_arrays(folder)
     history = train(model, data, spec)
     kept = spec.file(".keras") if spec.keep_model else ""
     if kept:

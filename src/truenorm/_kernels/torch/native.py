@@ -23,7 +23,6 @@ from truenorm._kernels.contract import Moving, Normalized
 
 DTYPES = {getattr(torch, name): code for name, code in library.DTYPES.items()}
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-NO_STEP = (0.0, False, None, None, None, None)
 Layout = tuple[int, int, int]
 
 
@@ -105,8 +104,20 @@ def infer(
     x, layout = _dense(x.detach(), axis)
     output = torch.empty_like(x)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weights = (_wide(weight, wide) for weight in (gamma, beta, mean, variance))
-    _run("tn_infer", x, layout, epsilon, False, None, *weights, *[None] * 4, output, *NO_STEP, None)
+    gamma, beta, mean, variance = (_wide(weight, wide) for weight in (gamma, beta, mean, variance))
+    call = library.Call(
+        *(*layout, DTYPES[x.dtype]),
+        threads=torch.get_num_threads(),
+        epsilon=epsilon,
+        parallel=_parallel(),
+        x=_address(x),
+        gamma=_address(gamma),
+        beta=_address(beta),
+        mean=_address(mean),
+        variance=_address(variance),
+        y=_address(output),
+    )
+    library.run("tn_infer", call)
     return output
 
 
@@ -119,11 +130,32 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, gamma: Any, beta: Any, mask: Any, how: How) -> Any:
         output = torch.empty_like(x)
-        kept = _addresses(how.rows)
-        arrays = (None, gamma, beta, *kept[:4], None, None, output)
+        mean, variance, low, rstd, *moved = _addresses(how.rows)
+        moved_mean, moved_variance = moved or (0, 0)
         moving = how.moving or Moving(None, None)
-        step = (moving.momentum or 0.0, moving.unbiased, *moving[:2], *(kept[4:] or (None, None)))
-        _run("tn_forward", x, how.layout, how.epsilon, how.relu, *arrays, *step, mask)
+        call = library.Call(
+            *(*how.layout, DTYPES[x.dtype]),
+            relu=how.relu,
+            threads=torch.get_num_threads(),
+            unbiased=moving.unbiased,
+            epsilon=how.epsilon,
+            momentum=moving.momentum or 0.0,
+            parallel=_parallel(),
+            x=_address(x),
+            gamma=_address(gamma),
+            beta=_address(beta),
+            mean=mean,
+            variance=variance,
+            low=low,
+            rstd=rstd,
+            y=_address(output),
+            moving_mean=_address(moving.mean),
+            moving_variance=_address(moving.variance),
+            moved_mean=moved_mean,
+            moved_variance=moved_variance,
+            mask=_address(mask),
+        )
+        library.run("tn_forward", call)
         ctx.how = how[:4]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, gamma, beta, mask, how.rows)
@@ -134,7 +166,7 @@ class _Normalize(torch.autograd.Function):
         if gradient is None:
             return None, None, None, None, None
         x, gamma, beta, mask, rows = ctx.saved_tensors
-        layout, channel, epsilon, relu = ctx.how
+        layout, channel, _, relu = ctx.how
         needed = ctx.needs_input_grad
         batched = torch._C._functorch.is_legacy_batchedtensor(gradient)  # pyright: ignore
         if torch.is_grad_enabled() or batched or not _plain(gradient, x, gamma, beta, mask, rows):
@@ -144,10 +176,29 @@ class _Normalize(torch.autograd.Function):
             if gradient.stride() != x.stride() or gradient.is_neg():
                 gradient = torch.empty_like(x).copy_(gradient)
             d_x = torch.empty_like(x) if needed[0] else None
-            sums = [torch.empty(layout[1], dtype=rows.dtype, device="cpu") for _ in range(2)]
-            arrays = (gradient, gamma, beta, *_addresses(rows)[:4], *sums, d_x)
-            _run("tn_backward", x, layout, epsilon, relu, *arrays, *NO_STEP, mask)
-            found = (d_x, *sums)
+            d_gamma, d_beta = (
+                torch.empty(layout[1], dtype=rows.dtype, device="cpu") for _ in range(2)
+            )
+            mean, _, low, rstd = _addresses(rows)[:4]
+            call = library.Call(
+                *(*layout, DTYPES[x.dtype]),
+                relu=relu,
+                threads=torch.get_num_threads(),
+                parallel=_parallel(),
+                x=_address(x),
+                dy=_address(gradient),
+                gamma=_address(gamma),
+                beta=_address(beta),
+                mean=mean,
+                low=low,
+                rstd=rstd,
+                dgamma=_address(d_gamma),
+                dbeta=_address(d_beta),
+                y=_address(d_x),
+                mask=_address(mask),
+            )
+            library.run("tn_backward", call)
+            found = (d_x, d_gamma, d_beta)
         needed = zip(found, needed, strict=False)
         return *(part if needs else None for part, needs in needed), None, None
 
@@ -186,25 +237,10 @@ def _differentiable(
     return d_x.movedim(-1, channel).to(x.dtype), d_gamma, d_beta
 
 
-def _run(name: str, x: Any, layout: Layout, epsilon: float, relu: bool, *given: Any) -> None:
-    """Call a function of the library with tensors, addresses, or None.
-
-    They are those of its call from dy to y; momentum and unbiased; and the rest.
-    """
-    momentum, unbiased = given[10:12]
-    library.run(
-        name,
-        *layout,
-        *(DTYPES[x.dtype], relu, torch.get_num_threads(), unbiased),
-        *(epsilon, momentum, _parallel()),
-        *map(_address, (x, *given[:10], *given[12:])),
-    )
-
-
 def _address(tensor: Any) -> int:
-    """That of a tensor's memory; an address as it is, and 0 for None."""
-    if tensor is None or type(tensor) is int:
-        return tensor or 0
+    """That of a tensor's memory; 0 for None."""
+    if tensor is None:
+        return 0
     address = tensor.data_ptr()
     if address == 0 and tensor.numel() > 0:
         raise RuntimeError("a tensor of BatchNormalization has no memory")

@@ -105,6 +105,77 @@ def layers_in(layer: Any, *, itself: bool = True, nested: bool = True) -> list[A
     return flatten(include_self=itself, recursive=nested)
 
 
+# --- copies of layers --------------------------------------------------------------------------
+
+_KEPT = (
+    "_allow_non_tensor_positional_args", "_build_shapes_dict", "_called", "_call_context_args",
+    "_call_has_context_arg", "_convert_input_args", "_dtype_policy", "_input_spec", "_parent_path",
+    "_path", "_remat_mode", "_supports_masking", "_trainable", "activity_regularizer", "autocast",
+    "built", "supports_jit",
+)  # fmt: skip
+"""What Keras keeps about a layer and a copy needs too; all else belongs to one object."""
+
+_LEFT_BY_FIT = {
+    "_compile_config", "_compiled_trainable_state", "_eval_epoch_iterator", "_jax_state", "history",
+    "optimizer", "stop_evaluating", "stop_predicting", "stop_training",
+}  # fmt: skip
+_BOXES = ("_modules", "_parameters", "_buffers")
+"""Where PyTorch's modules have the attributes of these kinds."""
+
+
+def blank_like(layer: Any) -> Any:
+    """An object of a layer's class that has nothing yet but what Keras keeps about every layer."""
+    kind: Any = type(layer)
+    new = kind.__new__(kind)
+    base: Any = keras.Model if isinstance(layer, keras.Model) else keras.Layer
+    base.__init__(new, name=layer.name)
+    for name in _KEPT:
+        setattr(new, name, _inside(layer, name, "copy a layer"))
+    return new
+
+
+def attributes(layer: Any, blank: Any) -> dict[str, Any]:
+    """What a layer has that such a blank one lacks, without what ``compile`` and ``fit`` leave."""
+    found = dict(vars(layer))
+    for box in _BOXES:
+        found |= found.pop(box, {})
+    left = vars(blank).keys() | _LEFT_BY_FIT | {"_torch_params"}
+    return {k: v for k, v in found.items() if k not in left and not k.startswith("_self_")}
+
+
+def constructed_like(layer: Any, new: Any, counterpart: Callable[[Any], Any]) -> None:
+    """Give a copy what the constructor was given, of which Keras makes a config."""
+    given = _inside(layer, "_auto_config", "save a copy of a layer")
+    if given is not None:
+        new.__dict__["_auto_config"] = type(given)(**counterpart(given.config))
+
+
+def finish_like(layer: Any, new: Any, counterpart: Callable[[Any], Any]) -> None:
+    """Make a copy own the counterparts of what a layer owns, in the same order."""
+    theirs, ours = (_inside(one, "_tracker", "copy a layer") for one in (layer, new))
+    for name, (_, items) in theirs.config.items():
+        copies = [counterpart(item) for item in items]
+        ours.config[name][1][:] = copies
+        ours.stored_ids[name] = set(map(id, copies))
+    if layer.built:
+        _inside(new, "_post_build", "copy a layer")()
+        _inside(new, "_lock_state", "copy a layer")()
+
+
+def operation_like(operation: Any, attribute: Callable[[Any], Any] = lambda x: x) -> Any:
+    """A copy of an operation that is not a layer, called nowhere yet."""
+    kind: Any = type(operation)
+    new = kind.__new__(kind)
+    for name, value in vars(operation).items():
+        new.__dict__[name] = [] if name.endswith("bound_nodes") else attribute(value)
+    return new
+
+
+def autocasts(variable: Any) -> bool:
+    """Whether a variable is read in the dtype of the layer that computes with it."""
+    return _inside(variable, "_autocast", "copy a variable")
+
+
 # --- compile and fit ---------------------------------------------------------------------------
 
 

@@ -43,7 +43,8 @@ class Call:
         sources: Where its inputs come from; None stands for an input of the model.
         consumers: The calls that take its output.
         is_output: Whether its output is one of the model's outputs.
-        shared: Whether the layer is called more than once in the model.
+        shared: Whether the layer is called more than once in the model, or is inside another layer
+            too.
     """
 
     path: str
@@ -152,6 +153,8 @@ def read_graph(model: Any) -> Graph:
         if source is not None:
             source.call.is_output = True
     times = Counter(call.operation for call in found)
+    layers = [one for one in times if isinstance(one, keras.Layer)]
+    times.update(inner for layer in layers for inner in layers_in(layer, itself=False))
     for call in found:
         call.shared = times[call.operation] > 1
     return Graph(model, tuple(found))
@@ -202,12 +205,8 @@ def _run(
 
 def _given(node: Any) -> dict[str, Any]:
     """The arguments of a call by their names, those that are None left out."""
-    args, kwargs = node.arguments.args, node.arguments.kwargs
-    bound = inspect.signature(node.operation.call).bind(*args, **kwargs)
-    named: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    names = inspect.signature(node.operation.call).parameters
+    named = dict(zip(names, node.arguments.args, strict=False)) | node.arguments.kwargs
     return {name: value for name, value in named.items() if value is not None}
 
 

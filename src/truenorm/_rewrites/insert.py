@@ -7,8 +7,8 @@ from typing import Any
 
 import keras
 
+from truenorm._model.edit import Piece, copy_of
 from truenorm._model.graph import Call, is_batch_normalization, nearby
-from truenorm._model.rebuild import Piece, copy_of
 from truenorm._model.sites import fused_activation, is_activation, is_linear
 
 

@@ -14,8 +14,9 @@ import keras
 import numpy as np
 
 from truenorm._errors import OptionError
+from truenorm._model.edit import Piece, copy_of
 from truenorm._model.graph import Call, is_batch_normalization, layer_paths, read_graph
-from truenorm._model.rebuild import Piece, copy_of, rebuild
+from truenorm._model.rebuild import rebuild
 from truenorm._model.sites import (
     Where,
     channel_axis,
@@ -316,7 +317,9 @@ def _none(call: Call) -> Result:
         return f"removed; {producer.label()} stays without bias: it is used elsewhere too", edit
     source = producer.operation
     bias = np.zeros(call.operation.moving_mean.shape, "float32")
-    edit[source] = [copy_of(source, [*source.variables, bias], use_bias=True)]
+    beta = call.operation.beta
+    frozen = ("bias",) if beta is not None and not beta.trainable else ()
+    edit[source] = [copy_of(source, [*source.variables, bias], use_bias=True, frozen=frozen)]
     return f"removed; {producer.label()} got a bias", edit
 
 

@@ -9,9 +9,10 @@ import keras
 
 from truenorm._errors import OptionError
 from truenorm._layer.batch_normalization import BatchNormalization
+from truenorm._model.edit import Piece, from_config
 from truenorm._model.graph import Call, read_graph
 from truenorm._model.probe import make_inputs
-from truenorm._model.rebuild import Piece, rebuild
+from truenorm._model.rebuild import rebuild
 from truenorm._model.sites import check_all, is_own_class
 from truenorm._records.rewrite import Change, Left, Rewrite
 from truenorm._rewrites.verify import verify
@@ -71,7 +72,7 @@ def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) 
         option = _only_ours(layer) if to == "keras" else None
         if option is not None:
             return Left(call.path, f"Keras's layer has nothing like its {option}")
-        edit[layer] = [Piece(target.from_config(layer.get_config()), layer)]
+        edit[layer] = [Piece(from_config(layer, target), layer)]
         return Change(call.path, f"now {to}'s BatchNormalization")
 
     changed, left = check_all(read_graph(model), check)

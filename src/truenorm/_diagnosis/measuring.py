@@ -119,7 +119,8 @@ class Runner(keras.Model):
             dtype = kernels.statistics_dtype(x.dtype)
             if not keras.backend.is_float_dtype(x.dtype):
                 x = ops.cast(x, dtype)
-            batch = kernels.normalize(x, axis=layer.axis, epsilon=layer.epsilon, mask=mask)
+            options = kernels.Options(layer.axis, layer.epsilon, mask)
+            batch = kernels.normalize(x, None, None, options)
             sites[layers[layer]].append((batch.count, batch.mean, batch.variance))
             choices = zip(
                 (batch.mean, batch.variance),

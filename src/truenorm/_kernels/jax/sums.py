@@ -8,21 +8,31 @@ made. Both sums are one reduction: XLA on a CPU would otherwise read the rows tw
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import numpy as np
+from jax import experimental
 from jax import numpy as jnp
 from jax.experimental import multihost_utils
+
+from truenorm._kernels.contract import Tensor, Vector
 
 GROUP = 32
 """Rows reduced at a time: XLA on a CPU vectorises a short middle axis, not a long first one."""
 
 
-def centred_sums(rows: Any, shift: Any) -> Any:
+def float64() -> AbstractContextManager[None]:
+    """Operations traced in here may be of float64."""
+    before: Any = experimental  # where the name was before JAX 0.8
+    return (jax if hasattr(jax, "enable_x64") else before).enable_x64(True)
+
+
+def centred_sums(rows: Tensor, shift: Vector) -> Tensor:
     """Shift, sum and sum of squares of ``rows - shift`` per column, float64, as one array."""
     whole = len(rows) // GROUP * GROUP
-    with jax.enable_x64(True):
+    with float64():
         shift = shift.astype("float64")
         rest = _both(rows[whole:] - shift, 0)
         grouped = (rows[:whole] - shift).reshape(-1, GROUP, rows.shape[1])
@@ -31,7 +41,7 @@ def centred_sums(rows: Any, shift: Any) -> Any:
         return jnp.stack([shift, first, second])
 
 
-def _both(deviations: Any, axis: int) -> Any:
+def _both(deviations: Tensor, axis: int) -> Any:
     zero = jnp.zeros((), "float64")
     return jax.lax.reduce(
         (deviations, deviations * deviations),
@@ -41,9 +51,9 @@ def _both(deviations: Any, axis: int) -> Any:
     )
 
 
-def joined(sums: Sequence[Any]) -> Any:
+def joined(sums: Sequence[Tensor]) -> Tensor:
     """All sites' sums side by side, so that one array goes to the host."""
-    with jax.enable_x64(True):
+    with float64():
         return jnp.concatenate(sums, axis=1)
 
 

@@ -40,7 +40,7 @@ from typing import Any
 
 import keras
 
-from truenorm._kernels.contract import statistics_dtype
+from truenorm._kernels.contract import Scalar, Tensor, statistics_dtype
 
 if keras.config.backend() == "jax":
     from truenorm._kernels.jax.sums import (
@@ -104,7 +104,7 @@ SHARE = 16
 """The shift is the mean of one value in so many."""
 
 
-def batch_sums(x: Any, *, axis: int, mask: Any = None) -> tuple[Any, Any]:
+def batch_sums(x: Tensor, *, axis: int, mask: Tensor | None = None) -> tuple[Scalar, Tensor]:
     """Count (an integer scalar) and, per channel, shift, S and Q: float64 of shape (3, channels).
 
     Args:

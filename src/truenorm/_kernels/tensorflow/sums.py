@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import tensorflow  # noqa: ICN001 - its types are wrong: it becomes Any
 
+from truenorm._kernels.contract import Tensor, Vector
+
 tf: Any = tensorflow
 GROUP = 32
 
@@ -20,7 +22,7 @@ MOST = 16
 
 
 @tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
-def centred_sums(rows: Any, shift: Any) -> Any:
+def centred_sums(rows: Tensor, shift: Vector) -> Tensor:
     """Shift, sum and sum of squares of ``rows - shift`` per column, float64, as one array."""
     return tf.cond(
         tf.shape(rows)[0] <= FEW,
@@ -29,14 +31,14 @@ def centred_sums(rows: Any, shift: Any) -> Any:
     )
 
 
-def _sums(rows: Any, shift: Any) -> Any:
+def _sums(rows: Tensor, shift: Vector) -> Tensor:
     deviations = rows - shift
     size = tf.shape(rows)
     whole = size[0] // GROUP * GROUP
     grouped = tf.reshape(deviations[:whole], (-1, GROUP, size[1]))
     rest = deviations[whole:]
 
-    def total(groups: Any, rest: Any) -> Any:
+    def total(groups: Tensor, rest: Tensor) -> Vector:
         sums = (tf.reduce_sum(groups, 1), tf.reduce_sum(rest, 0, keepdims=True))
         return tf.add_n([tf.reduce_sum(tf.cast(part, "float64"), 0) for part in sums])
 
@@ -44,7 +46,7 @@ def _sums(rows: Any, shift: Any) -> Any:
     return tf.stack([tf.cast(shift, "float64"), first, second])
 
 
-def joined(parts: Sequence[tuple[Any, Any]]) -> Any:
+def joined(parts: Sequence[tuple[Vector, Tensor]]) -> Tensor:
     """Counts and sums of all calls side by side, shape (4, channels of all calls)."""
     rows = [
         tf.concat([tf.cast(tf.broadcast_to(count, tf.shape(sums)[1:]), "float64")[None], sums], 0)

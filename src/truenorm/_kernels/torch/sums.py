@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import distributed
 
+from truenorm._kernels.contract import Tensor, Vector
+
 GROUP = 32
 BLOCK = 2**18
 """Values per step on a CPU: the deviations stay in the cache, which is half the time."""
@@ -16,7 +18,7 @@ FEW = 2048
 """Up to so many rows all is float64; of more, the rounding of float32 averages out."""
 
 
-def centred_sums(rows: Any, shift: Any) -> Any:
+def centred_sums(rows: Tensor, shift: Vector) -> Tensor:
     """Shift, sum and sum of squares of ``rows - shift`` per column, float64, as one array."""
     channels = max(rows.shape[1], 1)
     shift = shift.to(torch.float64) if len(rows) <= FEW else shift
@@ -34,13 +36,13 @@ def centred_sums(rows: Any, shift: Any) -> Any:
     return torch.stack([shift.to(torch.float64), first, second])
 
 
-def _total(values: Any) -> Any:
+def _total(values: Tensor) -> Vector:
     whole = len(values) // GROUP * GROUP
     groups = values[:whole].reshape(-1, GROUP, values.shape[1]).sum(1)
     return groups.sum(0, dtype=torch.float64) + values[whole:].sum(0, dtype=torch.float64)
 
 
-def joined(parts: Sequence[tuple[Any, Any]]) -> Any:
+def joined(parts: Sequence[tuple[Vector, Tensor]]) -> Tensor:
     """Counts and sums of all calls side by side, shape (4, channels of all calls)."""
     rows = [
         torch.cat([torch.as_tensor(count, device=sums.device).expand(sums.shape[1:])[None], sums])

@@ -36,7 +36,9 @@ for command in (inspect, diagnose, place, fold, replace, recalibrate):
 app.command()(demo)
 
 
-REFUSED = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+REFUSED: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
 """What Typer raises about arguments; it has no public name."""
 
 

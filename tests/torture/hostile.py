@@ -1,10 +1,10 @@
 """Every layer and operation of Keras with huge numbers: does the isolated process hold its limit?
 
 ``python tests/torture/hostile.py [EACH]`` makes, for every layer that can be made with simple
-arguments, a small model with it, enlarges each whole number of its configuration by itself to
-50,000, and loads and runs the files in processes with 2 GiB: one process until a file ends it, then
-the next. It prints how the files ended, and the most memory that a process took. ``EACH`` takes
-every so-manieth file only.
+arguments, a small model with it, enlarges each whole number of its configuration by itself to 500,
+50,000 and a billion, and loads and runs the files in processes with 2 GiB: one process until a file
+ends it, then the next. It prints how the files ended, and the most memory that a process took.
+``EACH`` takes every so-manieth file only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from truenorm.archive import _isolation  # noqa: E402
 from truenorm.archive._classes import CODE  # noqa: E402
 
 MEMORY = 2 * _isolation.GIB
-HUGE = 50_000
+HUGE = (500, 50_000, 10**9)
 SHAPES = ((8,), (8, 4), (8, 8, 3), (4, 4, 4, 2), (2, 4, 4, 4, 2))
 SIMPLE: dict[str, Any] = {
     "units": 3, "filters": 3, "kernel_size": 2, "pool_size": 2, "size": 2, "rate": 0.1,
@@ -68,7 +68,7 @@ def layers() -> Iterator[tuple[str, Any]]:
 def enlarged(value: Any) -> Iterator[Any]:
     """The configuration with one number enlarged, for each of its numbers."""
     if type(value) is int and value > 0:
-        yield HUGE
+        yield from HUGE
     elif isinstance(value, dict | list):
         for key in value if isinstance(value, dict) else range(len(value)):
             for inner in enlarged(value[key]):

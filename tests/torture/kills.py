@@ -57,7 +57,7 @@ def row(
     write()
     start = time.perf_counter()
     write()
-    longest = 2 * (time.perf_counter() - start) + 0.002
+    longest = 1.5 * (time.perf_counter() - start) + 0.002
     broken = lost = hit = 0
     most_left = 0
     for _ in range(kills):

@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 BACKENDS := jax tensorflow torch
 JOBS ?= 2
 
-.PHONY: demo test long random nightly fuzz lint bench clean
+.PHONY: demo test long random nightly fuzz sbom torture lint bench clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/truenorm demo --force
@@ -41,6 +41,16 @@ long: $(VENV)/test.stamp
 		KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) \
 			--dist loadgroup -m long || exit 1; \
 	done
+
+# The components that are installed, with their licences, as sbom.json (CycloneDX).
+sbom: $(VENV)/test.stamp
+	$(BIN)/python tools/sbom.py sbom.json
+
+# 1,000 kills of each writer, 20,000 damaged files, every class of Keras with huge numbers.
+torture: $(VENV)/test.stamp
+	KERAS_BACKEND=torch OMP_NUM_THREADS=1 nice $(BIN)/python tests/torture/kills.py
+	KERAS_BACKEND=torch nice $(BIN)/python -m pytest --hypothesis-profile fuzz tests/fuzz
+	KERAS_BACKEND=torch OMP_NUM_THREADS=1 nice $(BIN)/python tests/torture/hostile.py
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check

@@ -19,7 +19,7 @@ from keras.src.backend.common import global_state
 
 import truenorm as tn
 from truenorm import archive
-from truenorm.archive._classes import Classes
+from truenorm.archive._classes import CODE, Classes
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,24 @@ def a_loader(config: Any) -> None:
         "registered_name": "function"}  # fmt: skip
 
 
+def safety_off(config: Any) -> None:
+    layer_named(config, "head")["config"]["activation"] = {
+        "module": "keras.config", "class_name": "function",
+        "config": "enable_unsafe_deserialization", "registered_name": "function"}  # fmt: skip
+
+
+def a_secret_as_vocabulary(config: Any) -> None:
+    config["config"]["layers"].insert(
+        1,
+        {"module": "keras.layers", "class_name": "StringLookup", "registered_name": None,
+         "config": {"name": "lookup", "vocabulary": "/etc/passwd", "oov_token": "[UNK]"}},
+    )  # fmt: skip
+
+
+def a_name_that_climbs(config: Any) -> None:
+    layer_named(config, "relu")["config"]["name"] = "../../climbed"
+
+
 def a_download_in_disguise(config: Any) -> None:
     a_download(config)
     activation = layer_named(config, "head")["config"]["activation"]
@@ -99,6 +117,9 @@ def one_layer(config: Any) -> None:
         (hidden_lambda, "Received: __lambda__."),
         (unknown, "evil.keras: relu'). Expected: a class of Keras or truenorm, or of a module "
                   "that you name. Received: os>system of os."),
+        (safety_off, "Received: function of keras.config."),
+        (a_secret_as_vocabulary, "Keras cannot load this file"),
+        (a_name_that_climbs, "Keras cannot load this file"),
         (a_loader, "Received: function of keras.models."),
         (a_download, "Received: get_file of keras.utils."),
         (a_download_in_disguise, "Received: truenorm>BatchNormalization of keras.utils."),
@@ -116,6 +137,14 @@ def test_a_configuration_made_to_do_harm_is_refused(
         archive.load(path)
     assert message in str(refused.value)
     assert keras.Variable(np.zeros(3, "f4")).shape == (3,)  # the counting has ended
+
+
+@pytest.mark.parametrize("kind", sorted(CODE))
+def test_what_holds_code_is_refused_whatever_its_module(kind: str) -> None:
+    for module in (None, "keras.layers", "builtins"):
+        entry = {"class_name": kind, "config": {"name": "evil"}, "module": module}
+        with pytest.raises(tn.ArchiveError, match="The file holds code, which is not run"):
+            Classes("f.keras", {"keras", "truenorm"}).check([{"inner": entry}], "")
 
 
 def test_the_layers_of_kerass_applications_are_allowed_and_their_functions_not() -> None:

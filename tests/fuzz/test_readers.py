@@ -80,6 +80,19 @@ def _keras(variables: bytes | None = None, config: bytes | None = None) -> bytes
 
 
 @cache
+def _old() -> bytes:
+    file = io.BytesIO()
+    with h5py.File(file, "w") as old:
+        old.attrs["model_config"] = json.dumps(CONFIG)
+        group = old.create_group("model_weights/bn")
+        names = [f"bn/{name}:0" for name in ("gamma", "beta", "moving_mean", "moving_variance")]
+        group.attrs["weight_names"] = [name.encode() for name in names]
+        for name in names:
+            group[name] = np.arange(3, dtype="f4") + 1
+    return file.getvalue()
+
+
+@cache
 def _folder() -> str:
     return tempfile.mkdtemp(prefix="truenorm-fuzz-")
 
@@ -91,6 +104,7 @@ SEEDS: dict[str, tuple[Callable[[], bytes], Callable[[Path], Any]]] = {
     "data.csv": (lambda: b'a,"b"\n1,2.5\n-3e2, 4\n', read_data),
     "population.npz": (_population, tn.Population.load),
     "model.keras": (_keras, archive.read),
+    "model.h5": (_old, archive.read),
 }
 
 

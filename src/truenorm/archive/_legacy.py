@@ -118,7 +118,7 @@ def _weight_names(group: h5py.Group) -> list[str]:
     names = ["weight_names"] if "weight_names" in group.attrs else []
     while f"weight_names{len(names)}" in group.attrs:
         names.append(f"weight_names{len(names)}")
-    stored = [one for name in names for one in np.atleast_1d(cast(Any, group.attrs[name]))]
+    stored = [one for name in names for one in np.ravel(cast(Any, group.attrs[name]))]
     return [one.decode() if isinstance(one, bytes) else str(one) for one in stored]
 
 

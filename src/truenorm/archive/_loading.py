@@ -158,7 +158,9 @@ def _loaded(
     Classes(shown, _imported(imports)).check(config, str(config.get("class_name")))
     with asked.counted():
         try:
-            model = keras.saving.load_model(path, {OURS: BatchNormalization}, compile=False)
+            model = keras.saving.load_model(
+                path, {OURS: BatchNormalization}, compile=False, safe_mode=True
+            )
         except Exception as error:
             asked.check(shown)
             if is_out_of_memory(error):

@@ -31,6 +31,13 @@ def _compiled_for(model: Any) -> Any:
     )
 
 
+def variables_of(model: Any) -> list[Any]:
+    """The variables of a model, its metrics and its optimizer."""
+    optimizer = getattr(model, "optimizer", None)
+    of_metrics = [variable for metric in model.metrics for variable in metric.variables]
+    return [*model.variables, *of_metrics, *getattr(optimizer, "variables", ())]
+
+
 @contextmanager
 def uncompiled(model: Any) -> Generator[None]:
     """The model, and each model in it, runs uncompiled; its compiled functions are kept.

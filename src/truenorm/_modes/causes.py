@@ -13,7 +13,8 @@ from truenorm._keras_internals import layers_in
 from truenorm._model.graph import calls, graph_of
 from truenorm._model.sites import Spot, policy_of
 from truenorm._model.trainer import changed_after_compile
-from truenorm._records.inspection import Surprise
+from truenorm._modes.evidence import has_own_call
+from truenorm._records.inspection import ENTRY_POINTS, Surprise
 from truenorm._records.observation import Mode
 
 INFERENCE = ("evaluate", "predict", "model(x)")
@@ -43,9 +44,12 @@ def surprises(
     """The causes, site by site; ``model`` is the user's, whose sites were watched in ``modes``."""
     found: list[Surprise] = []
     for index, spot in enumerate(places):
-        did = {entry: of_sites[index] for entry, of_sites in modes.items()}
+        did = dict.fromkeys(ENTRY_POINTS, Mode((), updated=False, learned=False))
+        did |= {entry: of_sites[index] for entry, of_sites in modes.items()}
         case = _Case(model, spot, did, _parents(model, spot.layer))
-        for code, explanation in (*_learning(case), *_written(case), *_inference(case)):
+        own = [*_own_call(case)]
+        others = [] if own else [*_written(case), *_inference(case)]
+        for code, explanation in (*_learning(case), *own, *others):
             found.append(Surprise(spot.path, code, explanation))
     return tuple(found)
 
@@ -70,7 +74,8 @@ def _learning(case: _Case) -> Iterator[tuple[str, str]]:
             f"'{parent.name}', which it is in, is frozen (trainable=False), and with it all inside",
         )
     elif policy == "all":
-        yield "frozen", "it is frozen (trainable=False): so it also runs in inference mode"
+        so = "" if fit.statistics == "batch" else ": so it also runs in inference mode"
+        yield "frozen", f"it is frozen (trainable=False){so}"
     elif parent is not None:
         yield (
             "parent_frozen_child_updates",
@@ -91,6 +96,33 @@ def _learning(case: _Case) -> Iterator[tuple[str, str]]:
         )
     elif fit.statistics == "batch" and not fit.learned and layer.trainable_variables:
         yield "no_gradient", "gamma and beta did not change in fit: no gradient reached them"
+
+
+def _own_call(case: _Case) -> Iterator[tuple[str, str]]:
+    """Where a custom subclass decides by itself what normalises."""
+    if not has_own_call(case.spot.layer):
+        return
+    entries: dict[str, list[str]] = {}
+    for entry, mode in case.modes.items():
+        for one in mode.calls:
+            trains = one.training is True and one.policy in ("none", "affine")
+            asked = "batch" if trains else "moving"
+            if one.training != "a tensor" and one.statistics not in ("unknown", asked):
+                entries.setdefault(one.statistics, []).append(entry)
+    if entries:
+        uses = "; ".join(f"{_USED[s]} in {', '.join(dict.fromkeys(e))}" for s, e in entries.items())
+        yield (
+            "own_call",
+            f"its class {type(case.spot.layer).__name__} has a call() of its own, which normalises "
+            f"with {uses}, whatever training= and trainable ask for",
+        )
+
+
+_USED = {
+    "batch": "the batch's own statistics",
+    "moving": "the moving statistics",
+    "neither": "something else than the batch's own or the moving statistics",
+}
 
 
 def _written(case: _Case) -> Iterator[tuple[str, str]]:

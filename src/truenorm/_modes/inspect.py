@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
@@ -10,19 +11,23 @@ from typing import Any
 import keras
 import numpy as np
 
-from truenorm._errors import DataError, ModelError
+from truenorm._errors import DataError, ModelError, TruenormError
 from truenorm._keras_internals import STEPS, compile_arguments, layers_in
 from truenorm._model.data import check
 from truenorm._model.graph import graph_of
 from truenorm._model.probe import make_inputs
 from truenorm._model.rebuild import rebuild
 from truenorm._model.sites import describe_spot, spots
-from truenorm._model.snapshot import remember, same_randomness
+from truenorm._model.snapshot import lasting, remember, same_randomness
+from truenorm._model.trainer import variables_of
 from truenorm._model.values import numbers
 from truenorm._modes.causes import surprises
 from truenorm._modes.observe import watched
-from truenorm._records.inspection import Inspection
+from truenorm._records.inspection import ENTRY_POINTS, Inspection
 from truenorm._records.observation import Mode
+
+_RUNS_EAGERLY = keras.config.backend() == "tensorflow"
+"""A graph would show what is traced, both branches of a conditional for one, not what runs."""
 
 
 def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
@@ -70,9 +75,9 @@ def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
     inputs = make_inputs(model) if x is None else x
     check(model, inputs)
     with same_randomness(), _disposable(model) as copy:
-        modes = _run_all(copy, inputs, y)
+        modes, not_run = _run_all(copy, inputs, y)
     sites = tuple(map(describe_spot, places))
-    return Inspection(model.name, sites, modes, surprises(model, places, modes))
+    return Inspection(model.name, sites, modes, surprises(model, places, modes), not_run)
 
 
 @contextmanager
@@ -85,8 +90,7 @@ def _disposable(model: Any) -> Generator[Any]:
     if copy is not None:
         yield copy
         return
-    metrics = [variable for metric in model.metrics for variable in metric.variables]
-    restore = remember(layers_in(model), [*model.variables, *metrics])
+    restore = remember(layers_in(model), variables_of(model))
     try:
         # JAX would find the model's own programs again, which were traced without a look inside.
         model.__dict__.update({step: partial(getattr(model, step)) for step in STEPS.values()})
@@ -95,27 +99,51 @@ def _disposable(model: Any) -> Generator[Any]:
         restore()
 
 
-def _run_all(model: Any, inputs: Any, y: Any) -> dict[str, tuple[Mode, ...]]:
-    """The modes of every site in each entry point."""
+def _run_all(model: Any, inputs: Any, y: Any) -> tuple[dict[str, tuple[Mode, ...]], dict[str, str]]:
+    """The modes of every site in each entry point; and why an entry point could not be run."""
     places = spots(model)
     targets = _compile(model, inputs, y)
-    saved = [(v, numbers(v)) for v in model.variables]
     size = len(keras.tree.flatten(inputs)[0])
-    runs: dict[str, Callable[[], Any]] = {
-        "fit": lambda: model.fit(inputs, targets, batch_size=size, shuffle=False, verbose=0),
-        "evaluate": lambda: model.evaluate(inputs, targets, batch_size=size, verbose=0),
-        "predict": lambda: model.predict(inputs, batch_size=size, verbose=0),
-        "model(x)": lambda: model(inputs),
-        "model(x, training=True)": lambda: model(inputs, training=True),
-    }
+    runs: tuple[Callable[[], Any], ...] = (
+        lambda: model.fit(inputs, targets, batch_size=size, shuffle=False, verbose=0),
+        lambda: model.evaluate(inputs, targets, batch_size=size, verbose=0),
+        lambda: model.predict(inputs, batch_size=size, verbose=0),
+        lambda: model(inputs),
+        lambda: model(inputs, training=True),
+    )
     modes: dict[str, tuple[Mode, ...]] = {}
-    for entry, run in runs.items():
-        with watched(model, places) as result:
-            run()
-            modes[entry] = result()
+    not_run: dict[str, str] = {}
+    saved = [(v, numbers(v)) for v in model.variables]
+    for entry, run in zip(ENTRY_POINTS, runs, strict=True):
+        try:
+            with watched(model, places) as watch, lasting(variables_of(model)):
+                run()
+            modes[entry] = watch.modes()
+        except Exception as error:  # a step, a loss or a call of the user's own may do anything
+            not_run[entry] = _reason(error)
         for variable, value in saved:
             variable.assign(value)
-    return modes
+    if not modes:
+        raise ModelError(
+            "The model could not be run in any way",
+            where=model.name,
+            received="; ".join(f"{entry}: {why}" for entry, why in not_run.items()),
+            remedy="give inspect data that it is trained with: inspect(model, x, y)",
+        )
+    return modes, not_run
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, on one line, without what Keras and TensorFlow put around it."""
+    if isinstance(error, TruenormError):
+        return str(error)
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).split("Arguments received by")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
+    if lines[0].startswith("Exception encountered when calling"):
+        lines = lines[1:] or lines
+    said = lines[-1 if lines[0].startswith("in user code:") else 0]
+    name = type(error).__name__
+    return said if said.startswith(f"{name}: ") else f"{name}: {said}"
 
 
 def _compile(model: Any, inputs: Any, y: Any) -> Any:
@@ -137,6 +165,7 @@ def _compile(model: Any, inputs: Any, y: Any) -> Any:
     else:
         targets, losses = y, arguments["loss"]
     # No loss scaling: under mixed_float16 it would skip the one step that is looked at.
-    keras.Model.compile(model, keras.optimizers.SGD(1e-2), losses, auto_scale_loss=False)
+    optimizer = keras.optimizers.SGD(1e-2)
+    keras.Model.compile(model, optimizer, losses, auto_scale_loss=False, run_eagerly=_RUNS_EAGERLY)
     model.optimizer.build(model.trainable_variables)
     return targets

@@ -12,6 +12,7 @@ import numpy as np
 
 from truenorm._checks import check_integer
 from truenorm._errors import DataError
+from truenorm._model.graph import input_specification
 
 
 def input_batches(model: Any, data: Any, batch_size: int) -> Iterator[Any]:
@@ -86,8 +87,7 @@ def labelled_batches(
         )
     for batch in cast(Iterable[Any], data):
         inputs, labels = _parts(model, batch)
-        check(model, inputs)
-        inputs = _arranged(model, inputs)
+        inputs = check(model, inputs)
         yield keras.tree.map_structure(_native, inputs), keras.tree.map_structure(_native, labels)
 
 
@@ -96,17 +96,36 @@ def comes_in_batches(model: Any, data: Any) -> bool:
     return _arrays(model, data) is None
 
 
-def check(model: Any, inputs: Any) -> None:
-    """Refuse inputs that the model cannot take, before anything runs."""
-    expected, received = _shapes(_inputs(model)), _shapes(_arranged(model, inputs))
+def check(model: Any, inputs: Any) -> Any:
+    """Refuse inputs that the model cannot take, before anything runs; what it takes of them."""
+    inputs, expected = _arranged(model, inputs), _inputs(model)
+    leaves = keras.tree.flatten(inputs)
+    if not leaves or not all(hasattr(leaf, "shape") for leaf in leaves):
+        raise DataError(
+            "The data is not made of arrays",
+            where="data",
+            expected="NumPy arrays or tensors",
+            received=", ".join(dict.fromkeys(type(leaf).__name__ for leaf in leaves)) or "nothing",
+            remedy="make an array of a list: numpy.asarray(data)",
+        )
+    by_name = expected and isinstance(input_specification(model), Mapping)
+    if expected and isinstance(inputs, Mapping) and not by_name:
+        raise DataError(
+            "The data lacks an input of the model",
+            where="data",
+            expected=f"the names {[tensor.name for tensor in expected]}",
+            received=f"{[*cast(Mapping[str, Any], inputs)]}",
+            remedy="name the columns as the model names its inputs",
+        )
     if not _takes(model, inputs):
         raise DataError(
             "The data does not fit the model's inputs",
             where="data",
-            expected=f"shapes {expected}",
-            received=f"{received}",
+            expected=f"shapes {_shapes(expected)}",
+            received=f"{_shapes(inputs)}",
             remedy="give batches of the model's own input shape, optionally with labels: (x, y)",
         )
+    return inputs
 
 
 def _parts(model: Any, data: Any) -> tuple[Any, Any]:
@@ -121,22 +140,26 @@ def _parts(model: Any, data: Any) -> tuple[Any, Any]:
 def _arrays(model: Any, data: Any) -> Any:
     """The inputs' arrays of all samples; None if the data is batches, as most lists are."""
     inputs = _parts(model, data)[0] if isinstance(data, tuple) else data
-    several = len(_inputs(model)) > 1 and _takes(model, inputs)
+    several = _number_of_inputs(model) > 1 and _takes(model, inputs)
     if inputs is data and isinstance(data, list | tuple) and not several:
         return None
-    leaves = keras.tree.flatten(inputs)
-    needed = ("shape", "dtype", "__getitem__")
-    is_arrays = bool(leaves) and all(hasattr(leaf, name) for leaf in leaves for name in needed)
-    return inputs if is_arrays else None
+    leaves = keras.tree.flatten(_arranged(model, inputs))
+    return inputs if leaves and all(map(_is_array, leaves)) else None
+
+
+def _is_array(leaf: Any) -> bool:
+    """Whether this has rows that can be taken out, as pandas's frames have, which have no dtype."""
+    has_numbers = hasattr(leaf, "dtype") or hasattr(leaf, "__array__")
+    return has_numbers and hasattr(leaf, "shape") and hasattr(leaf, "__getitem__")
 
 
 def _slices(
     model: Any, inputs: Any, labels: Any, batch_size: int, shuffle: bool
 ) -> Iterator[tuple[Any, Any]]:
-    check(model, inputs)
+    inputs = check(model, inputs)
     if isinstance(labels, list) and not any(hasattr(a, "shape") for a in cast(list[Any], labels)):
         labels = np.asarray(labels)
-    arrays: Any = (_arranged(model, inputs), labels)[: 1 if labels is None else 2]
+    arrays: Any = (inputs, labels)[: 1 if labels is None else 2]
     lengths = {len(array) for array in keras.tree.flatten(arrays)}
     if len(lengths) != 1:
         raise DataError(
@@ -171,23 +194,47 @@ def _inputs(model: Any) -> list[Any]:
     return list(getattr(model, "inputs", None) or ())
 
 
+def _number_of_inputs(model: Any) -> int:
+    """How many arrays a list of inputs has: of a subclassed model, when it was built."""
+    if _inputs(model) or not model.built:
+        return len(_inputs(model))
+    shape: Any = (model.get_build_config() or {}).get("input_shape")
+    several = isinstance(shape, list | tuple) and all(
+        isinstance(one, list | tuple) for one in cast(Any, shape)
+    )
+    return len(shape) if several else 1
+
+
 def _arranged(model: Any, inputs: Any) -> Any:
-    """Inputs given by name, in the order of a model whose inputs are a list (as Keras does it)."""
+    """Inputs given by name as the model's inputs are, other columns left out, as Keras does it."""
     expected = _inputs(model)
-    if isinstance(inputs, Mapping) and len(expected) > 1 and not isinstance(model.input, Mapping):
-        named = cast(Mapping[str, Any], inputs)
-        if all(tensor.name in named for tensor in expected):
-            return [named[tensor.name] for tensor in expected]
-    return inputs
+    if not expected or not isinstance(inputs, Mapping):
+        return inputs
+    named, structure = cast(Mapping[str, Any], inputs), input_specification(model)
+    if isinstance(structure, Mapping):
+        keys = cast(Mapping[str, Any], structure)
+        return {key: named[key] for key in keys} if all(key in named for key in keys) else inputs
+    if not all(tensor.name in named for tensor in expected):
+        return inputs
+    arranged = [named[tensor.name] for tensor in expected]
+    return arranged if len(arranged) > 1 else arranged[0]
 
 
 def _takes(model: Any, inputs: Any) -> bool:
     """Whether shapes fit in everything but the number of samples."""
     expected, received = _shapes(_inputs(model)), _shapes(_arranged(model, inputs))
-    return not expected or (len(expected) == len(received) and all(map(_fits, expected, received)))
+    if expected:
+        return len(expected) == len(received) and all(map(_fits, expected, received))
+    number = _number_of_inputs(model)
+    return number < 2 or (isinstance(inputs, list | tuple) and len(cast(Any, inputs)) == number)
 
 
 def _fits(expected: tuple[int | None, ...], received: tuple[int, ...]) -> bool:
+    """Whether one shape is the other; Keras adds a last axis of length one, or takes it away."""
+    if len(received) == len(expected) + 1 and received[-1] == 1:
+        received = received[:-1]
+    elif len(received) == len(expected) - 1 and expected[-1] == 1:
+        expected = expected[:-1]
     return len(expected) == len(received) and all(
         e in (None, r) for e, r in zip(expected[1:], received[1:], strict=True)
     )

@@ -20,10 +20,10 @@ from truenorm._keras_internals import functional_class, functional_twin, layers_
 
 
 class Source(NamedTuple):
-    """Where a tensor comes from: one output of one call."""
+    """Where a tensor comes from: an output of a call, or an input of the model, and which one."""
 
-    call: Call
-    output: int
+    call: Call | None
+    number: int
 
 
 @dataclass(eq=False)
@@ -40,7 +40,7 @@ class Call:
             into the graph, and that value; None if there is none.
         extras: Names of the arguments written there besides the first and ``training``: ``mask``
             for one.
-        sources: Where its inputs come from; None stands for an input of the model.
+        sources: Where its inputs come from.
         consumers: The calls that take its output.
         is_output: Whether its output is one of the model's outputs.
         shared: Whether the layer is called more than once in the model, or is inside another layer
@@ -53,7 +53,7 @@ class Call:
     training: bool | None
     inherited: tuple[str, bool] | None
     extras: tuple[str, ...]
-    sources: tuple[Source | None, ...] = field(repr=False)
+    sources: tuple[Source, ...] = field(repr=False)
     consumers: list[Call] = field(default_factory=list["Call"], repr=False)
     is_output: bool = False
     shared: bool = False
@@ -61,7 +61,7 @@ class Call:
     @property
     def producers(self) -> tuple[Call | None, ...]:
         """The calls that make its inputs; None stands for an input of the model."""
-        return tuple(None if source is None else source.call for source in self.sources)
+        return tuple(source.call for source in self.sources)
 
     @property
     def input_shapes(self) -> tuple[tuple[int | None, ...], ...]:
@@ -144,13 +144,18 @@ def require_graph(model: Any) -> None:
     )
 
 
+def input_specification(model: Any) -> Any:
+    """The symbolic inputs of such a model, in the structure that its call takes."""
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+
+
 def read_graph(model: Any) -> Graph:
     """Read the calls of a functional or built Sequential model."""
     require_graph(model)
     found: list[Call] = []
-    inputs: list[Source | None] = [None] * len(model.inputs)
+    inputs = [Source(None, number) for number in range(len(model.inputs))]
     for source in _run(graph_of(model), inputs, "", None, found, Counter()):
-        if source is not None:
+        if source.call is not None:
             source.call.is_output = True
     times = Counter(call.operation for call in found)
     layers = [one for one in times if isinstance(one, keras.Layer)]
@@ -167,16 +172,14 @@ def calls(model: Any) -> list[Call]:
 
 def _run(
     graph: Any,
-    inputs: Sequence[Source | None],
+    inputs: Sequence[Source],
     prefix: str,
     inherited: tuple[str, bool] | None,
     found: list[Call],
     times: Counter[str],
-) -> list[Source | None]:
+) -> list[Source]:
     """Add the calls of one model to those found; where its outputs come from."""
-    source_of: dict[int, Source | None] = {
-        id(tensor): source for tensor, source in zip(graph.inputs, inputs, strict=True)
-    }
+    source_of = {id(tensor): source for tensor, source in zip(graph.inputs, inputs, strict=True)}
     for node in nodes(graph):
         operation = node.operation
         if any(id(t) not in source_of for t in node.input_tensors):
@@ -195,10 +198,10 @@ def _run(
                 path = f"{path}#{times[path]}"
             extras = tuple(given)[1:]
             call = Call(path, operation, node, training, inherited, extras, tuple(sources))
-            for producer in dict.fromkeys(source.call for source in sources if source):
+            for producer in dict.fromkeys(source.call for source in sources if source.call):
                 producer.consumers.append(call)
             found.append(call)
-            made = [Source(call, output) for output in range(len(node.outputs))]
+            made = [Source(call, number) for number in range(len(node.outputs))]
         source_of.update({id(t): s for t, s in zip(node.outputs, made, strict=True)})
     return [source_of[id(t)] for t in graph.outputs]
 

@@ -72,8 +72,7 @@ def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
             where=model.name,
             remedy="give inspect a batch: inspect(model, x)",
         )
-    inputs = make_inputs(model) if x is None else x
-    check(model, inputs)
+    inputs = check(model, make_inputs(model) if x is None else x)
     with same_randomness(), _disposable(model) as copy:
         modes, not_run = _run_all(copy, inputs, y)
     sites = tuple(map(describe_spot, places))

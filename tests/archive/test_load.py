@@ -118,8 +118,8 @@ def one_layer(config: Any) -> None:
         (unknown, "evil.keras: relu'). Expected: a class of Keras or truenorm, or of a module "
                   "that you name. Received: os>system of os."),
         (safety_off, "Received: function of keras.config."),
-        (a_secret_as_vocabulary, "Keras cannot load this file"),
-        (a_name_that_climbs, "Keras cannot load this file"),
+        (a_secret_as_vocabulary, "Requested the loading of a vocabulary file outside of the model"),
+        (a_name_that_climbs, "cannot contain character `/`"),
         (a_loader, "Received: function of keras.models."),
         (a_download, "Received: get_file of keras.utils."),
         (a_download_in_disguise, "Received: truenorm>BatchNormalization of keras.utils."),

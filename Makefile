@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BACKENDS := jax tensorflow torch
+NATIVE := src/truenorm/_kernels/native
 JOBS ?= 2
 
-.PHONY: demo test long random nightly fuzz sbom torture lint bench clean
+.PHONY: demo test long random nightly fuzz sbom torture lint sanitize bench clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/truenorm demo --force
@@ -57,26 +58,54 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)/*.[ch] tests/kernels/*.c
+
+# The compiled passes on NumPy arrays under gcc's sanitizers: the first two at each level of the
+# processor. Python is built without sanitizers, so their runtime is loaded before it.
+SANITIZERS := address thread
+sanitize: $(addprefix sanitize-,$(SANITIZERS))
+
+.PHONY: $(addprefix sanitize-,$(SANITIZERS))
+sanitize-address: OPTION := address,undefined
+sanitize-address: RUNTIME := libasan.so
+sanitize-address: LEVELS := v1 v3
+sanitize-address: TESTS := -k "not any_processor" tests/kernels/test_library.py tests/kernels/test_library_xla.py
+sanitize-thread: OPTION := thread
+sanitize-thread: RUNTIME := libtsan.so
+sanitize-thread: LEVELS := v3
+sanitize-thread: TESTS := -k "threads or callers" tests/kernels/test_library.py
+$(addprefix sanitize-,$(SANITIZERS)): sanitize-%: $(VENV)/test.stamp
+	CC=gcc TRUENORM_STRICT=1 TRUENORM_SANITIZE=$(OPTION) \
+		$(INSTALL) --no-deps --upgrade --target build/$* .
+	rm -rf build/lib.* build/temp.* # a wheel must not take its library from there
+	for level in $(LEVELS); do \
+		LD_PRELOAD="$$(gcc -print-file-name=$(RUNTIME)) $$(gcc -print-file-name=libstdc++.so.6)" \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+		TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 PYTHONMALLOC=malloc OMP_NUM_THREADS=1 \
+		TRUENORM_LEVEL=$$level KERAS_BACKEND=numpy PYTHONPATH=build/$* $(BIN)/python -m pytest \
+			--capture no --noconftest $(TESTS) || exit 1; \
+	done
 
 bench: $(VENV)/test.stamp
 	for backend in $(BACKENDS); do for what in layer model fold collecting; do \
 	  KERAS_BACKEND=$$backend $(BIN)/python benchmarks/$$what.py || exit; done; done
 
 clean:
-	rm -rf $(VENV) truenorm-demo build src/truenorm/_kernels/native/*.so src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) truenorm-demo build $(NATIVE)/*.so src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/demo.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard src/truenorm/_kernels/native/*.[ch])
+$(VENV)/demo.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard $(NATIVE)/*.[ch])
 	$(INSTALL) -e ".[jax,demo]"
 	touch $@
 
-$(VENV)/test.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard src/truenorm/_kernels/native/*.[ch])
+$(VENV)/test.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard $(NATIVE)/*.[ch])
 	$(INSTALL) -e ".[test]"
 	touch $@
 
-# The type checker reads the packages that the code uses, so it needs them too.
+# The type checker reads the packages that the code uses, so it needs them too. Here a warning of the C
+# compiler is an error; where users build, it is not.
 $(VENV)/lint.stamp: $(VENV)/test.stamp
-	$(INSTALL) -e ".[test,lint]"
+	TRUENORM_STRICT=1 $(INSTALL) -e ".[test,lint]"
 	touch $@

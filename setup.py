@@ -5,8 +5,7 @@ The compiler is the machine's own (``CC``, cc, gcc or clang) or, where none of t
 of Zig, which is a package. Without the library truenorm works by the frameworks' operations.
 
 ``TRUENORM_NATIVE=0`` leaves it out. For developers: with ``TRUENORM_STRICT=1`` a warning is an
-error, and so is a failed build; ``TRUENORM_SANITIZE`` names sanitizers, as in the compiler's own
-option.
+error, and so is a failed build; ``TRUENORM_SANITIZE`` names sanitizers of the compiler.
 """
 
 import functools

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -282,16 +284,64 @@ def test_a_mask(shape: tuple[int, ...], kept: str, dtype: str, relu: bool) -> No
     assert error(have.d_beta, want.beta) < 32 * wide
 
 
+@pytest.mark.parametrize("name", ["tn_forward", "tn_backward", "tn_infer"])
+@pytest.mark.parametrize("dtype", [-1, 4, 2**31 - 1])
+def test_an_unknown_dtype_is_an_error_and_nothing_is_written(name: str, dtype: int) -> None:
+    x, rows = np.ones((6, 2), np.float32), np.zeros((8, 2), np.float32)
+    call = library.Call(6, 2, 1, dtype, x=address(x), dy=address(x), y=address(rows))
+    places = ("mean", "variance", "low", "rstd", "dgamma", "dbeta")
+    call = call._replace(**dict(zip(places, map(address, rows), strict=False)))
+    message = f"the compiled passes of BatchNormalization have no dtype {dtype}"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        library.run(name, call)
+    assert not rows.any()
+
+
+@pytest.mark.parametrize("name", ["tn_forward", "tn_backward", "tn_infer"])
+def test_more_channels_than_memory_is_an_error(name: str) -> None:
+    with pytest.raises(MemoryError, match=r"^no memory for the sums of BatchNormalization$"):
+        library.run(name, library.Call(outer=1, channels=1 << 45, inner=1, dtype=0))
+
+
+def test_without_threads_to_call_one_does_all() -> None:
+    drawn = draw((8003, 37, 1), "float32")
+    with mock.patch.object(library, "own_threads", return_value=0):
+        alone = step(*drawn, threads=8)
+    assert alone.d_x.tobytes() == step(*drawn, threads=8).d_x.tobytes()
+
+
+def run_apart(program: str, **environment: str) -> str:
+    """What a program prints that has the names of this module."""
+    names = "import sys; sys.path[:0] = ['tests', 'tests/kernels']; from test_library import *\n"
+    line = [sys.executable, "-W", "ignore", "-c", names + program]
+    environment = {**os.environ, **environment}
+    found = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300)
+    assert found.returncode == 0, found.stderr
+    return found.stdout.split()[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the processor")
+def test_the_code_for_any_processor_gives_the_oracles_numbers() -> None:
+    program = (
+        "for shape in SHAPES:\n"
+        "    for dtype in TYPES:\n"
+        "        for relu in (False, True):\n"
+        "            test_a_step_is_the_oracles(shape, dtype, relu)\n"
+        "print(step(*draw((300, 600, 1), 'float32')).d_x.tobytes().hex())\n"
+    )
+    plain = run_apart(program, TRUENORM_LEVEL="v1")
+    has_more = {"avx2", "fma", "f16c"} <= set(Path("/proc/cpuinfo").read_text().split())
+    uses_more = has_more and os.environ.get("TRUENORM_LEVEL") != "v1"
+    here = step(*draw((300, 600, 1), "float32")).d_x.tobytes().hex()
+    assert (plain != here) == uses_more
+
+
 def test_a_forked_child_has_threads_of_its_own() -> None:
     program = (
-        "import os, numpy as np, sys; sys.path[:0] = ['tests', 'tests/kernels']\n"
-        "from test_library import draw, step\n"
         "drawn = draw((8003, 37, 1), 'float32'); before = step(*drawn).y.tobytes()\n"
         "child = os.fork()\n"
         "if child == 0:\n"
         "    os._exit(0 if step(*drawn).y.tobytes() == before else 1)\n"
-        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
     )
-    line = [sys.executable, "-W", "ignore", "-c", program]
-    found = subprocess.run(line, capture_output=True, text=True, env=dict(os.environ), timeout=100)
-    assert found.returncode == 0, found.stderr
+    assert run_apart(program) == "0"

@@ -36,31 +36,33 @@ static int dtype_of(int xla)
     }
 }
 
-/* Whether XLA's own structs are of a version whose layout is that of xla.h. */
-static int is_known(const xla_call_frame *frame)
+/* Whether XLA is of a version whose structs are those of xla.h. */
+static int is_known(const xla_api *api)
 {
-    return frame->struct_size >= XLA_SIZE(xla_call_frame, rets) && frame->api &&
-           frame->api->struct_size >= XLA_SIZE(xla_api, XLA_FFI_Error_Create) &&
-           frame->api->api_version.struct_size >= XLA_SIZE(xla_version, minor_version) &&
-           frame->api->api_version.major_version == XLA_MAJOR &&
-           frame->api->api_version.minor_version >= XLA_OLDEST_MINOR;
+    return api->struct_size >= XLA_SIZE(xla_api, XLA_FFI_Error_Create) &&
+           api->api_version.struct_size >= XLA_SIZE(xla_version, minor_version) &&
+           api->api_version.major_version == XLA_MAJOR &&
+           api->api_version.minor_version >= XLA_OLDEST_MINOR;
 }
 
-/* Tells XLA, when the function is registered, for which version it was made. Of a newer XLA the
- * newest version known here is the answer, and XLA decides whether it still supports that. Any XLA
- * refuses version -1; then JAX raises an exception and the kernel does without this function. */
+/* For which version of the interface this function was made; asked when it is registered.
+ *
+ * The structs of xla.h are the same in several versions, so the answer is XLA's own version if it is
+ * one of these, and of a newer XLA the newest one; XLA knows whether it still supports that. The
+ * oldest XLA does not say which version it is. Version -1 is refused by every XLA: then JAX raises an
+ * exception when it registers the function, and the kernel does without it. */
 static void tell_version(const xla_call_frame *frame)
 {
     const xla_metadata_extension *asked = (const void *)frame->extension_start;
-    if (asked->extension_base.struct_size < XLA_SIZE(xla_metadata_extension, extension_base) ||
-        asked->metadata->struct_size < XLA_SIZE(xla_metadata, api_version))
-        return;
+    if (asked->extension_base.struct_size < XLA_SIZE(xla_metadata_extension, metadata)) return;
+    if (asked->metadata->struct_size < XLA_SIZE(xla_metadata, api_version)) return;
     xla_version *answer = &asked->metadata->api_version;
     answer->major_version = answer->minor_version = -1;
-    if (!is_known(frame)) return;
-    const int minor = frame->api->api_version.minor_version;
+    if (frame->struct_size < XLA_SIZE(xla_call_frame, rets)) return;
+    if (frame->api && !is_known(frame->api)) return;
+    const int theirs = frame->api ? frame->api->api_version.minor_version : XLA_OLDEST_MINOR;
     answer->major_version = XLA_MAJOR;
-    answer->minor_version = minor < XLA_NEWEST_MINOR ? minor : XLA_NEWEST_MINOR;
+    answer->minor_version = theirs < XLA_NEWEST_MINOR ? theirs : XLA_NEWEST_MINOR;
 }
 
 static int are_buffers(const xla_buffers *given, int64_t least, int64_t most)
@@ -116,7 +118,8 @@ TN_EXPORT void *tn_xla_moments(xla_call_frame *frame)
         tell_version(frame);
         return NULL;
     }
-    if (!is_known(frame)) abort(); /* such an XLA was refused above, so it does not call */
+    if (frame->struct_size < XLA_SIZE(xla_call_frame, rets) || !frame->api || !is_known(frame->api))
+        abort(); /* such an XLA was refused above, so it does not call; and no error could reach it */
     if (frame->stage != XLA_EXECUTE) return NULL;
     if (!is_expected(frame))
         return failure(frame, XLA_INVALID_ARGUMENT, "BatchNormalization: unexpected arguments");

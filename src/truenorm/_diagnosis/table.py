@@ -84,7 +84,9 @@ RULES: tuple[Rule, ...] = (
         "TN402",
         "warning",
         "trainable changed after compile",
-        modes.surprise("changed_after_compile", "model.compile(…)"),
+        modes.surprise(
+            "changed_after_compile", "trainable as it was at compile, or tn.freeze, tn.unfreeze"
+        ),
         ("inputs",),
     ),
     Rule(

@@ -90,7 +90,7 @@ RULES: tuple[Rule, ...] = (
         "warning",
         "trainable changed after compile",
         modes.surprise(
-            "changed_after_compile", "trainable as it was; or, if it is meant, model.compile(…)"
+            "changed_after_compile", "trainable as it was at compile, or tn.freeze, tn.unfreeze"
         ),
         ("modes",),
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import keras
 
@@ -14,9 +14,12 @@ from truenorm._keras_internals import (
     compilation,
     compile_arguments,
     compiled_functions,
+    is_built,
+    is_compiled,
     layers_in,
     make_function,
     trainable_when_compiled,
+    updated_variables,
 )
 from truenorm._model.hooks import patched
 
@@ -85,10 +88,43 @@ def make_anew(model: Any) -> None:
                 make_function(model, name)
 
 
-def changed_after_compile(model: Any) -> list[Any]:
-    """The layers whose ``trainable`` is not what it was when the model was compiled."""
+def changed_after_compile(model: Any) -> dict[Any, bool]:
+    """The layers whose ``trainable`` is not what it was at ``compile``, and what it was."""
     compiled = trainable_when_compiled(model)
-    return [layer for layer, was in compiled.items() if layer.trainable != was]
+    return {layer: was for layer, was in compiled.items() if layer.trainable != was}
+
+
+FitAfterChange = Literal["obeys", "goes on as compiled", "raises an error"]
+
+
+def fit_after_change(model: Any, *, compiled: bool = True) -> FitAfterChange:
+    """What Keras's ``fit`` does with a ``trainable`` that was changed after ``compile``.
+
+    Measured; a test holds each case on each backend. Before the first step nothing has been
+    compiled and the optimizer has no variables: all three backends obey. After it, TensorFlow goes
+    on with the step that it has; JAX compares the number of variables with its optimizer's, and
+    goes on where they are equal; PyTorch compiles nothing, but its optimizer refuses variables that
+    it does not know.
+
+    Args:
+        model: A compiled model with such a change.
+        compiled: Whether ``fit`` runs compiled, as it does by default.
+    """
+    if compiled_functions(model)["train_function"] is None or not has_optimizer(model):
+        return "obeys"
+    known, wanted = updated_variables(model.optimizer), model.trainable_variables
+    backend = keras.config.backend()
+    if backend == "jax" and len(known) != len(wanted):
+        return "raises an error"
+    if backend != "torch" and compiled:
+        return "goes on as compiled"
+    unknown = {*map(id, wanted)} - {*map(id, known)}
+    return "raises an error" if unknown else "obeys"
+
+
+def has_optimizer(model: Any) -> bool:
+    """Whether the model has an optimizer that has its variables."""
+    return is_compiled(model) and model.optimizer is not None and is_built(model.optimizer)
 
 
 def compile_like(old: Any, new: Any) -> None:

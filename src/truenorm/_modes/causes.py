@@ -12,12 +12,20 @@ import keras
 from truenorm._keras_internals import layers_in
 from truenorm._model.graph import calls, graph_of
 from truenorm._model.sites import Spot, policy_of
-from truenorm._model.trainer import changed_after_compile
+from truenorm._model.trainer import changed_after_compile, fit_after_change
 from truenorm._modes.evidence import has_own_call
 from truenorm._records.inspection import ENTRY_POINTS, Surprise
 from truenorm._records.observation import Mode
 
 INFERENCE = ("evaluate", "predict", "model(x)")
+
+
+IF_CHANGED = (
+    "If the change is meant for this model, make it with truenorm's freeze or unfreeze. If it is "
+    "meant only for a model that contains this one (a GAN's, which freezes the discriminator), set "
+    "trainable back before each step of this model, and do not compile it again"
+)
+"""What to do about a ``trainable`` that was changed after ``compile``."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +66,12 @@ def _learning(case: _Case) -> Iterator[tuple[str, str]]:
     """Where fit did not use the batch, did not move the statistics, or did not learn."""
     layer, parent, fit = case.spot.layer, case.frozen_parent, case.modes["fit"]
     policy = policy_of(layer)
-    if layer in changed_after_compile(case.model):
+    changed = changed_after_compile(case.model)
+    if layer in changed:
         yield (
             "changed_after_compile",
-            f"trainable is {layer.trainable}, and was not when the model was compiled: torch "
-            "obeys, TensorFlow goes on as compiled, JAX raises an error. Compile again, or use "
-            "truenorm's freeze and unfreeze",
+            f"trainable is {layer.trainable}, and was {changed[layer]} when the model was "
+            f"compiled: fit {fit_after_change(case.model)}. {IF_CHANGED}",
         )
     if policy in ("statistics", "affine"):
         kept = "the moving statistics" if policy == "statistics" else "gamma and beta"

@@ -12,7 +12,8 @@ from truenorm._keras_internals import layers_in
 from truenorm._layer.arguments import FreezePolicy, check_policy
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.sites import Layers, chosen_layers, policy_of
-from truenorm._modes.optimizer import follow, has_optimizer, state_of
+from truenorm._model.trainer import has_optimizer
+from truenorm._modes.optimizer import follow, state_of
 from truenorm._records.freezing import Freezing, Frozen
 
 
@@ -63,9 +64,11 @@ def freeze(model: Any, policy: FreezePolicy = "all", *, layers: Layers = None) -
         'batch + updates + learns'
 
     Where frameworks differ:
-        Keras wants ``compile`` after every change of ``trainable``: without it TensorFlow goes on
-        as before, JAX raises an error, PyTorch obeys. PyTorch's layer has the three parts apart:
-        ``eval()``, ``track_running_stats`` and ``requires_grad``.
+        Keras wants ``compile`` after every change of ``trainable``. Without it ``fit`` obeys as
+        long as it has made no step. After one, TensorFlow goes on as compiled; JAX raises an error
+        (or goes on, if the layer has neither gamma nor beta); PyTorch obeys a layer that was
+        frozen, and raises an error for one that was thawed. PyTorch's own layer has the three parts
+        apart: ``eval()``, ``track_running_stats`` and ``requires_grad``.
     """
     chosen = chosen_layers(model, layers)
     _require_able(chosen, policy)

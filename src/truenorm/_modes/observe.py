@@ -18,8 +18,14 @@ from truenorm._kernels.run_time import place, settle
 from truenorm._model.hooks import enclosed, intercepted
 from truenorm._model.sites import Spot, policy_of, spots
 from truenorm._model.snapshot import lasting
-from truenorm._model.trainer import changed_after_compile, uncompiled, variables_of
+from truenorm._model.trainer import (
+    changed_after_compile,
+    fit_after_change,
+    uncompiled,
+    variables_of,
+)
 from truenorm._model.values import numbers
+from truenorm._modes.causes import IF_CHANGED
 from truenorm._modes.evidence import witnessed
 from truenorm._records.observation import Calls, Mode, Observation, Statistics
 from truenorm._records.tables import joined
@@ -197,13 +203,12 @@ def _values(layer: Any) -> tuple[list[bytes], list[bytes]]:
 
 
 def _notes(model: Any) -> tuple[str, ...]:
-    changed = changed_after_compile(model)
+    changed = [*changed_after_compile(model)]
     if not changed:
         return ()
     names = ", ".join(f"'{layer.name}'" for layer in changed[:3])
     return (
         f"trainable of {names}{' and others' if len(changed) > 3 else ''} was changed after the "
-        "model was compiled. "
-        "Uncompiled, as here, fit obeys; a step that TensorFlow compiled before goes on as it was, "
-        "and JAX raises an error. Compile again, or change it with truenorm's freeze.",
+        f"model was compiled. Uncompiled, as here, fit {fit_after_change(model, compiled=False)}; "
+        f"else fit {fit_after_change(model)}. {IF_CHANGED}.",
     )

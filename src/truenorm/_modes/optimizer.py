@@ -13,8 +13,6 @@ from truenorm._errors import ModelError
 from truenorm._keras_internals import (
     LEARNING_RATE,
     inner_optimizer,
-    is_built,
-    is_compiled,
     learning_rate,
     strategy_of,
     trainable_when_compiled,
@@ -22,7 +20,7 @@ from truenorm._keras_internals import (
     weight_averages,
 )
 from truenorm._model.hooks import patched
-from truenorm._model.trainer import make_anew
+from truenorm._model.trainer import has_optimizer, make_anew
 from truenorm._model.values import numbers
 
 OptimizerState = dict[tuple[str, int], Any]
@@ -38,11 +36,6 @@ def follow(models: Iterable[Any], layers: Iterable[Any], known: dict[Any, Optimi
         if fresh.get(model) is not None:
             _renew(model.optimizer, fresh[model], known.get(model, {}))
         make_anew(model)  # also while fit is running
-
-
-def has_optimizer(model: Any) -> bool:
-    """Whether the model has an optimizer that has its variables."""
-    return is_compiled(model) and model.optimizer is not None and is_built(model.optimizer)
 
 
 def _fresh_for(optimizer: Any, variables: list[Any]) -> Any | None:

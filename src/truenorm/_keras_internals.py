@@ -9,7 +9,7 @@ their kernels.)
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -79,6 +79,13 @@ def run_through_graph(
     """Run a functional model with other operations in the place of its own."""
     run = _inside(functional, "_run_through_graph", "make a model again with other layers")
     return run(inputs, operation_fn=operation_fn, call_fn=call_fn)
+
+
+def filled_in(node: Any, tensors: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a node's call with other tensors in the place of its own."""
+    values = {id(old): new for old, new in zip(node.input_tensors, tensors, strict=True)}
+    args, kwargs = _inside(node.arguments, "fill_in", "call a layer as a model does")(values)
+    return args, dict(kwargs)
 
 
 def operation_of(tensor: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -90,6 +90,13 @@ def run_through_graph(
     purpose, parameters = "make a model again with other layers", ("operation_fn", "call_fn")
     run = _inside(functional, "_run_through_graph", purpose, parameters)
     return run(inputs, operation_fn=operation_fn, call_fn=call_fn)
+
+
+def filled_in(node: Any, tensors: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a node's call with other tensors in the place of its own."""
+    values = {id(old): new for old, new in zip(node.input_tensors, tensors, strict=True)}
+    args, kwargs = _inside(node.arguments, "fill_in", "call a layer as a model does")(values)
+    return args, dict(kwargs)
 
 
 def operation_of(tensor: Any) -> Any:

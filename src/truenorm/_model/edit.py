@@ -57,6 +57,17 @@ def copy_of(
     return Piece(from_config(layer, type(layer), **changes), layer, values, arguments, frozen)
 
 
+def through(chain: Sequence[Piece], operation: Any, args: Any, kwargs: Any) -> Any:
+    """What the chain that stands in the place of an operation makes of its arguments."""
+    value = given = args[0] if args else next(iter(kwargs.values()))
+    for piece in chain:
+        if piece.source is operation and value is given:
+            value = piece.layer(*args, **kwargs)
+        else:
+            value = piece.layer(value, **piece.arguments)
+    return value
+
+
 def from_config(layer: Any, kind: Any, **changes: Any) -> Any:
     """A layer of a class from the config of another one, with changes."""
     try:

@@ -97,8 +97,8 @@ def _tokens_of(layer: Any) -> list[Any] | None:
 def outputs(model: Any, inputs: Any) -> list[np.ndarray[Any, Any]]:
     """The model's outputs in inference mode, as float64 arrays."""
     try:
-        made = run(lambda inputs: model(inputs, training=False), model, inputs)
-    except (ValueError, TypeError) as error:
+        made = run(lambda inputs: model(inputs, training=False), [model], inputs)
+    except Exception as error:  # each framework has its own for what is out of range
         raise DataError(
             "The model does not take this input",
             expected=str(
@@ -110,9 +110,9 @@ def outputs(model: Any, inputs: Any) -> list[np.ndarray[Any, Any]]:
     return [as_float64(y) for y in keras.tree.flatten(made)]
 
 
-def run(function: Callable[[Any], Any], model: Any, inputs: Any) -> Any:
-    """What a function makes of inputs with the variables of a model, in which nothing changes."""
-    variables: Sequence[Any] = model.variables
+def run(function: Callable[[Any], Any], layers: Sequence[Any], inputs: Any) -> Any:
+    """What a function makes of inputs with some layers, in which nothing changes."""
+    variables = [*{id(v): v for layer in layers for v in layer.variables}.values()]
 
     def program(state: list[Any], inputs: Any) -> Any:
         with keras.StatelessScope(state_mapping=list(zip(variables, state, strict=True))):
@@ -120,7 +120,7 @@ def run(function: Callable[[Any], Any], model: Any, inputs: Any) -> Any:
 
     # As one program on JAX, which else compiles every operation by itself: five times slower.
     jit = keras.config.backend() == "jax" and all(
-        getattr(layer, "supports_jit", True) for layer in layers_in(model)
+        getattr(one, "supports_jit", True) for layer in layers for one in layers_in(layer)
     )
     state = [keras.ops.convert_to_tensor(variable) for variable in variables]
     try:

@@ -25,7 +25,7 @@ from truenorm._keras_internals import (
     run_through_graph,
 )
 from truenorm._model.duplicate import Duplicator
-from truenorm._model.edit import Edit, Piece, from_config
+from truenorm._model.edit import Edit, Piece, from_config, through
 from truenorm._model.graph import graph_of, require_graph
 from truenorm._model.snapshot import same_randomness
 from truenorm._model.state import carry_flags, carry_values, scope
@@ -147,15 +147,9 @@ class _Builder:
 
     def _call(self, operation: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = cast(Any, keras.tree.map_structure(self._argument, (args, kwargs)))
-        if operation not in self.edit:
-            return operation(*args, **kwargs)
-        value = given = args[0] if args else next(iter(kwargs.values()))
-        for piece in self.edit[operation]:
-            if piece.source is operation and value is given:
-                value = piece.layer(*args, **kwargs)
-            else:
-                value = piece.layer(value, **piece.arguments)
-        return value
+        if operation in self.edit:
+            return through(self.edit[operation], operation, args, kwargs)
+        return operation(*args, **kwargs)
 
     def _argument(self, value: Any) -> Any:
         """A tensor as it is; a variable or a function as the new model has it."""

@@ -11,8 +11,7 @@ import numpy as np
 from truenorm._keras_internals import layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.edit import Piece, copy_of
-from truenorm._model.graph import Call, Graph, is_batch_normalization, read_graph
-from truenorm._model.probe import make_inputs
+from truenorm._model.graph import Call, Graph, is_batch_normalization, nearby, read_graph
 from truenorm._model.rebuild import rebuild
 from truenorm._model.sites import Where, check_all, selector
 from truenorm._model.state import learns
@@ -81,9 +80,10 @@ def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
     graph = read_graph(model)
     folding = Folding(graph, where)
     changed, left = check_all(graph, folding.site)
-    new = rebuild(model, folding.edit())
-    errors = verify(model, new, make_inputs(model) if probe is None else probe, "Folding")
-    return Rewrite(new, "fold", changed, left, *errors)
+    edit = folding.edit()
+    new = rebuild(model, edit)
+    proof = verify(graph, edit, folding.between, new, probe, "Folding")
+    return Rewrite(new, "fold", changed, left, *proof)
 
 
 def why_not_folded(model: Any, where: Where = None) -> dict[str, str]:
@@ -109,6 +109,7 @@ class Folding:
         self.learning: set[Any] = set()  # those of them that take in a shift that learns
         self.maps: dict[Any, Affine] = {}  # of BatchNormalization that took others in, and stays
         self.gone: dict[Any, list[Piece]] = {}  # folded away, and what stays of it
+        self.between: set[Call] = set()  # whose outputs are meant to be other ones
 
     def site(self, call: Call) -> Change | Left:
         """Fold one site, or say why not."""
@@ -136,6 +137,7 @@ class Folding:
             self._take(taker.operation, affine, side)
             if learns(call.operation.beta):
                 self.learning.add(taker.operation)
+        self.between |= _between(call, takings, side)
         self.maps.pop(call.operation, None)
         self.gone[call.operation] = self._own_activation(call.operation)
         takers = ", ".join(taker.label() for taker, _ in takings)
@@ -200,6 +202,13 @@ class Folding:
         self.names.add(name)
         activation = keras.layers.Activation(layer.activation, name=name, dtype=layer.dtype_policy)
         return [Piece(activation)]
+
+
+def _between(site: Call, takings: list[Taking], side: str) -> set[Call]:
+    """The calls from where a map was to where it is now taken in, but the last."""
+    takers = {taker for taker, _ in takings}
+    way = {*nearby(site, back=side == "before", stop=takers.__contains__)}
+    return way if side == "before" else {site} | (way - takers)
 
 
 def _no_longer_learns(layer: Any, takings: list[Taking]) -> str:

@@ -11,7 +11,6 @@ from truenorm._errors import OptionError
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.edit import Piece, from_config
 from truenorm._model.graph import Call, read_graph
-from truenorm._model.probe import make_inputs
 from truenorm._model.rebuild import rebuild
 from truenorm._model.sites import check_all, is_own_class
 from truenorm._records.rewrite import Change, Left, Rewrite
@@ -75,10 +74,11 @@ def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) 
         edit[layer] = [Piece(from_config(layer, target), layer)]
         return Change(call.path, f"now {to}'s BatchNormalization")
 
-    changed, left = check_all(read_graph(model), check)
+    graph = read_graph(model)
+    changed, left = check_all(graph, check)
     new = rebuild(model, edit)
-    errors = verify(model, new, make_inputs(model) if probe is None else probe, "Replacing")
-    return Rewrite(new, f"replace to {to}", changed, left, *errors)
+    proof = verify(graph, edit, (), new, probe, "Replacing")
+    return Rewrite(new, f"replace to {to}", changed, left, *proof)
 
 
 def _only_ours(layer: Any) -> str | None:

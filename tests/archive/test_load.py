@@ -79,8 +79,8 @@ def one_layer(config: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (huge, "Expected: 500000000 parameters at most. Received: 25000000000 or more. Remedy: if "
-               "it is right so, allow more: max_parameters (--max-parameters)."),
+        (huge, "Expected: 500000000 parameters at most. Received: 25000000000 or more. Remedy: "
+               "raise max_parameters (--max-parameters) if you expect one so large."),
         (huge_batch, "Expected: 65536 samples at most. Received: 5000000000."),
         (a_lambda, "evil.keras: relu'). Expected: layers of Keras or truenorm that are described "
                    "by their settings. Received: Lambda."),

@@ -1,4 +1,4 @@
-"""Writing a file so that there is always the old one or the new one, whole."""
+"""Atomic writes: there is always the old file or the new one, never a half-written one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from truenorm._errors import OutputError
 def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
     """A temporary path that becomes ``path`` when the block ends without an exception.
 
-    It is in the same folder and has the same ending; a link is followed. Whatever happens, a kill
-    at any moment included, ``path`` is what it was or what was written, whole.
+    It is in the same folder and has the same suffix; a link is followed. Even if the process is
+    killed, ``path`` is the old file or the whole new one.
 
     Raises:
         OutputError: The file cannot be written; what was there is unchanged.

@@ -1,6 +1,6 @@
-"""A ``.keras`` file as what it is outside: a zip archive with JSON and HDF5 in it.
+"""The container of a ``.keras`` file: a zip archive with JSON and HDF5 in it.
 
-Nothing is believed before it is checked: how many members there are and what they are called, what
+Everything is checked before it is used: how many members there are and what they are called, what
 they unpack to, how deep the JSON goes, where the HDF5 links point.
 """
 
@@ -41,12 +41,12 @@ _BROKEN = (
     zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, OverflowError, RuntimeError,
     ValueError,
 )  # fmt: skip
-"""What Python's zipfile and h5py raise on a file that is damaged or made up."""
+"""What Python's zipfile and h5py raise on a file that is damaged or forged."""
 
 
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Generator[zipfile.ZipFile]:
-    """The archive, if it is one that can be read without harm.
+    """The archive, if it is safe to read.
 
     Raises:
         ArchiveError: It is not a ``.keras`` file, is broken, or is made to do harm.
@@ -95,7 +95,7 @@ def read_json(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
 
 @contextmanager
 def weights(archive: zipfile.ZipFile) -> Generator[h5py.File]:
-    """The file of the variables, if all that is in it is in it: no link leads elsewhere."""
+    """The file of the variables, if none of it is stored elsewhere: no link leads outside."""
     info = _member(archive, WEIGHTS)
     with tempfile.SpooledTemporaryFile(max_size=64 * MIB) as copy:
         with archive.open(info) as member:  # to its end, so that its checksum is verified

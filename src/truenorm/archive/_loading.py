@@ -1,8 +1,8 @@
-"""A model from a ``.keras`` file, and back: within limits, by known classes, whole.
+"""Load a model from a ``.keras`` file within limits and from allowed classes; save one whole.
 
-``keras.saving.load_model`` is what loads. Around it: the file is looked through first, classes are
-checked against a list of what is allowed, and the variables are counted while Keras makes them,
-each before its memory is asked for.
+``keras.saving.load_model`` does the loading. Around it the file is checked first, classes are
+compared with a list of those allowed, and variables are counted while Keras makes them, each
+before its memory is allocated.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from truenorm._checks import check_integer
 from truenorm._errors import ArchiveError, OptionError, OutputError
 from truenorm._records.files import replacing
 from truenorm._records.tables import printable
@@ -31,7 +32,7 @@ _KERAS_RAISES = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError,
     RuntimeError, TypeError, ValueError,
 )  # fmt: skip
-"""What a configuration that is made up can make Keras raise."""
+"""What a forged configuration can make Keras raise."""
 
 
 def load(
@@ -40,17 +41,17 @@ def load(
     max_parameters: int = MOST_PARAMETERS,
     imports: Collection[str] = (),
 ) -> Any:
-    """A model from a ``.keras`` file, loaded with care.
+    """Load a model from a ``.keras`` file, with checks and limits.
 
     Before anything is made, the file is checked as :func:`truenorm.archive.read` does it, with the
     checksum of every member, and every class that it names must be one of Keras's that models are
     made of, truenorm's, or one that a module in ``imports`` registers. Keras then loads it in safe
-    mode and without compiling; a variable that would pass ``max_parameters`` is refused before its
-    memory is taken.
+    mode and without compiling; a variable that would exceed ``max_parameters`` is refused before
+    its memory is allocated.
 
     Args:
         path: The ``.keras`` file.
-        max_parameters: Most numbers that all the variables of the model may have together.
+        max_parameters: The most parameters that the model may have, all variables together.
         imports: Modules of yours to import first, which register custom classes
             (``keras.saving.register_keras_serializable``). Their code runs.
 
@@ -61,7 +62,8 @@ def load(
         ArchiveError: The file is damaged or made to do harm; it holds code (``Lambda``) or names a
             class that is not allowed; it asks for too many parameters; Keras cannot load it, or
             TensorFlow not run it; or the process is in Keras's unsafe mode.
-        OptionError: A module in ``imports`` cannot be imported.
+        OptionError: A module in ``imports`` cannot be imported, or ``max_parameters`` is not a
+            positive integer.
 
     Example:
         >>> import tempfile, keras
@@ -73,6 +75,7 @@ def load(
         >>> [type(layer).__name__ for layer in loaded.layers]
         ['BatchNormalization']
     """
+    check_integer("max_parameters", max_parameters)
     with opened(path) as archive:
         config = read_json(archive, CONFIG)
         verify_checksums(archive)
@@ -96,7 +99,7 @@ def load(
                     where=str(path),
                     expected=f"{max_parameters} parameters at most",
                     received=f"{asked.parameters} or more",
-                    remedy="if it is right so, allow more: max_parameters (--max-parameters)",
+                    remedy="raise max_parameters (--max-parameters) if you expect one so large",
                 ) from error
             raise ArchiveError(
                 "Keras cannot load this file", where=str(path), received=_short(error)
@@ -113,8 +116,8 @@ def load(
 def save(model: Any, path: str | os.PathLike[str]) -> None:
     """Write a model as a ``.keras`` file, whole or not at all.
 
-    Whatever happens meanwhile, a kill included, the file is what it was or what was to be written;
-    so it may also be the file that the model was loaded from.
+    Even if the process is killed meanwhile, the file is the old one or the new one; so it may also
+    be the file that the model was loaded from.
 
     Args:
         model: The Keras model.

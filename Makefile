@@ -1,4 +1,5 @@
 # The two commands: `make demo` and `make test`. All others are for developers.
+# `make test COVERAGE=torch` also measures what the tests of that backend cover.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,11 +7,12 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BACKENDS := jax tensorflow torch
 JOBS ?= 2
+COVERAGE ?=
 
-.PHONY: demo test long random nightly lint bench clean
+.PHONY: demo test long random nightly fresh lowest newest lint bench clean
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/truenorm demo --force
+	KERAS_BACKEND=$${KERAS_BACKEND:-jax} $(BIN)/truenorm demo --force
 
 test: $(addprefix test-,$(BACKENDS))
 
@@ -18,7 +20,8 @@ test: $(addprefix test-,$(BACKENDS))
 # operations: the workers fill the cores.
 .PHONY: $(addprefix test-,$(BACKENDS))
 $(addprefix test-,$(BACKENDS)): test-%: $(VENV)/test.stamp
-	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
+		--no-loadscope-reorder $(if $(filter $*,$(COVERAGE)),--cov --cov-report=term:skip-covered)
 
 # Every rewrite on 500 random models on each backend.
 random: $(VENV)/test.stamp
@@ -38,6 +41,39 @@ long: $(VENV)/test.stamp
 			--dist loadgroup -m long || exit 1; \
 	done
 
+# README's install lines and its code, in a fresh environment for each backend.
+fresh: $(addprefix fresh-,$(BACKENDS))
+
+.PHONY: $(addprefix fresh-,$(BACKENDS))
+$(addprefix fresh-,$(BACKENDS)): fresh-%:
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PYTHON=$(PYTHON) .ci/fresh $*
+
+# The tests of the core with the lowest versions that pyproject.toml allows, and with the newest that
+# install. (PyTorch is held: its newest builds for Linux bring gigabytes of CUDA.)
+lowest: $(addprefix lowest-,$(BACKENDS))
+newest: $(addprefix newest-,$(BACKENDS))
+
+CORE_TESTS := tests/kernels tests/layer tests/model tests/records tests/cli tests/study/test_analysis.py \
+	tests/statistics/test_collect.py tests/rewrites/test_fold.py tests/report
+CORE = $(VENV)-$@/bin/python -m pip install --quiet --disable-pip-version-check \
+	-c $(VENV)-$@/constraints.txt -e ".[$*,cli,report,study]" pytest pytest-xdist hypothesis
+# Warnings of one package about another of another age are not ours to mend.
+TEST_CORE = KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(VENV)-$@/bin/python -m pytest -n $(JOBS) \
+	--dist loadfile -o filterwarnings=default -p no:cacheprovider $(CORE_TESTS)
+
+.PHONY: $(foreach backend,$(BACKENDS),lowest-$(backend) newest-$(backend))
+$(addprefix lowest-,$(BACKENDS)): lowest-%:
+	$(PYTHON) -m venv $(VENV)-$@
+	$(PYTHON) .ci/lowest.py > $(VENV)-$@/constraints.txt
+	$(CORE)
+	$(TEST_CORE)
+
+$(addprefix newest-,$(BACKENDS)): newest-%:
+	$(PYTHON) -m venv $(VENV)-$@
+	grep '^torch==' constraints.txt > $(VENV)-$@/constraints.txt
+	$(CORE) --upgrade --upgrade-strategy eager
+	$(TEST_CORE)
+
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -49,7 +85,7 @@ bench: $(VENV)/test.stamp
 	  KERAS_BACKEND=$$backend $(BIN)/python benchmarks/$$what.py || exit; done; done
 
 clean:
-	rm -rf $(VENV) truenorm-demo build src/truenorm/_kernels/native/*.so src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* truenorm-demo build src/truenorm/_kernels/native/*.so src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

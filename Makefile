@@ -59,7 +59,7 @@ CORE = $(VENV)-$@/bin/python -m pip install --quiet --disable-pip-version-check 
 	-c $(VENV)-$@/constraints.txt -e ".[$*,cli,report,study]" pytest pytest-xdist hypothesis
 # Warnings of one package about another of another age are not ours to mend.
 TEST_CORE = KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(VENV)-$@/bin/python -m pytest -n $(JOBS) \
-	--dist loadfile -o filterwarnings=default -p no:cacheprovider $(CORE_TESTS)
+	--dist loadfile -m "not long and not other_packages" -o filterwarnings=default $(CORE_TESTS)
 
 .PHONY: $(foreach backend,$(BACKENDS),lowest-$(backend) newest-$(backend))
 $(addprefix lowest-,$(BACKENDS)): lowest-%:

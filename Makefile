@@ -1,4 +1,5 @@
 # The two commands: `make demo` and `make test`. All others are for developers.
+# `make test COVERAGE=torch` also measures what the tests of that backend cover.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,11 +8,12 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 BACKENDS := jax tensorflow torch
 NATIVE := src/truenorm/_kernels/native
 JOBS ?= 2
+COVERAGE ?=
 
-.PHONY: demo test long random nightly fuzz sbom torture lint sanitize bench clean
+.PHONY: demo test long random nightly fuzz sbom torture fresh lowest newest lint sanitize bench clean
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/truenorm demo --force
+	KERAS_BACKEND=$${KERAS_BACKEND:-jax} $(BIN)/truenorm demo --force
 
 test: $(addprefix test-,$(BACKENDS))
 
@@ -19,7 +21,8 @@ test: $(addprefix test-,$(BACKENDS))
 # operations: the workers fill the cores.
 .PHONY: $(addprefix test-,$(BACKENDS))
 $(addprefix test-,$(BACKENDS)): test-%: $(VENV)/test.stamp
-	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
+		--no-loadscope-reorder $(if $(filter $*,$(COVERAGE)),--cov --cov-report=term:skip-covered)
 
 # Every rewrite on 500 random models on each backend.
 random: $(VENV)/test.stamp
@@ -52,6 +55,39 @@ torture: $(VENV)/test.stamp
 	KERAS_BACKEND=torch OMP_NUM_THREADS=1 nice $(BIN)/python tests/torture/kills.py
 	KERAS_BACKEND=torch nice $(BIN)/python -m pytest --hypothesis-profile fuzz tests/fuzz
 	KERAS_BACKEND=torch OMP_NUM_THREADS=1 nice $(BIN)/python tests/torture/hostile.py
+
+# README's install lines and its code, in a fresh environment for each backend.
+fresh: $(addprefix fresh-,$(BACKENDS))
+
+.PHONY: $(addprefix fresh-,$(BACKENDS))
+$(addprefix fresh-,$(BACKENDS)): fresh-%:
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PYTHON=$(PYTHON) .ci/fresh $*
+
+# The tests of the core with the lowest versions that pyproject.toml allows, and with the newest that
+# install. (PyTorch is held: its newest builds for Linux bring gigabytes of CUDA.)
+lowest: $(addprefix lowest-,$(BACKENDS))
+newest: $(addprefix newest-,$(BACKENDS))
+
+CORE_TESTS := tests/kernels tests/layer tests/model tests/records tests/cli tests/study/test_analysis.py \
+	tests/statistics/test_collect.py tests/rewrites/test_fold.py tests/report
+CORE = $(VENV)-$@/bin/python -m pip install --quiet --disable-pip-version-check \
+	-c $(VENV)-$@/constraints.txt -e ".[$*,cli,report,study]" pytest pytest-xdist hypothesis
+# Warnings of one package about another of another age are not ours to mend.
+TEST_CORE = KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(VENV)-$@/bin/python -m pytest -n $(JOBS) \
+	--dist loadfile -m "not long and not other_packages" -o filterwarnings=default $(CORE_TESTS)
+
+.PHONY: $(foreach backend,$(BACKENDS),lowest-$(backend) newest-$(backend))
+$(addprefix lowest-,$(BACKENDS)): lowest-%:
+	$(PYTHON) -m venv $(VENV)-$@
+	$(PYTHON) .ci/lowest.py > $(VENV)-$@/constraints.txt
+	$(CORE)
+	$(TEST_CORE)
+
+$(addprefix newest-,$(BACKENDS)): newest-%:
+	$(PYTHON) -m venv $(VENV)-$@
+	grep '^torch==' constraints.txt > $(VENV)-$@/constraints.txt
+	$(CORE) --upgrade --upgrade-strategy eager
+	$(TEST_CORE)
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check
@@ -91,7 +127,7 @@ bench: $(VENV)/test.stamp
 	  KERAS_BACKEND=$$backend $(BIN)/python benchmarks/$$what.py || exit; done; done
 
 clean:
-	rm -rf $(VENV) truenorm-demo build $(NATIVE)/*.so src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* truenorm-demo build $(NATIVE)/*.so src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

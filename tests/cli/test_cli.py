@@ -180,6 +180,7 @@ def test_a_model_is_inspected_in_each_mode(command: Command, file: Path) -> None
     assert (observed["fit"], observed["predict"]) == ("batch", "moving")
 
 
+@pytest.mark.other_packages
 def test_a_file_saved_on_one_backend_is_used_on_another(file: Path, tmp_path: Path) -> None:
     other = {"jax": "torch", "tensorflow": "torch", "torch": "tensorflow"}[keras.backend.backend()]
     out = tmp_path / "out.keras"
@@ -257,6 +258,7 @@ def test_without_any_backend_the_remedy_is_to_install_one(monkeypatch: pytest.Mo
     )
 
 
+@pytest.mark.other_packages
 def test_keras_configuration_decides_in_a_fresh_process(file: Path, tmp_path: Path) -> None:
     other = {"jax": "torch", "tensorflow": "torch", "torch": "tensorflow"}[keras.backend.backend()]
     (tmp_path / "keras.json").write_text(json.dumps({"backend": other}))

@@ -445,7 +445,7 @@ def test_bad_data(data: Any, message: str) -> None:
         ({"batch_size": 2.5}, "batch_size must be a positive integer. Received: 2.5."),
         ({"workers": 0}, "workers must be a positive integer. Received: 0."),
         ({"timeout": -1}, "timeout must be a positive number of seconds, or None for no limit."),
-        ({"backend": "numpy"}, "This backend is not one that trains"),
+        ({"backend": "numpy"}, "This backend cannot train models"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

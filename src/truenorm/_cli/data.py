@@ -17,7 +17,7 @@ from truenorm._records.moments import Array
 
 
 def read_data(path: Path) -> Any:
-    """The arrays of a file, as the tools take them; nothing in it is run.
+    """The arrays of a file, as the tools take them; no code in it is run.
 
     ``.npy``: one array. ``.npz``: one array, ``x`` and ``y``, or one array per input of the model,
     under its name. ``.csv``: one sample per line, numbers only, with or without a line of names.

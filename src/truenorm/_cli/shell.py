@@ -20,7 +20,7 @@ from truenorm.archive._loading import check_name, load_here
 
 File = Annotated[Path, typer.Argument(help="A .keras file, or an old .h5 one.", show_default=False)]
 Out = Annotated[
-    Path, typer.Option(help="The .keras file to write; may be the one read.", show_default=False)
+    Path, typer.Option(help="The .keras file to write; may be the input file.", show_default=False)
 ]
 OnBackend = Annotated[
     Backend | None,
@@ -41,7 +41,7 @@ Imports = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int, typer.Option(min=1, help="Samples per batch; that of training is right.")
+    int, typer.Option(min=1, help="Samples per batch; best the size used in training.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -57,7 +57,7 @@ def choose_backend(backend: Backend | None) -> None:
             received=keras.backend.backend(),
         )
     os.environ["KERAS_BACKEND"] = name
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's greetings
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's start-up messages
 
 
 def _backend_name(option: Backend | None) -> str:
@@ -103,7 +103,7 @@ def _configured_backend() -> list[Backend]:
 def model_of(
     file: Path, backend: Backend | None, max_parameters: int, imports: list[str] | None
 ) -> Any:
-    """The model in a file, loaded with care on the backend asked for."""
+    """The model in a file, loaded with checks and limits on the chosen backend."""
     choose_backend(backend)
     if imports:
         sys.path.append(str(Path.cwd()))  # a module of the user's is most often there
@@ -114,7 +114,7 @@ def model_of(
 
 
 def show(record: Record, *, as_json: bool) -> None:
-    """Print a record. The pipe may be closed by its reader: the flush makes it show here."""
+    """Print a record, and flush: if the reader has closed the pipe, the error is raised here."""
     if as_json:
         print(record.to_json())
     else:

@@ -1,4 +1,4 @@
-"""The demo: one journey over all of truenorm on real data, told in plain sentences.
+"""The demo: all of truenorm on one real data set, step by step, with explanations.
 
 It asks the three questions in turn: where BatchNormalization goes (a study), which mode it is in
 (inspect), whether its statistics are true (recalibrate); then it folds the winner for deployment
@@ -250,8 +250,8 @@ def _prepare(out: Path, *, force: bool, resume: bool) -> None:
     """Make the folder ready; what it holds is replaced only if asked, and only the demo's own."""
     if force and resume:
         raise OptionError(
-            "--force begins anew, --resume goes on: both at once mean nothing",
-            expected="one of them",
+            "--force starts again and --resume continues: they exclude each other",
+            expected="at most one of them",
             received="--force and --resume",
         )
     if out.exists() and not out.is_dir():

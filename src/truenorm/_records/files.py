@@ -1,4 +1,4 @@
-"""Writing a file so that there is always the old one or the new one, whole."""
+"""Atomic writes: there is always the old file or the new one, never a half-written one."""
 
 from __future__ import annotations
 

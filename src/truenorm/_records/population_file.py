@@ -1,7 +1,7 @@
 """A description and a table of float64 as one file: a zip of two NumPy arrays, nothing executable.
 
 The file is a NumPy ``.npz``: ``description.npy`` holds JSON as bytes, ``values.npy`` the table.
-Reading believes nothing: sizes are checked before anything is allocated, pickles are refused.
+When it is read, sizes are checked before memory is allocated, and pickles are refused.
 """
 
 from __future__ import annotations

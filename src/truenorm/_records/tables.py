@@ -1,7 +1,7 @@
-"""Tables of text, and the records that print as them: one set of facts, three renderings, JSON.
+"""Records, and the tables of text that they print as: in the terminal, notebooks and reports.
 
-The terminal, notebooks and the report all render :meth:`Record.tables`, so that a fact is worded in
-one place. Text that comes from a model is made printable here: a layer's name may be anything.
+All of them render :meth:`Record.tables`, so that a fact is worded in one place. Text that comes
+from a model is made printable here: a layer's name may hold any characters.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Table:
 
 
 class Record:
-    """Base of all records: one set of tables, three renderings, and JSON.
+    """Base of all records: renders as text, HTML and JSON.
 
     A copy, or a record that was pickled, has the facts. An ``undo`` stays with the record that the
     tool returned; a ``model`` goes along, as Keras pickles models.

@@ -26,11 +26,10 @@ def check_backend(backend: str) -> None:
     """See that the trials can run on this backend, and scipy can judge them."""
     if backend not in list(Backend):
         raise OptionError(
-            "This backend is not one that trains",
+            "This backend cannot train models",
             where="backend",
             expected=f"one of {', '.join(Backend)}",
             received=repr(backend),
-            remedy="choose one of these",
         )
     for module, extra in (("scipy", "study"), (backend, backend)):
         if importlib.util.find_spec(module) is None:

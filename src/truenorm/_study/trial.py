@@ -17,7 +17,6 @@ from typing import Any, cast
 import keras
 import numpy as np
 
-from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.graph import calls, is_batch_normalization
 from truenorm._records.files import replacing
 from truenorm._records.study import Trial
@@ -26,7 +25,6 @@ from truenorm._statistics.recalibrate import recalibrate
 from truenorm._study.folder import Arrays, Spec, read_arrays, write_result
 from truenorm._study.progress import tell
 
-_OURS = {"truenorm>BatchNormalization": BatchNormalization}
 _STARTED = time.perf_counter()
 
 
@@ -74,7 +72,7 @@ class Batches(keras.utils.PyDataset):
 
 
 class _Epochs(keras.callbacks.Callback):
-    """Tells the data which epoch it is, and the parent how it went."""
+    """Tells the data which epoch it is, and the parent process the metrics of each epoch."""
 
     def __init__(self, batches: Batches) -> None:
         super().__init__()
@@ -92,7 +90,7 @@ def prepare(folder: Path, spec: Spec) -> Any:
     keras.config.set_floatx(spec.floatx)
     keras.config.set_dtype_policy(spec.dtype_policy)
     keras.utils.set_random_seed(spec.seed)
-    base = keras.saving.load_model(folder / spec.base, custom_objects=_OURS, safe_mode=True)
+    base = keras.saving.load_model(folder / spec.base, safe_mode=True)
     model = place(base, cast(Position, spec.position)).model
     if spec.built_on != keras.config.backend():
         # Keras saves what "auto" meant where the model was compiled; elsewhere it means another

@@ -1,4 +1,4 @@
-"""Which classes a configuration may name: those that models are made of, and none that hold code.
+"""The list of classes that a configuration may name: parts of models, nothing that holds code.
 
 Keras looks a class up by its module, by the name it is registered under, and in older files by its
 bare name; an entry can give all three. So each of them must be harmless.
@@ -22,7 +22,7 @@ CODE = frozenset(
     {"Lambda", "TorchModuleWrapper", "TFSMLayer", "JaxLayer", "FlaxLayer", "__lambda__",
      "__typespec__"}
 )  # fmt: skip
-"""What Keras knows that holds code, or runs what somebody else's program saved."""
+"""Classes of Keras that hold code, or run a program that was saved elsewhere."""
 
 TOOLS = frozenset(
     {"deserialize", "get", "serialize", "clone_model", "load_model", "model_from_json",
@@ -128,7 +128,7 @@ def _package(custom: Any) -> str:
 
 
 def _is_kerass(entry: Mapping[str, Any]) -> bool:
-    """Whether this is of the parts of Keras that models are made of."""
+    """Whether this is a class of Keras that models are made of."""
     module = entry.get("module")
     if TOOLS & {str(entry.get("class_name")), str(entry.get("config"))}:
         return False

@@ -1,6 +1,6 @@
-"""A ``.keras`` file as what it is outside: a zip archive with JSON and HDF5 in it.
+"""The container of a ``.keras`` file: a zip archive with JSON and HDF5 in it.
 
-Nothing is believed before it is checked: how many members there are and what they are called, what
+Everything is checked before it is used: how many members there are and what they are called, what
 they unpack to, how deep the JSON goes, where the HDF5 links point.
 """
 
@@ -49,7 +49,7 @@ class Named(Protocol):
 
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Generator[zipfile.ZipFile]:
-    """The archive, if it is one that can be read without harm.
+    """The archive, if it is safe to read.
 
     Raises:
         ArchiveError: It is not a ``.keras`` file, is broken, or is made to do harm.

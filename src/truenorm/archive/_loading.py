@@ -1,8 +1,8 @@
-"""A model from a ``.keras`` file, and back: within limits, by known classes, whole.
+"""Load a model from a ``.keras`` file within limits and from allowed classes; save one whole.
 
-``keras.saving.load_model`` is what loads. Around it: the file is looked through first, classes are
-checked against a list of what is allowed, and the variables are counted while Keras makes them,
-each before its memory is asked for.
+``keras.saving.load_model`` does the loading. Around it the file is checked first, classes are
+compared with a list of those allowed, and variables are counted while Keras makes them, each
+before its memory is allocated.
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ def _loaded(
 def save(model: Any, path: str | os.PathLike[str]) -> None:
     """Write a model as a ``.keras`` file, whole or not at all.
 
-    Whatever happens meanwhile, a kill included, the file is what it was or what was to be written;
-    so it may also be the file that the model was loaded from.
+    Even if the process is killed meanwhile, the file is the old one or the new one; so it may also
+    be the file that the model was loaded from.
 
     Args:
         model: The Keras model.

@@ -1,4 +1,4 @@
-"""What a ``.keras`` file says of its BatchNormalization layers; neither Keras nor a framework runs.
+"""Read a ``.keras`` file's BatchNormalization layers without Keras and without a framework.
 
 Keras stores a layer's variables under a path made of class names: ``layers/batch_normalization_1``
 is the second layer of that class in its model, whatever it is called. :func:`_children` counts as
@@ -38,8 +38,8 @@ def read(path: str | os.PathLike[str]) -> StoredModel:
     """Every BatchNormalization layer of a ``.keras`` or ``.h5`` file; no model is made.
 
     Only the configuration and the variables of these layers are read: nothing is imported, no class
-    of the file is looked up and no code in it can run. So it is the way to look at a file that one
-    does not trust. What a layer *does* can only be observed: :func:`truenorm.inspect`.
+    of the file is looked up and no code in it can run. Use it for files that you do not trust. What
+    a layer *does* can only be observed: :func:`truenorm.inspect`.
 
     Args:
         path: The ``.keras`` file, or one in the old format (``.h5``).
@@ -248,7 +248,7 @@ def _snake_case(name: str) -> str:
 
 
 def _package(entry: Mapping[str, Any]) -> str | None:
-    """Keras's or ours; None for a class of somebody else."""
+    """Keras's or ours; None for a custom class."""
     module = entry.get("module")
     package = module.split(".")[0] if isinstance(module, str) else None
     return package if package in ("keras", "truenorm") else None

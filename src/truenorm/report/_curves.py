@@ -1,4 +1,4 @@
-"""How learning curves are painted."""
+"""The drawing of learning curves."""
 
 from __future__ import annotations
 

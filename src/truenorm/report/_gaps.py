@@ -1,4 +1,4 @@
-"""How the gaps of moving statistics are painted."""
+"""The drawing of how far moving statistics are off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How positions are painted against each other: the value of each seed, and the differences."""
+"""The drawings that compare positions: the value of each seed, and the paired differences."""
 
 from __future__ import annotations
 

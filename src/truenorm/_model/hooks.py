@@ -84,6 +84,12 @@ class _Method:
         return method(*args, **kwargs)
 
 
+def put_in_place(target: Any, name: str) -> Any | None:
+    """What somebody else than these hooks has put in a method's place on an instance."""
+    found = vars(target).get(name)
+    return found.before.get(name) if isinstance(found, _Method) else found
+
+
 _lock = threading.Lock()
 
 

@@ -19,7 +19,7 @@ from truenorm._keras_internals import moments_method
 from truenorm._kernels import reference
 from truenorm._kernels.run_time import tell, when_run
 from truenorm._layer.batch_normalization import BatchNormalization
-from truenorm._model.hooks import noted
+from truenorm._model.hooks import noted, put_in_place
 from truenorm._records.observation import Statistics
 
 ops: Any = keras.ops
@@ -73,8 +73,7 @@ def has_own_call(layer: Any) -> bool:
     names = ("call", moments_method(), "_normalize_batch", "_normalize_moving")
     if any(getattr(type(layer), name, None) is not getattr(base, name, None) for name in names):
         return True
-    on_instance = vars(layer).get("call")  # put there by a user, or by one of truenorm's tools
-    return on_instance is not None and not on_instance.__module__.startswith("truenorm.")
+    return put_in_place(layer, "call") is not None
 
 
 def _witnessed_by_numbers(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import keras
 import numpy as np
 
 from truenorm._errors import DataError, ModelError, TruenormError
-from truenorm._keras_internals import STEPS, compile_arguments, layers_in
+from truenorm._keras_internals import STEPS, compile_arguments, is_compiled, layers_in
 from truenorm._model.data import check
 from truenorm._model.graph import graph_of
 from truenorm._model.probe import make_inputs
@@ -43,6 +43,9 @@ def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
     subclassed one) is run itself, and everything of it is put back: weights, optimizer, metrics,
     compiled functions, flags, random state.
 
+    An entry point that cannot be run (a training step of your own that wants other data, a loss
+    that does not take the targets) is listed with the reason, and the others are run all the same.
+
     Args:
         model: Any built ``keras.Model``, nested ones included. It is unchanged afterwards.
         x: Inputs of one batch; made from the input specification where none are given. A
@@ -53,7 +56,7 @@ def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
         The sites, their observed modes, and the causes of surprises; prints as tables.
 
     Raises:
-        ModelError: The model is not built, or has no BatchNormalization.
+        ModelError: The model is not built, has no BatchNormalization, or cannot be run at all.
         DataError: ``x`` does not fit the model, or is missing for a subclassed one; or ``y`` is
             given for a model without a loss.
 
@@ -74,6 +77,12 @@ def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
         )
     inputs = check(model, make_inputs(model) if x is None else x)
     with same_randomness(), _disposable(model) as copy:
+        if y is not None and not is_compiled(copy):  # one with metrics of unknown class is not
+            raise DataError(
+                "Targets are given, but the model has no loss to use them with",
+                where=model.name,
+                remedy="compile the model first, or call inspect without y",
+            )
         modes, not_run = _run_all(copy, inputs, y)
     sites = tuple(map(describe_spot, places))
     return Inspection(model.name, sites, modes, surprises(model, places, modes), not_run)
@@ -101,22 +110,24 @@ def _disposable(model: Any) -> Generator[Any]:
 def _run_all(model: Any, inputs: Any, y: Any) -> tuple[dict[str, tuple[Mode, ...]], dict[str, str]]:
     """The modes of every site in each entry point; and why an entry point could not be run."""
     places = spots(model)
-    targets = _compile(model, inputs, y)
     size = len(keras.tree.flatten(inputs)[0])
-    runs: tuple[Callable[[], Any], ...] = (
-        lambda: model.fit(inputs, targets, batch_size=size, shuffle=False, verbose=0),
-        lambda: model.evaluate(inputs, targets, batch_size=size, verbose=0),
-        lambda: model.predict(inputs, batch_size=size, verbose=0),
-        lambda: model(inputs),
-        lambda: model(inputs, training=True),
+    prepare = cache(partial(_prepare, model, inputs, y))
+    runs: tuple[Callable[[Any], Any], ...] = (
+        lambda targets: model.fit(inputs, targets, batch_size=size, shuffle=False, verbose=0),
+        lambda targets: model.evaluate(inputs, targets, batch_size=size, verbose=0),
+        lambda _: model.predict(inputs, batch_size=size, verbose=0),
+        lambda _: model(inputs),
+        lambda _: model(inputs, training=True),
     )
     modes: dict[str, tuple[Mode, ...]] = {}
     not_run: dict[str, str] = {}
+    model.run_eagerly = _RUNS_EAGERLY
     saved = [(v, numbers(v)) for v in model.variables]
     for entry, run in zip(ENTRY_POINTS, runs, strict=True):
         try:
+            targets = prepare() if entry in ("fit", "evaluate") else None
             with watched(model, places) as watch, lasting(variables_of(model)):
-                run()
+                run(targets)
             modes[entry] = watch.modes()
         except Exception as error:  # a step, a loss or a call of the user's own may do anything
             not_run[entry] = _reason(error)
@@ -127,7 +138,7 @@ def _run_all(model: Any, inputs: Any, y: Any) -> tuple[dict[str, tuple[Mode, ...
             "The model could not be run in any way",
             where=model.name,
             received="; ".join(f"{entry}: {why}" for entry, why in not_run.items()),
-            remedy="give inspect data that it is trained with: inspect(model, x, y)",
+            remedy="give inspect data that the model takes: inspect(model, x, y)",
         )
     return modes, not_run
 
@@ -145,15 +156,9 @@ def _reason(error: Exception) -> str:
     return said if said.startswith(f"{name}: ") else f"{name}: {said}"
 
 
-def _compile(model: Any, inputs: Any, y: Any) -> Any:
-    """Make the model ready for fit, and give its targets."""
+def _prepare(model: Any, inputs: Any, y: Any) -> Any:
+    """Make the model ready for fit and evaluate, and give its targets."""
     arguments = compile_arguments(model)
-    if y is not None and arguments is None:  # nor is a copy of one with metrics of unknown class
-        raise DataError(
-            "Targets are given, but the model has no loss to use them with",
-            where=model.name,
-            remedy="compile the model first, or call inspect without y",
-        )
     if y is None or arguments is None:
         generator = np.random.default_rng(1)
         made = model(inputs, training=False)
@@ -163,8 +168,13 @@ def _compile(model: Any, inputs: Any, y: Any) -> Any:
         losses = keras.tree.map_structure(lambda _: "mean_squared_error", made)
     else:
         targets, losses = y, arguments["loss"]
-    # No loss scaling: under mixed_float16 it would skip the one step that is looked at.
-    optimizer = keras.optimizers.SGD(1e-2)
-    keras.Model.compile(model, optimizer, losses, auto_scale_loss=False, run_eagerly=_RUNS_EAGERLY)
+    keras.Model.compile(
+        model,
+        keras.optimizers.SGD(1e-2),
+        losses,
+        metrics=[],  # else those of an earlier compile stay, which may not take these targets
+        auto_scale_loss=False,  # under mixed_float16 it would skip the one step that is looked at
+        run_eagerly=_RUNS_EAGERLY,
+    )
     model.optimizer.build(model.trainable_variables)
     return targets

@@ -88,6 +88,8 @@ def _disposable(model: Any) -> Generator[Any]:
     metrics = [variable for metric in model.metrics for variable in metric.variables]
     restore = remember(layers_in(model), [*model.variables, *metrics])
     try:
+        for variable in (*model.variables, *metrics):
+            variable.assign(numbers(variable))  # JAX's fit gives arrays away: not what others hold
         # JAX would find the model's own programs again, which were traced without a look inside.
         model.__dict__.update({step: partial(getattr(model, step)) for step in STEPS.values()})
         yield model

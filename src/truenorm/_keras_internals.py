@@ -154,7 +154,8 @@ def constructed_like(layer: Any, new: Any, counterpart: Callable[[Any], Any]) ->
     """Give a copy what the constructor was given, of which Keras makes a config."""
     given = _inside(layer, "_auto_config", "save a copy of a layer")
     if given is not None:
-        new.__dict__["_auto_config"] = type(given)(**counterpart(given.config))
+        config = _inside(given, "config", "save a copy of a layer")
+        new.__dict__["_auto_config"] = type(given)(**counterpart(config))
 
 
 def finish_like(layer: Any, new: Any, counterpart: Callable[[Any], Any]) -> None:

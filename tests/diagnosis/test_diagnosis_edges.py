@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import precision
-from models import dense, shake
+from models import dense, shake, subclassed
 
 import truenorm as tn
 
@@ -158,3 +158,22 @@ def test_behind_what_works_in_training_only_the_data_is_not_to_blame(noise: Any)
     data = np.repeat(DATA[:, None], 3, axis=1)
     found = tn.diagnose(model, data, select=["TN103", "TN104"], batch_size=32).findings
     assert [f.code for f in found] == ["TN103"]
+
+
+# --- what the user holds -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [dense, subclassed])
+def test_arrays_that_the_user_holds_are_left(build: Any) -> None:
+    """JAX deletes what is given away to a compiled program."""
+    model = build()
+    model.compile("sgd", "mse")
+    width = 5 if build is dense else 3
+    x = keras.ops.convert_to_tensor(np.random.default_rng(0).normal(size=(64, width)), "float32")
+    y = keras.ops.convert_to_tensor(np.zeros((64, 3)), "float32")
+    held = [x, y, *(variable.value for variable in model.variables)]
+    before = [np.array(keras.ops.convert_to_numpy(array)) for array in held]
+    tn.diagnose(model, x, y, batch_size=8)
+    tn.recalibrate(model, x, upstream="population").undo()
+    for array, value in zip(held, before, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(array), value)

@@ -100,7 +100,7 @@ def test_two_threads_collect_at_the_same_time() -> None:
     assert "call" not in vars(model.get_layer("bn"))
 
 
-# --- what is left ---------------------------------------------------------------------------------
+# --- what is left --------------------------------------------------------------------------------
 
 
 def test_wrappers_end_in_any_order_and_leave_what_was_there() -> None:

@@ -236,7 +236,5 @@ def _initial_share(facts: Facts, layer: Any, moments: Moments) -> tuple[float, b
 
 def _first(facts: Facts) -> set[Any]:
     """The layers with no BatchNormalization before them; none where there is no graph."""
-    if not facts.graph:
-        return set()
     later = {site.operation for site in facts.sites if any(map(is_site, nearby(site)))}
     return {site.operation for site in facts.sites} - later

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +28,10 @@ WORSE, SURE = 1.1, 3.0
 """One way to normalise is worse than another if its loss is a tenth higher, and by three standard
 errors of the difference between paired batches."""
 
+SETTLED = 1.25
+"""Times the present skew that it would be after recalibration by the batches: from here on the
+present statistics are the better ones, and only larger batches help."""
+
 SORTED = 4.0
 """Variance of the batch means over that of mixed samples above which batches are no random samples:
 of 16 batches each, chance makes it so in one of 200 data sets if all channels hang together (an F
@@ -36,26 +42,31 @@ MIX = "shuffle the samples, all of them, before they are cut into batches"
 
 def batch_too_small(facts: Facts) -> Iterator[Fault]:
     """TN108."""
+    for layer, path in facts.layers.items():
+        if path in facts.spread and layer not in facts.held:
+            noise, together = _noise(facts, layer, path)
+            if noise * EFFECTIVE > 1:
+                evidence = {
+                    "independent_values_per_batch": 1 / noise,
+                    "batch_means_vary_by_std": float(np.sqrt(noise)),
+                    "samples_per_batch": together,
+                }
+                yield Fault(path, evidence, _larger(facts, layer, path))
+
+
+def _noise(facts: Facts, layer: Any, path: str) -> tuple[float, float]:
+    """The variance of a batch mean over that of the values, and the samples that a batch is of."""
     seen = facts.seen.training
     samples = seen.samples / seen.batches
-    for layer, path in facts.layers.items():
-        if path not in facts.spread or layer in facts.held:
-            continue
-        ghosts = getattr(layer, "virtual_batch_size", None)
-        together = min(samples, ghosts or samples)
-        noise = _between(facts.spread[path], seen.sites[path].variance) * samples / together
-        if noise * EFFECTIVE > 1:
-            evidence = {
-                "independent_values_per_batch": 1 / noise,
-                "batch_means_vary_by_std": float(np.sqrt(noise)),
-                "samples_per_batch": together,
-            }
-            enough = 2 ** int(np.ceil(np.log2(EFFECTIVE * noise * together)))
-            yield Fault(path, evidence, _larger(enough, ghosts is not None))
+    together = min(samples, getattr(layer, "virtual_batch_size", None) or samples)
+    return _between(facts.spread[path], seen.sites[path].variance) * samples / together, together
 
 
-def _larger(enough: int, ghosts: bool) -> str:
-    if ghosts:
+def _larger(facts: Facts, layer: Any, path: str) -> str:
+    """Batches that are large enough, in powers of two."""
+    noise, together = _noise(facts, layer, path)
+    enough = 2 ** math.ceil(math.log2(max(EFFECTIVE * noise, 1.0) * together))
+    if getattr(layer, "virtual_batch_size", None) is not None:
         return f"tn.BatchNormalization(virtual_batch_size={enough})"
     return f"model.fit(x, y, batch_size={enough})"
 
@@ -71,8 +82,11 @@ def skew(facts: Facts) -> Iterator[Fault]:
             for when in ("in_inference", "recalibrated")
         )
         if now > SKEW and not recalibration_harms(facts):
-            options = ', upstream="population"' if then > SKEW else ""
-            remedy = remedies.recalibrate(facts, options=options)
+            remedy = remedies.recalibrate(facts)
+            if then > SKEW:  # batches whose own statistics upstream are not the population's
+                remedy = remedies.recalibrate(facts, ', upstream="population"')
+            if then > SETTLED * now:  # its statistics are the population's already
+                remedy = _larger(facts, layer, path)
             yield Fault(path, {"input_differs_by": now}, remedy)
 
 
@@ -97,8 +111,7 @@ _WHEN: tuple[When, ...] = ("in_training", "in_inference", "recalibrated")
 
 
 def _against_the_difference(facts: Facts) -> str:
-    losses = [facts.score(w, "loss") for w in ("recalibrated", "in_inference") if facts.scored]
-    if losses == sorted(losses):
+    if not facts.scored or _is_worse(facts, "in_inference", "recalibrated"):
         return remedies.recalibrate(facts)
     return "tn.callbacks.FreezeStatistics(after_epoch=…) in model.fit, for its last epochs"
 

@@ -13,8 +13,9 @@ import numpy as np
 from truenorm._diagnosis.judge import Judge
 from truenorm._diagnosis.measuring import Answers, Scores, Seen, When, ask, look, no_data
 from truenorm._model.data import comes_in_batches, labelled_batches
-from truenorm._model.graph import Call, calls, graph_of
-from truenorm._model.sites import batch_normalizations, is_own_class, policy_of, site_calls, spots
+from truenorm._model.graph import Call, Graph, graph_of, read_graph
+from truenorm._model.sites import batch_normalizations, is_own_class, policy_of, spots
+from truenorm._model.values import numbers
 from truenorm._modes.inspect import inspect
 from truenorm._records.inspection import Inspection
 from truenorm._records.moments import Spread
@@ -84,19 +85,19 @@ class Facts:
         return batch_normalizations(self.model)
 
     @cached_property
-    def graph(self) -> bool:
-        """Whether the calls can be read."""
-        return graph_of(self.model) is not None
+    def graph(self) -> Graph | None:
+        """The calls, where they can be read."""
+        return None if graph_of(self.model) is None else read_graph(self.model)
 
-    @cached_property
-    def calls(self) -> list[Call]:
+    @property
+    def calls(self) -> tuple[Call, ...]:
         """Every call of the model's graph."""
-        return calls(self.model)
+        return self.graph.calls if self.graph else ()
 
-    @cached_property
-    def sites(self) -> list[Call]:
+    @property
+    def sites(self) -> tuple[Call, ...]:
         """The calls that are a BatchNormalization."""
-        return site_calls(self.model)[0]
+        return self.graph.sites if self.graph else ()
 
     @cached_property
     def optimizer(self) -> Any | None:
@@ -107,7 +108,7 @@ class Facts:
     @cached_property
     def steps(self) -> int:
         """How often the optimizer has stepped; 0 if there is none."""
-        return 0 if self.optimizer is None else int(self.optimizer.iterations)
+        return 0 if self.optimizer is None else int(numbers(self.optimizer.iterations))
 
     # --- modes ---------------------------------------------------------------------------------
 
@@ -185,6 +186,11 @@ class Facts:
             "recalibrated": runner.given(replace(population, sites=learning)),
         }
         return ask(runner, uses, self.batches, self._judge)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are labels."""
+        return self.data is not None and self._first_batch[1] is not None
 
     @property
     def scored(self) -> bool:

@@ -8,6 +8,7 @@ from truenorm._diagnosis import remedies
 from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Fault
 from truenorm._keras_internals import layers_in
+from truenorm._model.sites import policy_of
 
 Remedy = str | Callable[[Facts, str], str]
 """The remedy itself, or what makes it for a layer's path."""
@@ -41,5 +42,8 @@ def thaw_parent(facts: Facts, path: str) -> str:
 
 
 def hold(facts: Facts, path: str) -> str:
-    """See :func:`truenorm._diagnosis.remedies.hold`."""
-    return remedies.hold(facts, next(k for k, own in facts.layers.items() if own == path))
+    """What holds the statistics on every version of Keras."""
+    layer = next(k for k, own in facts.layers.items() if own == path)
+    if policy_of(layer) == "statistics":
+        return "layer(x) without training=: its freeze policy holds them"
+    return remedies.hold(facts, layer)

@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 
+from truenorm._diagnosis.averages import is_untouched
 from truenorm._diagnosis.facts import Facts
 from truenorm._keras_internals import layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
@@ -22,21 +23,38 @@ from truenorm._rewrites.fold import why_not_folded
 EXACT = 'model = tn.replace(model, to="truenorm").model'
 """Statistics without a loss of digits."""
 
-ASK = "tn.diagnose(model, data)"
-"""Where only the data can tell what helps."""
-
-ASK_WITH_LABELS = "tn.diagnose(model, data, y)"
+ASK = "tn.diagnose(model, data, y)"
 """Where only the loss can tell what helps."""
 
 
-def recalibrate(facts: Facts, path: str | None = None, options: str = "") -> str:
-    """Statistics of the data for the layers that learn from batches, or for the layer at a path."""
-    able = {layer: p for layer, p in facts.layers.items() if not is_own_class(layer)}
-    meant = {layer: p for layer, p in able.items() if layer not in facts.held}
-    if path is not None and path not in meant.values():
-        meant = {layer: p for layer, p in able.items() if p == path}
-    if len(meant) < len(facts.layers):
-        options = f", layers={_selection(facts, meant)}{options}"
+def recalibrate(facts: Facts, options: str = "") -> str:
+    """Statistics of the data for the layers that learn from batches; or who can tell if it helps.
+
+    Statistics that never moved although the optimizer stepped are those of a network that was
+    frozen while it learned, perhaps: without its loss nobody knows.
+    """
+    learning = [layer for layer in facts.layers if layer not in facts.held]
+    doubtful = facts.steps > 0 and any(map(is_untouched, learning))
+    certain = not (doubtful or facts.lacks("modes")) or (facts.data is not None and facts.scored)
+    if not certain and not facts.labelled:
+        return ASK
+    call = _recalibrate(facts, learning, options)
+    return call if certain else f"{call}; and its undo(), if the model does worse"
+
+
+def recalibrate_alone(facts: Facts, layer: Any) -> str:
+    """Statistics of the data for one layer, whose own are worth nothing; for all, if that is right.
+    """
+    if is_own_class(layer):
+        return "set its moving statistics: tn.recalibrate does not know what its class does"
+    everywhere = _recalibrate(facts, [*facts.layers])
+    return everywhere if recalibrate(facts) == everywhere else _recalibrate(facts, [layer])
+
+
+def _recalibrate(facts: Facts, layers: Collection[Any], options: str = "") -> str:
+    known = [layer for layer in layers if not is_own_class(layer)]
+    if len(known) < len(facts.layers):
+        options = f", layers={_selection(facts, known)}{options}"
     return f"tn.recalibrate(model, data{options})"
 
 
@@ -52,7 +70,7 @@ def hold(facts: Facts, layer: Any) -> str:
 
 def in_graph(facts: Facts, layer: Any) -> bool:
     """Whether rewrites reach this layer: not inside a wrapper, a block or a subclassed model."""
-    return facts.graph and any(site.operation is layer for site in facts.sites)
+    return any(site.operation is layer for site in facts.sites)
 
 
 def remove(facts: Facts, path: str) -> str:

@@ -27,18 +27,13 @@ NORMALIZE = "keras.layers.Normalization() before the model"
 
 def never_updated(facts: Facts) -> Iterator[Fault]:
     """TN101."""
-    untouched = {k: path for k, path in facts.layers.items() if is_untouched(k)}
-    learning = {k: path for k, path in untouched.items() if k not in facts.held}
+    untouched = {k: p for k, p in facts.layers.items() if is_untouched(k) and k not in facts.held}
     has_data = facts.lacks("data") is None
-    if not learning or (has_data and recalibration_harms(facts)):
+    if untouched and has_data and recalibration_harms(facts):
         return
-    remedy = remedies.recalibrate(facts)
-    if facts.lacks("modes"):
-        remedy = remedies.ASK
-    elif facts.steps and not (has_data and facts.scored):
-        remedy = remedies.ASK_WITH_LABELS  # it may have been frozen while it learned
-    for layer, path in learning.items():
+    for layer, path in untouched.items():
         evidence = _distance(facts, layer, path) if has_data else {}
+        remedy = remedies.recalibrate(facts)
         yield Fault(path, evidence or {"channels": _channels(layer)}, remedy)
 
 
@@ -73,7 +68,7 @@ def not_numbers(facts: Facts) -> Iterator[Fault]:
         }
         if any(counts.values()):
             evidence = {**counts, "channels": _channels(layer)}
-            yield Fault(path, evidence, remedies.recalibrate(facts, path))
+            yield Fault(path, evidence, remedies.recalibrate_alone(facts, layer))
 
 
 def huge(facts: Facts) -> Iterator[Fault]:

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from truenorm._errors import DataError, ModelError, TruenormError
+from truenorm._errors import DataError, KerasVersionError, ModelError, TruenormError
 from truenorm._keras_internals import STEPS, compile_arguments, is_compiled, layers_in
 from truenorm._model.data import check
 from truenorm._model.graph import graph_of
@@ -100,6 +100,8 @@ def _disposable(model: Any) -> Generator[Any]:
         return
     restore = remember(layers_in(model), variables_of(model))
     try:
+        for variable in (*model.variables, *metrics):
+            variable.assign(numbers(variable))  # JAX's fit gives arrays away: not what others hold
         # JAX would find the model's own programs again, which were traced without a look inside.
         model.__dict__.update({step: partial(getattr(model, step)) for step in STEPS.values()})
         yield model
@@ -129,6 +131,8 @@ def _run_all(model: Any, inputs: Any, y: Any) -> tuple[dict[str, tuple[Mode, ...
             with watched(model, places) as watch, lasting(variables_of(model)):
                 run(targets)
             modes[entry] = watch.modes()
+        except KerasVersionError:
+            raise
         except Exception as error:  # a step, a loss or a call of the user's own may do anything
             not_run[entry] = _reason(error)
         for variable, value in saved:

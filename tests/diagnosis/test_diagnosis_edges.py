@@ -129,7 +129,7 @@ def far(layer: Any, mean: float, variance: float = 1.0) -> Any:
 
 def test_digits_are_lost_by_stock_layers_below_float64_only() -> None:
     (lost,) = tn.diagnose(far(L.BatchNormalization(), 5e3), select="TN106").findings
-    assert lost.remedy == 'tn.replace(model, to="truenorm")'
+    assert lost.remedy == 'model = tn.replace(model, to="truenorm").model'
     assert not tn.diagnose(far(tn.BatchNormalization(), 5e3), select="TN106").findings
     with precision("float64"):
         wide = L.BatchNormalization(dtype="float64")

@@ -365,10 +365,12 @@ def mode(name: str) -> Callable[[], Any]:
 REPLACE = 'model = tn.replace(model, to="truenorm").model'
 CALLED = [
     Fault("TN106", far, REPLACE),
-    Fault("TN107", overridden(tn.BatchNormalization), 'tn.freeze(model, "statistics", layers=\'bn\')'),
+    Fault("TN107", overridden(tn.BatchNormalization),
+          'tn.freeze(model, "statistics", layers=\'bn\')'),
     Fault("TN107", overridden(L.BatchNormalization),
           f'{REPLACE}; tn.freeze(model, "statistics", layers=\'bn\')'),
-    Fault("TN107", awake(False), f'{REPLACE}; tn.freeze(model, "statistics", layers=\'parent/bn\')'),
+    Fault("TN107", awake(False),
+          f'{REPLACE}; tn.freeze(model, "statistics", layers=\'parent/bn\')'),
     Fault("TN107", awake(True), "tn.freeze(model, layers='parent/each/bn')"),
     Fault("TN204", decayed_anew,
           'model.optimizer.exclude_from_weight_decay(var_names=["gamma", "beta"])'),
@@ -408,7 +410,7 @@ def behind() -> Any:
 
 
 PLACED = [
-    Fault("TN304", unfoldable, 'model = tn.place(model, "none", where=\'bn\').model'),
+    Fault("TN304", unfoldable, "model = tn.place(model, \"none\", where='bn').model"),
     Fault("TN309", planted.mixed, 'model = tn.place(model, "before_activation").model'),
     Fault("TN501", behind, 'model = tn.place(model, "before_activation").model, trained anew'),
 ]
@@ -433,7 +435,7 @@ def test_another_place_mends_and_learns_as_well(fault: Fault) -> None:
     assert losses[1][-1] < 1.5 * losses[0][-1]
 
 
-# --- advice for the next model ---------------------------------------------------------------------
+# --- advice for the next model --------------------------------------------------------------------
 
 
 def small(batch_norm: Any = None) -> Any:

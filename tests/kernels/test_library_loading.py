@@ -44,7 +44,7 @@ def check_that_the_framework_does_it(native: Any) -> None:
 
     def call(x: Any) -> Any:
         taken.append(native.takes(x))
-        return kernels.normalize(x, axis=-1, epsilon=EPSILON).output
+        return kernels.normalize(x, None, None, kernels.Options(-1, EPSILON)).output
 
     output, (d_x,) = gradients(call, [tensor(x)], tensor(gradient))
     assert not any(taken)

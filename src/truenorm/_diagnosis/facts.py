@@ -12,6 +12,7 @@ import numpy as np
 
 from truenorm._diagnosis.judge import Judge
 from truenorm._diagnosis.measuring import Answers, Scores, Seen, When, ask, look, no_data
+from truenorm._errors import KerasVersionError
 from truenorm._model.data import comes_in_batches, labelled_batches
 from truenorm._model.graph import Call, Graph, graph_of, read_graph
 from truenorm._model.sites import batch_normalizations, is_own_class, policy_of, spots
@@ -153,6 +154,8 @@ class Facts:
         for arguments in attempts:
             try:
                 return inspect(self.model, *arguments)
+            except KerasVersionError:
+                raise
             except Exception as error:  # what a train_step or a metric of the user's own may do
                 first, *_ = [*str(error).strip().splitlines(), ""]
                 reason = f"inspect could not run the model ({type(error).__name__}: {first})"

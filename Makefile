@@ -28,7 +28,7 @@ $(addprefix test-,$(BACKENDS)): test-%: $(VENV)/test.stamp
 random: $(VENV)/test.stamp
 	for backend in $(BACKENDS); do \
 		KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) \
-			--hypothesis-profile random tests/test_random_rewrites.py || exit 1; \
+			--hypothesis-profile random tests/rewrites/test_random_rewrites.py || exit 1; \
 	done
 
 # Readers of files on thousands of damaged ones.

@@ -175,7 +175,7 @@ CASES = (
     Case(rename(MODEL, "_compile_config"), "Functional._compile_config", COMPILED, replace),
     Case(rename(MODEL, "_compile_config"), "Functional._compile_config", COMPILED, observe),
     Case(rename("keras.src.saving.serialization_lib.SerializableDict", "config"),
-         "SerializableDict.config", "compile a model as another one is", replace),
+         "SerializableDict.config", "save a copy of a layer", replace),
     Case(rename(MODEL, "_compiled_trainable_state"), "Functional._compiled_trainable_state",
          "see what changed since a model's compile", changed_after_compile),
     Case(rename(MODEL, "_compiled_trainable_state"), "Functional._compiled_trainable_state",

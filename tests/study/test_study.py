@@ -415,7 +415,7 @@ X, Y = arrays()[0]
         (((X, Y), (X * np.nan, Y)), "This array has NaN or infinity in it (at 'data: x_val')."),
         (((X, Y), (X[:, :4], Y)), "The training and validation inputs have different shapes"),
         (((X[:, :4], Y), (X[:, :4], Y)), "The data does not fit the model's inputs (at 'data')."),
-        (((X[..., None], Y), (X[..., None], Y)), "The data does not fit the model's inputs"),
+        (((np.stack([X, X], -1), Y),) * 2, "The data does not fit the model's inputs"),
     ],
 )
 def test_bad_data(data: Any, message: str) -> None:

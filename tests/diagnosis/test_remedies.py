@@ -634,7 +634,7 @@ ADVISED = [
     Fault("TN401", lambda: subclassed(Forgetful), "def call(self, inputs, training=None)",
           lambda: subclassed(Passing), X),
     Fault("TN402", lambda: recompiled(False),
-          "trainable as it was; or, if it is meant, model.compile(…)", lambda: recompiled(True)),
+          "trainable as it was at compile, or tn.freeze, tn.unfreeze", lambda: recompiled(True)),
     Fault("TN403", lambda: parent(False),
           "model.get_layer('base').trainable = True, and model.compile(…) after it",
           lambda: parent(True)),

@@ -186,7 +186,7 @@ def test_with_another_xla_jax_does_without_it(change: Any) -> None:
         mock.patch.object(library, "loaded", return_value=fake),
     ):
         assert registered() == (change is _is_larger)
-        result = kernels.normalize(tensor(x), axis=-1, epsilon=EPSILON)
+        result = kernels.normalize(tensor(x), None, None, kernels.Options(-1, EPSILON))
     true = reference.forward(np.float32(x), axis=-1)
     assert error(array(result.output), true.output) < 4e-7
     assert error(array(result.variance), true.variance) < 4e-7

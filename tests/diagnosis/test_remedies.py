@@ -141,7 +141,7 @@ def test_statistics_of_the_data_mend(code: str, change: Any, labelled: bool) -> 
     assert loss(model, y) < before / 5
 
 
-def rectified(depth: int = 8) -> Any:
+def rectified(depth: int = 6) -> Any:
     """Skewed values all the way: a batch's own statistics upstream are not the population's."""
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((8,))])
@@ -165,7 +165,7 @@ def test_where_batches_are_small_the_population_upstream_mends_or_larger_ones() 
     assert remedies(8) == [population]
     apply(population, model, data)
     assert remedies(8) == []
-    assert set(remedies(3)) == {"model.fit(x, y, batch_size=16)"}  # no statistics help there
+    assert remedies(3) == ["model.fit(x, y, batch_size=16)"]  # no statistics help there
     assert remedies(16) == []
 
 
@@ -362,13 +362,14 @@ def mode(name: str) -> Callable[[], Any]:
     return build
 
 
+HOLD = 'tn.freeze(model, "statistics", layers={!r})'
 REPLACE = 'model = tn.replace(model, to="truenorm").model'
 CALLED = [
     Fault("TN106", far, REPLACE),
-    Fault("TN107", overridden(tn.BatchNormalization), 'tn.freeze(model, "statistics", layers=\'bn\')'),
+    Fault("TN107", overridden(tn.BatchNormalization), HOLD.format("bn")),
     Fault("TN107", overridden(L.BatchNormalization),
-          f'{REPLACE}; tn.freeze(model, "statistics", layers=\'bn\')'),
-    Fault("TN107", awake(False), f'{REPLACE}; tn.freeze(model, "statistics", layers=\'parent/bn\')'),
+          f"{REPLACE}; {HOLD.format('bn')}"),
+    Fault("TN107", awake(False), f"{REPLACE}; {HOLD.format('parent/bn')}"),
     Fault("TN107", awake(True), "tn.freeze(model, layers='parent/each/bn')"),
     Fault("TN204", decayed_anew,
           'model.optimizer.exclude_from_weight_decay(var_names=["gamma", "beta"])'),
@@ -408,7 +409,7 @@ def behind() -> Any:
 
 
 PLACED = [
-    Fault("TN304", unfoldable, 'model = tn.place(model, "none", where=\'bn\').model'),
+    Fault("TN304", unfoldable, "model = tn.place(model, \"none\", where='bn').model"),
     Fault("TN309", planted.mixed, 'model = tn.place(model, "before_activation").model'),
     Fault("TN501", behind, 'model = tn.place(model, "before_activation").model, trained anew'),
 ]
@@ -433,7 +434,7 @@ def test_another_place_mends_and_learns_as_well(fault: Fault) -> None:
     assert losses[1][-1] < 1.5 * losses[0][-1]
 
 
-# --- advice for the next model ---------------------------------------------------------------------
+# --- advice for the next model -------------------------------------------------------------------
 
 
 def small(batch_norm: Any = None) -> Any:

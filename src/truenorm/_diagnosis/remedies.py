@@ -43,8 +43,7 @@ def recalibrate(facts: Facts, options: str = "") -> str:
 
 
 def recalibrate_alone(facts: Facts, layer: Any) -> str:
-    """Statistics of the data for one layer, whose own are worth nothing; for all, if that is right.
-    """
+    """Statistics of the data for one layer, whose own are worth nothing; for all, if that is right."""
     if is_own_class(layer):
         return "set its moving statistics: tn.recalibrate does not know what its class does"
     everywhere = _recalibrate(facts, [*facts.layers])

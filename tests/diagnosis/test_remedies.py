@@ -141,7 +141,7 @@ def test_statistics_of_the_data_mend(code: str, change: Any, labelled: bool) -> 
     assert loss(model, y) < before / 5
 
 
-def rectified(depth: int = 8) -> Any:
+def rectified(depth: int = 6) -> Any:
     """Skewed values all the way: a batch's own statistics upstream are not the population's."""
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((8,))])
@@ -165,7 +165,7 @@ def test_where_batches_are_small_the_population_upstream_mends_or_larger_ones() 
     assert remedies(8) == [population]
     apply(population, model, data)
     assert remedies(8) == []
-    assert set(remedies(3)) == {"model.fit(x, y, batch_size=16)"}  # no statistics help there
+    assert remedies(3) == ["model.fit(x, y, batch_size=16)"]  # no statistics help there
     assert remedies(16) == []
 
 
@@ -362,6 +362,7 @@ def mode(name: str) -> Callable[[], Any]:
     return build
 
 
+HOLD = 'tn.freeze(model, "statistics", layers={!r})'
 REPLACE = 'model = tn.replace(model, to="truenorm").model'
 CALLED = [
     Fault("TN106", far, REPLACE),

@@ -51,7 +51,10 @@ def batch_too_small(facts: Facts) -> Iterator[Fault]:
                     "batch_means_vary_by_std": float(np.sqrt(noise)),
                     "samples_per_batch": together,
                 }
-                yield Fault(path, evidence, _larger(facts, layer, path))
+                enough = _enough(facts, layer, path)
+                ghosts = getattr(layer, "virtual_batch_size", None) is not None
+                larger = f"tn.BatchNormalization(virtual_batch_size={enough})"
+                yield Fault(path, evidence, larger if ghosts else _batches_of(enough))
 
 
 def _noise(facts: Facts, layer: Any, path: str) -> tuple[float, float]:
@@ -62,32 +65,42 @@ def _noise(facts: Facts, layer: Any, path: str) -> tuple[float, float]:
     return _between(facts.spread[path], seen.sites[path].variance) * samples / together, together
 
 
-def _larger(facts: Facts, layer: Any, path: str) -> str:
-    """Batches that are large enough, in powers of two."""
+def _enough(facts: Facts, layer: Any, path: str) -> int:
+    """Samples that make a batch large enough, in powers of two."""
     noise, together = _noise(facts, layer, path)
-    enough = 2 ** math.ceil(math.log2(max(EFFECTIVE * noise, 1.0) * together))
-    if getattr(layer, "virtual_batch_size", None) is not None:
-        return f"tn.BatchNormalization(virtual_batch_size={enough})"
-    return f"model.fit(x, y, batch_size={enough})"
+    return 2 ** math.ceil(math.log2(max(EFFECTIVE * noise, 1.0) * together))
 
 
 def skew(facts: Facts) -> Iterator[Fault]:
     """TN109."""
-    for layer, path in facts.layers.items():
-        if path not in facts.seen.training.sites:
-            continue
-        training = facts.seen.training.sites[path]
-        now, then = (
-            output_error(layer, training.mean, training.variance, facts.answers.inputs[when][path])
-            for when in ("in_inference", "recalibrated")
-        )
-        if now > SKEW and not recalibration_harms(facts):
-            remedy = remedies.recalibrate(facts)
-            if then > SKEW:  # batches whose own statistics upstream are not the population's
-                remedy = remedies.recalibrate(facts, ', upstream="population"')
-            if then > SETTLED * now:  # its statistics are the population's already
-                remedy = _larger(facts, layer, path)
-            yield Fault(path, {"input_differs_by": now}, remedy)
+    training, inputs = facts.seen.training.sites, facts.answers.inputs
+    now, then = (
+        {
+            path: output_error(layer, moments.mean, moments.variance, inputs[when][path])
+            for layer, path in facts.layers.items()
+            if (moments := training.get(path)) is not None
+        }
+        for when in ("in_inference", "recalibrated")
+    )
+    found = {path: error for path, error in now.items() if error > SKEW}
+    if found and not recalibration_harms(facts):
+        remedy = _against_skew(facts, max(found.values()), max(then.values()))
+        for path, error in found.items():
+            yield Fault(path, {"input_differs_by": error}, remedy)
+
+
+def _against_skew(facts: Facts, now: float, then: float) -> str:
+    """What helps: statistics as they are taken by batches, or the population's, or neither."""
+    if then <= SKEW:
+        return remedies.recalibrate(facts)
+    if then <= SETTLED * now:
+        return remedies.recalibrate(facts, ', upstream="population"')
+    paths = {layer: path for layer, path in facts.layers.items() if path in facts.spread}
+    return _batches_of(max(_enough(facts, layer, path) for layer, path in paths.items()))
+
+
+def _batches_of(samples: int) -> str:
+    return f"model.fit(x, y, batch_size={samples})"
 
 
 def otherwise_in_inference(facts: Facts) -> Iterator[Fault]:

@@ -153,7 +153,10 @@ class Facts:
         reason = ""
         for arguments in attempts:
             try:
-                return inspect(self.model, *arguments)
+                inspection = inspect(self.model, *arguments)
+                if "fit" in inspection.modes:
+                    return inspection
+                reason = f"inspect could not run the model ({inspection.not_run['fit']})"
             except KerasVersionError:
                 raise
             except Exception as error:  # what a train_step or a metric of the user's own may do

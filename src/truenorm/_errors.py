@@ -104,3 +104,18 @@ class OutputError(TruenormError, OSError):
 
 class StudyError(TruenormError, RuntimeError):
     """An experiment could not be run to its end."""
+
+
+_OUT_OF_MEMORY = (
+    "RESOURCE_EXHAUSTED",
+    "can't allocate memory",
+    "Out of memory",
+    "OOM when",
+    "bad_alloc",
+    "Unable to allocate",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how Python or a framework says that there is no memory."""
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)

@@ -28,6 +28,7 @@ import numpy as np  # noqa: E402
 from archives import with_config  # noqa: E402
 
 import truenorm as tn  # noqa: E402
+from truenorm._errors import is_out_of_memory  # noqa: E402
 from truenorm.archive import _isolation  # noqa: E402
 from truenorm.archive._classes import CODE  # noqa: E402
 
@@ -91,7 +92,7 @@ def run(folder: str, *, files: list[str]) -> None:
             except tn.TruenormError as error:
                 ended = str(error).split(" (at")[0]
             except Exception as error:
-                out = _isolation.is_out_of_memory(error)
+                out = is_out_of_memory(error)
                 ended = "too much memory when run" if out else f"{type(error).__name__} when run"
             told.write(f"{ended}\n")
 

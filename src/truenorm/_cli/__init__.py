@@ -20,7 +20,7 @@ except ImportError:
     )
 
 from truenorm._cli.demo import demo
-from truenorm._cli.isolation import isolated
+from truenorm._cli.isolation import is_apart, isolated
 from truenorm._cli.models import diagnose, fold, inspect, place, recalibrate, replace
 
 app = typer.Typer(
@@ -52,6 +52,8 @@ def main() -> None:
         sys.stdout = None  # nothing is flushed at exit
         sys.exit(1)
     except MemoryError:
+        if is_apart():
+            raise  # it says which limit was reached
         _refuse("There is not enough memory to run this model.")
     except TruenormError as error:
         _refuse(str(error))

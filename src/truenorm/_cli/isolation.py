@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from truenorm._errors import is_out_of_memory
 from truenorm._records.files import replacing
 from truenorm._records.tables import printable
 
@@ -91,7 +92,7 @@ def enter(folder: str, *, arguments: list[str], file: str, memory: int) -> None:
     try:
         main()
     except Exception as error:
-        if not _isolation.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         refusal = _isolation.too_much_memory(file, memory)
         print(f"truenorm: {printable(str(refusal))}", file=sys.stderr)

@@ -11,7 +11,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from truenorm._errors import DataError, KerasVersionError, ModelError, TruenormError
+from truenorm._errors import (
+    DataError,
+    KerasVersionError,
+    ModelError,
+    TruenormError,
+    is_out_of_memory,
+)
 from truenorm._keras_internals import STEPS, compile_arguments, is_compiled, layers_in
 from truenorm._model.data import check
 from truenorm._model.graph import graph_of
@@ -122,7 +128,7 @@ def _run_all(model: Any, inputs: Any, y: Any) -> tuple[dict[str, tuple[Mode, ...
         lambda _: model(inputs, training=True),
     )
     modes: dict[str, tuple[Mode, ...]] = {}
-    not_run: dict[str, str] = {}
+    errors: dict[str, Exception] = {}
     model.run_eagerly = _RUNS_EAGERLY
     saved = [(v, numbers(v)) for v in model.variables]
     for entry, run in zip(ENTRY_POINTS, runs, strict=True):
@@ -134,10 +140,14 @@ def _run_all(model: Any, inputs: Any, y: Any) -> tuple[dict[str, tuple[Mode, ...
         except KerasVersionError:
             raise
         except Exception as error:  # a step, a loss or a call of the user's own may do anything
-            not_run[entry] = _reason(error)
+            errors[entry] = error
         for variable, value in saved:
             variable.assign(value)
+    not_run = {entry: _reason(error) for entry, error in errors.items()}
     if not modes:
+        for error in errors.values():
+            if is_out_of_memory(error):
+                raise error
         raise ModelError(
             "The model could not be run in any way",
             where=model.name,

@@ -93,15 +93,6 @@ def not_enough_memory(path: str, received: str) -> ArchiveError:
     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is how Python or a framework says that there is no memory."""
-    return isinstance(error, MemoryError) or any(
-        sign in str(error)
-        for sign in ("RESOURCE_EXHAUSTED", "can't allocate memory", "Out of memory", "OOM when",
-                     "bad_alloc", "Unable to allocate")
-    )  # fmt: skip
-
-
 @contextmanager
 def confined(
     entry: str, arguments: Mapping[str, Any], *, memory: int, output: int | None = None

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from truenorm._errors import ArchiveError, OptionError, OutputError
+from truenorm._errors import ArchiveError, OptionError, OutputError, is_out_of_memory
 from truenorm._records.files import replacing
 from truenorm._records.tables import printable
 from truenorm.archive._checking import checked
@@ -31,7 +31,7 @@ from truenorm.archive._container import (
     read_json,
     verify_checksums,
 )
-from truenorm.archive._isolation import is_out_of_memory, memory_for, not_enough_memory
+from truenorm.archive._isolation import memory_for, not_enough_memory
 from truenorm.archive._keras2 import single, translated
 from truenorm.archive._legacy import config_of, copied, is_legacy, opened_h5, text_attribute
 

@@ -100,7 +100,7 @@ def _disposable(model: Any) -> Generator[Any]:
         return
     restore = remember(layers_in(model), variables_of(model))
     try:
-        for variable in (*model.variables, *metrics):
+        for variable in variables_of(model):
             variable.assign(numbers(variable))  # JAX's fit gives arrays away: not what others hold
         # JAX would find the model's own programs again, which were traced without a look inside.
         model.__dict__.update({step: partial(getattr(model, step)) for step in STEPS.values()})

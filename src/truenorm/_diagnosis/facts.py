@@ -13,6 +13,7 @@ import numpy as np
 from truenorm._diagnosis.judge import Judge
 from truenorm._diagnosis.measuring import Answers, Scores, Seen, When, ask, look, no_data
 from truenorm._errors import KerasVersionError
+from truenorm._keras_internals import inner_optimizer, is_compiled
 from truenorm._model.data import comes_in_batches, labelled_batches
 from truenorm._model.graph import Call, Graph, graph_of, read_graph
 from truenorm._model.sites import batch_normalizations, is_own_class, policy_of, spots
@@ -104,7 +105,7 @@ class Facts:
     def optimizer(self) -> Any | None:
         """What the model is trained with, without the loss scaling around it."""
         optimizer = getattr(self.model, "optimizer", None)
-        return getattr(optimizer, "inner_optimizer", optimizer)
+        return optimizer and (inner_optimizer(optimizer) or optimizer)
 
     @cached_property
     def steps(self) -> int:
@@ -147,7 +148,7 @@ class Facts:
             fixed = any(tensor.shape[0] for tensor in getattr(self.model, "inputs", None) or ())
             few = slice(None if fixed else FEW)
             attempts = [(keras.tree.map_structure(lambda x: x[few], inputs),)]
-            if labels is not None and getattr(self.model, "compiled", False):
+            if labels is not None and is_compiled(self.model):
                 with_labels = (*attempts[0], keras.tree.map_structure(lambda x: x[few], labels))
                 attempts.insert(0, with_labels)
         reason = ""
@@ -239,7 +240,7 @@ class Facts:
 
     @cached_property
     def _judge(self) -> Judge | None:
-        if self._first_batch[1] is None or not getattr(self.model, "compiled", False):
+        if self._first_batch[1] is None or not is_compiled(self.model):
             return None
         judge = Judge(self.model)
         return judge if judge.able else None

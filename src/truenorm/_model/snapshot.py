@@ -60,7 +60,7 @@ def lasting(variables: Iterable[Any]) -> Generator[None]:
         yield
     finally:
         for variable, value in held:
-            if not _has_value(variable):
+            if not _has_value(variable) and is_value(value):  # else fit has given it away
                 variable.assign(value)
 
 

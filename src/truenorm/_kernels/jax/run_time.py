@@ -37,5 +37,5 @@ def place() -> Any:
 
 
 def is_value(tensor: Any) -> bool:
-    """Whether this is an array, not what stands for one while JAX traces."""
-    return not isinstance(tensor, Tracer)
+    """Whether this is an array that is still there, not what stands for one while JAX traces."""
+    return not isinstance(tensor, Tracer) and not tensor.is_deleted()

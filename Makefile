@@ -105,7 +105,8 @@ sanitize: $(addprefix sanitize-,$(SANITIZERS))
 sanitize-address: OPTION := address,undefined
 sanitize-address: RUNTIME := libasan.so
 sanitize-address: LEVELS := v1 v3
-sanitize-address: TESTS := -k "not any_processor" tests/kernels/test_library.py tests/kernels/test_library_xla.py
+sanitize-address: TESTS := -k "not any_processor" \
+	tests/kernels/test_library.py tests/kernels/test_library_xla.py
 sanitize-thread: OPTION := thread
 sanitize-thread: RUNTIME := libtsan.so
 sanitize-thread: LEVELS := v3
@@ -140,8 +141,8 @@ $(VENV)/test.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt $(wild
 	$(INSTALL) -e ".[test]"
 	touch $@
 
-# The type checker reads the packages that the code uses, so it needs them too. Here a warning of the C
-# compiler is an error; where users build, it is not.
+# The type checker reads the packages that the code uses, so it needs them too. A warning of the C
+# compiler is an error here; where users build, it is not.
 $(VENV)/lint.stamp: $(VENV)/test.stamp
 	TRUENORM_STRICT=1 $(INSTALL) -e ".[test,lint]"
 	touch $@

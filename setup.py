@@ -76,10 +76,10 @@ class BuildLibrary(build_ext):
         try:
             self.compile(target)
         except (OSError, subprocess.CalledProcessError) as error:
-            for left in (target, NATIVE / target.name):  # none at all rather than an old one
-                left.unlink(missing_ok=True)
             if STRICT:
                 raise
+            for left in (target, NATIVE / target.name):  # none at all rather than an old one
+                left.unlink(missing_ok=True)
             print(f"truenorm: without its compiled passes ({error})", file=sys.stderr)
 
     def compile(self, target: Path) -> None:

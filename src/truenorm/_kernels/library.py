@@ -1,8 +1,9 @@
 """The compiled passes over the data (``native/``), where they could be built.
 
 An array is seen as (outer, channels, inner), contiguous; see ``native/batchnorm.h``. What is
-computed, and how its sums are kept right, stands in ``native/passes.h``. The shared library needs
-no framework: those that use it pass addresses.
+computed for each value stands in ``native/passes.h``; what for each channel, and how sums are kept
+right, in ``native/statistics.h``. The shared library needs no framework: those that use it pass
+addresses.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def _run_all(model: Any, inputs: Any, y: Any) -> tuple[dict[str, tuple[Mode, ...
         lambda _: model(inputs, training=True),
     )
     modes: dict[str, tuple[Mode, ...]] = {}
-    errors: dict[str, Exception] = {}
+    not_run: dict[str, str] = {}
     model.run_eagerly = _RUNS_EAGERLY
     saved = [(v, numbers(v)) for v in model.variables]
     for entry, run in zip(ENTRY_POINTS, runs, strict=True):
@@ -140,14 +140,12 @@ def _run_all(model: Any, inputs: Any, y: Any) -> tuple[dict[str, tuple[Mode, ...
         except KerasVersionError:
             raise
         except Exception as error:  # a step, a loss or a call of the user's own may do anything
-            errors[entry] = error
+            if is_out_of_memory(error):
+                raise  # TensorFlow waits for memory ten seconds at every attempt
+            not_run[entry] = _reason(error)
         for variable, value in saved:
             variable.assign(value)
-    not_run = {entry: _reason(error) for entry, error in errors.items()}
     if not modes:
-        for error in errors.values():
-            if is_out_of_memory(error):
-                raise error
         raise ModelError(
             "The model could not be run in any way",
             where=model.name,

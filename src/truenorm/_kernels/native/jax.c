@@ -47,10 +47,10 @@ static int is_known(const xla_api *api)
 
 /* For which version of the interface this function was made; asked when it is registered.
  *
- * The structs of xla.h are the same in several versions, so the answer is XLA's own version if it is
- * one of these, and of a newer XLA the newest one; XLA knows whether it still supports that. The
- * oldest XLA does not say which version it is. Version -1 is refused by every XLA: then JAX raises an
- * exception when it registers the function, and the kernel does without it. */
+ * The structs of xla.h are the same in several versions, so the answer is XLA's own version if it
+ * is one of these, and to a newer XLA the newest one; XLA knows whether it still supports that. An
+ * XLA that does not say its version is of the oldest. Version -1 is refused by every XLA: then JAX
+ * raises an exception when it registers the function, and the kernel does without it. */
 static void tell_version(const xla_call_frame *frame)
 {
     const xla_metadata_extension *asked = (const void *)frame->extension_start;
@@ -119,7 +119,7 @@ TN_EXPORT void *tn_xla_moments(xla_call_frame *frame)
         return NULL;
     }
     if (frame->struct_size < XLA_SIZE(xla_call_frame, rets) || !frame->api || !is_known(frame->api))
-        abort(); /* such an XLA was refused above, so it does not call; and no error could reach it */
+        abort(); /* such an XLA was refused above and does not call; no error could reach it */
     if (frame->stage != XLA_EXECUTE) return NULL;
     if (!is_expected(frame))
         return failure(frame, XLA_INVALID_ARGUMENT, "BatchNormalization: unexpected arguments");

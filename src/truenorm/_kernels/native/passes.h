@@ -1,6 +1,5 @@
-/* The four passes over a part of the data. Included once for each type of values, VALUE; NAME(f) is
- * the name of f for it, LOAD and STORE convert to and from SUM, and OF_SUM(f) is what statistics.h
- * makes for SUM.
+/* The four passes over a part of the data. Included once for each type of values; values.h explains
+ * VALUE, SUM and the other macros.
  *
  * Wherever x is normalised it is written with the same FMA, so that the backward pass of a ReLU
  * finds the same signs again as the forward pass.

@@ -109,12 +109,12 @@ static void OF_SUM(constants_given)(job *j)
     }
 }
 
-/* The gradients of gamma and beta, and from them the constants of dx: with h what reaches the
- * output (see passes.h), x^ the normalised input and n the count,
+/* The gradients of gamma and beta, and from them the constants of dx: with the h of passes.h, the
+ * normalised input x^ = (x - mean - low) rstd, and the count n,
  *
  *   dbeta = sum h,  dgamma = sum h x^,  dx = gamma rstd (h - dbeta / n - x^ dgamma / n)
  *
- * which is h scale + (x - mean) slope + level. */
+ * and the latter is h scale + (x - mean) slope + level. */
 static void OF_SUM(finish_products)(job *j)
 {
     const tn_call *call = j->call;

@@ -90,11 +90,11 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/demo.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard src/truenorm/_kernels/native/*.[ch])
+$(VENV)/demo.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt src/truenorm/__init__.py $(wildcard src/truenorm/_kernels/native/*.[ch])
 	$(INSTALL) -e ".[jax,demo]"
 	touch $@
 
-$(VENV)/test.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard src/truenorm/_kernels/native/*.[ch])
+$(VENV)/test.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt src/truenorm/__init__.py $(wildcard src/truenorm/_kernels/native/*.[ch])
 	$(INSTALL) -e ".[test]"
 	touch $@
 

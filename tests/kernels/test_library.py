@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import error
+from layer_cases import error
 
 from truenorm._kernels import library, reference
 

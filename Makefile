@@ -133,11 +133,11 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/demo.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard $(NATIVE)/*.[ch])
+$(VENV)/demo.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt src/truenorm/__init__.py $(wildcard $(NATIVE)/*.[ch])
 	$(INSTALL) -e ".[jax,demo]"
 	touch $@
 
-$(VENV)/test.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard $(NATIVE)/*.[ch])
+$(VENV)/test.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt src/truenorm/__init__.py $(wildcard $(NATIVE)/*.[ch])
 	$(INSTALL) -e ".[test]"
 	touch $@
 

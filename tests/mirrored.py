@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from models import dense, subclassed
+from small_models import dense, subclassed
 
 import truenorm as tn
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import models
 import pytest
-from archives import layer_named, with_config
+import small_models as models
+from altered_keras_files import layer_named, with_config
 
 import truenorm as tn
 from truenorm import archive

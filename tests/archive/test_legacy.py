@@ -11,9 +11,9 @@ from typing import Any
 
 import h5py
 import keras
-import models
 import numpy as np
 import pytest
+import small_models as models
 
 import truenorm as tn
 from truenorm import archive

@@ -11,10 +11,10 @@ from typing import Any
 
 import keras
 import known_to_keras
-import models
 import numpy as np
 import pytest
-from archives import layer_named, with_config
+import small_models as models
+from altered_keras_files import layer_named, with_config
 from keras.src.backend.common import global_state
 
 import truenorm as tn

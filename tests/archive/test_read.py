@@ -11,10 +11,10 @@ from typing import Any
 
 import h5py
 import keras
-import models
 import numpy as np
 import pytest
-from archives import CONFIG, WEIGHTS, layer_named, with_config, with_weights
+import small_models as models
+from altered_keras_files import CONFIG, WEIGHTS, layer_named, with_config, with_weights
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import models
 import numpy as np
 import pytest
+import small_models as models
 
 import truenorm as tn
 import truenorm._cli

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import h5py
 import keras
-import models
 import numpy as np
 import pytest
-from archives import with_weights
+import small_models as models
+from altered_keras_files import with_weights
 
 import truenorm as tn
 import truenorm._cli

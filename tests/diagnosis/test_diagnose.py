@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import dense, shake, snapshot, subclassed
+from small_models import dense, shake, snapshot, subclassed
 
 import truenorm as tn
 from truenorm._demo.tasks import digits

@@ -7,8 +7,8 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import precision
-from models import dense, shake, subclassed
+from layer_cases import precision
+from small_models import dense, shake, subclassed
 
 import truenorm as tn
 

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import dense, nested, residual, shake, subclassed, two_towers
+from small_models import dense, nested, residual, shake, subclassed, two_towers
 
 import truenorm as tn
 from truenorm._diagnosis.table import RULES

@@ -15,7 +15,7 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import error
+from layer_cases import error
 
 from truenorm._kernels import library, reference
 

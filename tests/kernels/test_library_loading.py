@@ -15,7 +15,7 @@ from unittest import mock
 import keras
 import numpy as np
 import pytest
-from helpers import EPSILON, array, error, gradients, tensor
+from layer_cases import EPSILON, array, error, gradients, tensor
 
 from truenorm import _kernels as kernels
 from truenorm._kernels import library, reference

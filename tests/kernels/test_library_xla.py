@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import xla_frames
-from helpers import EPSILON, array, error, tensor
+from layer_cases import EPSILON, array, error, tensor
 from xla_frames import Xla, XlaError
 
 from truenorm import _kernels as kernels

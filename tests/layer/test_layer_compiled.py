@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import array, error, tensor
+from layer_cases import array, error, tensor
 
 from truenorm import BatchNormalization
 from truenorm._kernels import reference

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import (
+from layer_cases import (
     DTYPES,
     EPSILON,
     HARD,

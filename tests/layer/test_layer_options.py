@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import EPSILON, Drawn, array, error, precision, tensor, train
+from layer_cases import EPSILON, Drawn, array, error, precision, tensor, train
 
 from truenorm import BatchNormalization, OptionError, replace
 from truenorm._kernels import reference

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import dense, subclassed, two_towers
+from small_models import dense, subclassed, two_towers
 
 import truenorm as tn
 

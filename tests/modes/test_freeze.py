@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import inputs_for, nested, residual, snapshot, subclassed
+from small_models import inputs_for, nested, residual, snapshot, subclassed
 
 import truenorm as tn
 

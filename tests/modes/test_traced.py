@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import LAYERS
+from small_models import LAYERS
 
 import truenorm as tn
 

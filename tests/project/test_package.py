@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -37,6 +38,10 @@ def test_every_public_name_is_in_the_readme_or_the_docs() -> None:
     text = "".join(p.read_text("utf-8") for p in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
     missing = [name for name in tn.__all__ if name not in text]
     assert not missing
+
+
+def test_the_installed_version_is_the_packages_own() -> None:
+    assert importlib.metadata.version("truenorm") == tn.__version__
 
 
 def test_public_modules_need_no_import_of_their_own() -> None:

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import keras
-import models
 import numpy as np
+import small_models as models
 
 import truenorm as tn
 from truenorm import archive

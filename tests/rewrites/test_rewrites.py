@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import (
+from small_models import (
     dense,
     inputs_for,
     nested,

@@ -11,8 +11,8 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import Case
-from models import dense, shake, snapshot
+from layer_cases import Case
+from small_models import dense, shake, snapshot
 
 import truenorm as tn
 from truenorm._model.values import numbers

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import snapshot
+from small_models import snapshot
 
 import truenorm as tn
 

@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT / "tests")]
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
-from archives import with_config  # noqa: E402
+from altered_keras_files import with_config  # noqa: E402
 
 import truenorm as tn  # noqa: E402
 from truenorm._errors import is_out_of_memory  # noqa: E402

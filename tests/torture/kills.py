@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests")]
 
 import keras  # noqa: E402
-import models  # noqa: E402
+import small_models as models  # noqa: E402
 
 import truenorm as tn  # noqa: E402
 from truenorm import archive, report  # noqa: E402

@@ -18,11 +18,12 @@ demo: $(VENV)/demo.stamp
 test: $(addprefix test-,$(BACKENDS))
 
 # One process per backend: Keras fixes its backend at import. One thread each for PyTorch's
-# operations: the workers fill the cores.
+# operations: the workers fill the cores. What is the same on every backend runs on PyTorch only.
 .PHONY: $(addprefix test-,$(BACKENDS))
 $(addprefix test-,$(BACKENDS)): test-%: $(VENV)/test.stamp
 	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
-		--no-loadscope-reorder $(if $(filter $*,$(COVERAGE)),--cov --cov-report=term:skip-covered)
+		--no-loadscope-reorder $(if $(filter torch,$*),,-m "not long and not any_backend") \
+		$(if $(filter $*,$(COVERAGE)),--cov --cov-report=term:skip-covered)
 
 # Every rewrite on 500 random models on each backend.
 random: $(VENV)/test.stamp

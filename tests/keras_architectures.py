@@ -41,7 +41,7 @@ FAMILIES = {
     "InceptionResNetV2": Family(75, 204),
     "InceptionV3": Family(75, 94),
     "MobileNet": Family(32, 27),
-    "MobileNetV2": Family(32, 52, cheap=True),
+    "MobileNetV2": Family(32, 52),
     "MobileNetV3Small": Family(32, 34),
     "NASNetMobile": Family(32, 192),
     "ResNet50": Family(64, 53),

@@ -23,6 +23,8 @@ from truenorm import archive
 from truenorm._model.graph import is_batch_normalization, layer_paths
 from truenorm.archive._container import MOST_MEMBERS
 
+pytestmark = pytest.mark.any_backend
+
 EVIL = "<img src=x onerror=alert(1)>\x1b[31m[bold]\n"
 
 

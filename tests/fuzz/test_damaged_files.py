@@ -27,6 +27,8 @@ from truenorm import archive
 from truenorm._cli.data import read_data
 from truenorm._records.moments import Moments
 
+pytestmark = pytest.mark.any_backend
+
 EXAMPLES = 2_500 if settings.get_current_profile_name() == "fuzz" else 40
 
 

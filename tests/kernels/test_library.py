@@ -19,6 +19,8 @@ from layer_cases import error
 
 from truenorm._kernels import library, reference
 
+pytestmark = pytest.mark.any_backend
+
 TYPES: dict[str, Any] = {
     "float32": np.float32,
     "float64": np.float64,

@@ -10,6 +10,8 @@ from layer_cases import MASKS, PARAMETERS, SHAPES, Case
 
 from truenorm._kernels import reference
 
+pytestmark = pytest.mark.any_backend
+
 
 def differences(loss: Any, at: np.ndarray, step: float = 1e-5) -> np.ndarray:
     """Central finite differences of a loss in every component."""

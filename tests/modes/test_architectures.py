@@ -29,7 +29,8 @@ ARCHITECTURES = {
     "Xception": Expected(24, {"Add": 12, "MaxPooling2D": 4}),
 }
 pytestmark = pytest.mark.parametrize(
-    "name", ["ResNet50", "InceptionV3", pytest.param("Xception", marks=pytest.mark.long)]
+    "name",
+    ["ResNet50", *(pytest.param(n, marks=pytest.mark.long) for n in ("InceptionV3", "Xception"))],
 )
 
 

@@ -12,6 +12,8 @@ import pytest
 
 import truenorm as tn
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,6 +16,8 @@ import truenorm as tn
 from truenorm._records import files
 from truenorm._records.files import owned_name, remove_abandoned, replacing
 
+pytestmark = pytest.mark.any_backend
+
 
 def write(path: Path, content: bytes = b"new") -> None:
     with replacing(path) as temporary:

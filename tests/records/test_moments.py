@@ -13,6 +13,8 @@ from hypothesis.extra import numpy as hnp
 from truenorm import DataError, Moments, Population
 from truenorm._records.moments import Spread
 
+pytestmark = pytest.mark.any_backend
+
 values = hnp.arrays(
     np.float64,
     st.tuples(st.integers(0, 12), st.just(3)),

@@ -33,6 +33,8 @@ from truenorm._records.study import Comparison, Interval, Study, Trial
 from truenorm._records.tables import Record, Table, number
 from truenorm.report import Chart, Section, comparison, gaps, learning_curves, report, save
 
+pytestmark = pytest.mark.any_backend
+
 HOSTILE = "<img src=x onerror=alert(1)>\n\x1b[31m\u202e'\"&amp; $\\frac$ {{ 1 }} [bold] 漢\ud800]]>"
 SHOWN = HOSTILE.replace("\n", "\\x0a").replace("\x1b", "\\x1b").replace("\u202e", "\\x202e")
 SHOWN = SHOWN.replace("\ud800", "\\xd800")

@@ -16,6 +16,8 @@ from truenorm._errors import StudyError
 from truenorm._records.study import Study, Trial
 from truenorm._study.analysis import analyse, holm, lower_is_better, student
 
+pytestmark = pytest.mark.any_backend
+
 Rows = list[tuple[float, ...]]
 A, B, N = "after_activation", "before_activation", "none"
 T_975_4 = 2.7764451052  # the table's 0.975 quantile of Student's t with 4 degrees of freedom

@@ -22,6 +22,8 @@ from truenorm._study.power import (
 )
 from truenorm._study.signs import sign_flip
 
+pytestmark = pytest.mark.any_backend
+
 
 def by_enumeration(differences: np.ndarray) -> float:
     sums = [abs(np.dot(signs, differences)) for signs in product((-1, 1), repeat=len(differences))]

@@ -10,6 +10,8 @@ from test_analysis import A, B, N, trial, trials_of
 from truenorm._records.study import Study, Trial
 from truenorm._study.analysis import analyse, verdict
 
+pytestmark = pytest.mark.any_backend
+
 AFTER = [0.94, 0.95, 0.945, 0.955, 0.95, 0.947, 0.952]
 WORSE = [
     v - d for v, d in zip(AFTER, (12e-3, 10e-3, 14e-3, 11e-3, 13e-3, 12e-3, 11e-3), strict=True)

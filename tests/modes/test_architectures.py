@@ -28,10 +28,8 @@ ARCHITECTURES = {
     "InceptionV3": Expected(94, {}),
     "Xception": Expected(24, {"Add": 12, "MaxPooling2D": 4}),
 }
-pytestmark = pytest.mark.parametrize(
-    "name",
-    ["ResNet50", *(pytest.param(n, marks=pytest.mark.long) for n in ("InceptionV3", "Xception"))],
-)
+LARGE = [pytest.param(name, marks=pytest.mark.long) for name in ("InceptionV3", "Xception")]
+pytestmark = pytest.mark.parametrize("name", ["ResNet50", *LARGE])
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ def blocks(readme: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text("utf-8"), flags=re.DOTALL)
 
 
+@pytest.mark.long
 def test_the_code_runs_from_top_to_bottom(tmp_path: Path) -> None:
     program = tmp_path / "readme.py"
     program.write_text("\n".join(blocks("README.md")), "utf-8")

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import re
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +56,14 @@ def check_that_the_framework_does_it(native: Any) -> None:
     assert error(array(d_x), reference.backward(gradient, np.float32(x)).x) < 1e-6
 
 
+def check_that_it_is_not_used(reason: str, **changed: Any) -> None:
+    """The framework's path, and one warning that says why."""
+    with as_if_new(**changed) as native:
+        with pytest.warns(RuntimeWarning, match=rf"^truenorm runs without .*({reason}).*Remedy: "):
+            assert library.loaded() is None
+        check_that_the_framework_does_it(native)
+
+
 def _cut(share: float) -> Callable[[bytes], bytes]:
     return lambda whole: whole[: int(share * len(whole))]
 
@@ -80,7 +89,27 @@ def test_a_broken_library_is_not_used(how: str, tmp_path: Path) -> None:
     path, change = tmp_path / "libtruenorm.so", BROKEN[how]
     if change is not None:
         path.write_bytes(change(library.PATH.read_bytes()))
-    with as_if_new(PATH=path) as native:
+    check_that_it_is_not_used(
+        "missing" if how == "missing" else "cut off|not for|not that", PATH=path
+    )
+
+
+@pytest.mark.parametrize("open_to_all", ["folder", "file"])
+def test_a_library_that_anybody_may_write_to_is_not_used(open_to_all: str, tmp_path: Path) -> None:
+    folder = tmp_path / "native"
+    folder.mkdir()
+    path = Path(shutil.copy(library.PATH, folder))
+    (folder if open_to_all == "folder" else path).chmod(0o777)
+    check_that_it_is_not_used("any user of this machine may write", PATH=path)
+    folder.chmod(0o1777)  # as that of temporary files: nobody may replace another's file there
+    path.chmod(0o755)
+    with as_if_new(PATH=path):
+        assert library.flaw() is None
+
+
+def test_no_warning_where_the_library_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRUENORM_NATIVE", "0")
+    with as_if_new() as native:
         assert library.loaded() is None
         check_that_the_framework_does_it(native)
 
@@ -92,21 +121,17 @@ def test_the_whole_library_is_used() -> None:
 
 
 def test_a_library_of_another_interface_is_not_used() -> None:
-    with as_if_new(INTERFACE=library.INTERFACE + 1) as native:
-        assert library.loaded() is None
-        check_that_the_framework_does_it(native)
+    check_that_it_is_not_used("not that of this version", INTERFACE=library.INTERFACE + 1)
 
 
 def test_a_library_with_another_call_is_not_used() -> None:
-    with as_if_new(CALL=struct.Struct(library.CALL.format + "P")) as native:
-        assert library.loaded() is None
-        check_that_the_framework_does_it(native)
+    check_that_it_is_not_used(
+        "not that of this version", CALL=struct.Struct(library.CALL.format + "P")
+    )
 
 
 def test_a_library_that_is_somebody_elses_is_not_used() -> None:
-    with as_if_new(PATH=Path(np.random.mtrand.__file__)) as native:
-        assert library.loaded() is None
-        check_that_the_framework_does_it(native)
+    check_that_it_is_not_used("not that of this version", PATH=Path(np.random.mtrand.__file__))
 
 
 def test_the_call_is_declared_alike_in_python_and_in_c() -> None:

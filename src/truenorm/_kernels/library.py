@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import stat
 import struct
+import sys
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -61,37 +64,65 @@ CALL = struct.Struct("@3q4i2d17P")
 
 @cache
 def loaded() -> Any | None:
-    """The shared library; None where it is missing, broken, or not for this machine or code."""
-    if not is_whole():
+    """The shared library; None, and one warning, where it is missing, unsafe or of other code.
+
+    No warning where no system has it, or where it is not wanted (``TRUENORM_NATIVE=0``).
+    """
+    if os.environ.get("TRUENORM_NATIVE") == "0" or not sys.platform.startswith(("linux", "darwin")):
         return None
-    try:
-        found = ctypes.CDLL(str(PATH))
-        numbers = [ctypes.c_int.in_dll(found, n).value for n in ("tn_interface", "tn_call_size")]
-    except (OSError, ValueError):
-        return None
-    if numbers != [INTERFACE, CALL.size]:
-        return None
-    for function in (found.tn_forward, found.tn_backward, found.tn_infer):
-        function.argtypes = (ctypes.c_char_p,)
+    found, reason = _opened()
+    if reason is not None:
+        warnings.warn(
+            f"truenorm runs without its compiled passes, and slower: {reason} ({PATH}). Remedy: "
+            "install truenorm again, or set TRUENORM_NATIVE=0 to do without them.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return found
 
 
-def is_whole() -> bool:
-    """Whether the library's file is there and has its end: loading half a file kills the process.
+def _opened() -> tuple[Any | None, str | None]:
+    """The library, or why not."""
+    reason = flaw()
+    if reason is not None:
+        return None, reason
+    try:
+        found = ctypes.CDLL(str(PATH))
+        numbers = [ctypes.c_int.in_dll(found, n).value for n in ("tn_interface", "tn_call_size")]
+    except OSError:
+        return None, "their library is not for this machine"
+    except ValueError:  # it lacks the names
+        numbers = []
+    if numbers != [INTERFACE, CALL.size]:
+        return None, "their library is not that of this version of truenorm"
+    for function in (found.tn_forward, found.tn_backward, found.tn_infer):
+        function.argtypes = (ctypes.c_char_p,)
+    return found, None
 
-    An ELF file ends with its table of sections, and its head says where. Of any other file the
-    system's loader finds out by itself that it is no library.
+
+def flaw() -> str | None:
+    """Why the library's file must not be loaded; None if nothing speaks against it.
+
+    Loading half a file kills the process: an ELF file ends with its table of sections, and its head
+    says where. Of any other file the system's loader finds out by itself that it is no library.
+    What any user of the machine may write to may hold anybody's code.
     """
     try:
         with PATH.open("rb") as file:
             head, size = file.read(64), PATH.stat().st_size
+        modes = [place.stat().st_mode for place in (PATH, PATH.parent)]
     except OSError:
-        return False
-    if len(head) < 64 or not head.startswith(b"\x7fELF\x02"):
-        return True
-    (table,) = struct.unpack_from("=Q", head, 40)
-    entry, entries = struct.unpack_from("=HH", head, 58)
-    return table + entry * entries <= size
+        return "their library is missing"
+    if any(mode & stat.S_IWOTH and not mode & stat.S_ISVTX for mode in modes):
+        return "any user of this machine may write to their library or its folder"
+    if len(head) < 64:
+        return "their library is cut off"
+    if head.startswith(b"\x7fELF\x02"):
+        (table,) = struct.unpack_from("=Q", head, 40)
+        entry, entries = struct.unpack_from("=HH", head, 58)
+        if table + entry * entries > size:
+            return "their library is cut off"
+    return None
 
 
 def run(name: str, call: Call) -> None:

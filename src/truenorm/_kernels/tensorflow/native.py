@@ -107,12 +107,10 @@ def _operations() -> Any:
 
     TensorFlow sees the operations only if it is the first to load the library.
     """
-    if not library.is_whole():
-        return None
-    try:
-        found = tf.load_op_library(str(library.PATH))
-    except (tf.errors.NotFoundError, OSError):
-        return None
+    found = None
+    if library.flaw() is None:
+        with contextlib.suppress(tf.errors.NotFoundError, OSError):
+            found = tf.load_op_library(str(library.PATH))
     return found if library.loaded() is not None and hasattr(found, "truenorm_forward") else None
 
 

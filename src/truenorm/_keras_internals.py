@@ -290,3 +290,21 @@ def activation_operations() -> frozenset[type]:
     outputs = [getattr(keras.ops, name)(tensor) for name in names]
     outputs += [keras.ops.threshold(tensor, 0.0, 0.0), keras.activations.relu(tensor)]
     return frozenset(type(operation_of(output)) for output in outputs)
+
+
+@cache
+def operation_classes() -> dict[str, type]:
+    """The classes of some operations in a graph, by the names of the functions that make them."""
+    x, short = keras.KerasTensor((None, 2, 3)), keras.KerasTensor((None, 1, 3))
+    made = {
+        "add": keras.ops.add(x, x),
+        "concatenate": keras.ops.concatenate([x, x]),
+        "expand_dims": keras.ops.expand_dims(x, 1),
+        "max": keras.ops.max(x, axis=1),
+        "mean": keras.ops.mean(x, axis=1),
+        "reshape": keras.ops.reshape(x, (-1, 6)),
+        "squeeze": keras.ops.squeeze(short, 1),
+        "subtract": keras.ops.subtract(x, x),
+        "transpose": keras.ops.transpose(x, (0, 2, 1)),
+    }
+    return {name: type(operation_of(tensor)) for name, tensor in made.items()}

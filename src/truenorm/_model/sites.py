@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -143,9 +143,11 @@ Check = Callable[[Call], Change | Left]
 """Looks at one site: changes it (in an edit that it fills), or says why it is left."""
 
 
-def check_all(graph: Graph, check: Check) -> tuple[tuple[Change, ...], tuple[Left, ...]]:
-    """What the check does at every site of the model: the receipt of a rewrite."""
-    results = [*map(check, graph.sites), *hidden(graph)]
+def check_all(
+    check: Check, sites: Iterable[Call], others: Iterable[Change | Left]
+) -> tuple[tuple[Change, ...], tuple[Left, ...]]:
+    """What the check does at every site, and what is known of others: the receipt of a rewrite."""
+    results = [*map(check, sites), *others]
     changed = tuple(result for result in results if isinstance(result, Change))
     return changed, tuple(result for result in results if isinstance(result, Left))
 

@@ -12,7 +12,7 @@ from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.edit import Piece, from_config
 from truenorm._model.graph import Call, read_graph
 from truenorm._model.rebuild import rebuild
-from truenorm._model.sites import check_all, is_own_class
+from truenorm._model.sites import check_all, hidden, is_own_class
 from truenorm._records.rewrite import Change, Left, Rewrite
 from truenorm._rewrites.verify import verify
 
@@ -75,7 +75,7 @@ def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) 
         return Change(call.path, f"now {to}'s BatchNormalization")
 
     graph = read_graph(model)
-    changed, left = check_all(graph, check)
+    changed, left = check_all(check, graph.sites, hidden(graph))
     new = rebuild(model, edit)
     proof = verify(graph, edit, (), new, probe, "Replacing")
     return Rewrite(new, f"replace to {to}", changed, left, *proof)

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import predict, shake, snapshot
+from small_models import predict, shake, snapshot
 
 import truenorm as tn
 from truenorm._errors import ModelError

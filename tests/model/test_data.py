@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import dense, subclassed, two_towers
+from small_models import dense, subclassed, two_towers
 
 import truenorm as tn
 
@@ -261,7 +261,4 @@ def test_arrays_of_different_lengths_are_refused() -> None:
 def test_a_batch_size_that_is_no_number_of_samples_is_refused(size: Any) -> None:
     with pytest.raises(tn.OptionError) as caught:
         tn.collect(dense(), X, batch_size=size)
-    assert str(caught.value) == (
-        "The batch size is not a number of samples (at 'batch_size'). "
-        f"Expected: an integer of 1 or more. Received: {size!r}."
-    )
+    assert str(caught.value) == f"batch_size must be a positive integer. Received: {size!r}."

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import dense, inputs_for, nested, predict, residual, shake, snapshot, two_towers
+from small_models import dense, inputs_for, nested, predict, residual, shake, snapshot, two_towers
 
 from truenorm import ModelError, place
 from truenorm._model.graph import calls, layer_paths

@@ -9,8 +9,15 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from families import FAMILIES, error, images_for, model_of, outputs_of, quick_initial_values
-from models import predict, shake
+from keras_architectures import (
+    FAMILIES,
+    error,
+    images_for,
+    model_of,
+    outputs_of,
+    quick_initial_values,
+)
+from small_models import predict, shake
 
 import truenorm as tn
 from truenorm._model.rebuild import rebuild

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import dense, predict, shake
+from small_models import dense, predict, shake
 
 import truenorm as tn
 import truenorm._rewrites.fold

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from numbers import Integral
 from typing import Any, cast
 
 import keras
 import numpy as np
 
-from truenorm._errors import DataError, OptionError
+from truenorm._checks import check_integer
+from truenorm._errors import DataError
 from truenorm._model.graph import input_specification
 
 
@@ -40,7 +40,7 @@ def check_limits(data: Any, max_batches: int | None, max_samples: int | None) ->
     """Refuse limits that are no numbers, and endless data without one."""
     for name, limit in (("max_batches", max_batches), ("max_samples", max_samples)):
         if limit is not None:
-            require_positive(name, limit)
+            check_integer(name, limit)
     # What a tf.data.Dataset and a PyDataset say of themselves; others cannot.
     cardinality: Any = getattr(data, "cardinality", None)
     endless = callable(cardinality) and int(cast(Any, cardinality())) == -1
@@ -51,17 +51,6 @@ def check_limits(data: Any, max_batches: int | None, max_samples: int | None) ->
             "This data has no end",
             where="data",
             remedy="say how much of it: max_batches or max_samples; or until='converged'",
-        )
-
-
-def require_positive(name: str, value: Any) -> None:
-    """Refuse an option that is not an integer of 1 or more."""
-    if type(value) is bool or not isinstance(value, Integral) or value < 1:
-        raise OptionError(
-            "This option is a number of batches or samples",
-            where=name,
-            expected="an integer of 1 or more",
-            received=repr(value),
         )
 
 
@@ -76,13 +65,7 @@ def labelled_batches(
     may be, and its tuple may be a list, as PyTorch's are. ``y`` are the labels of arrays that come
     without them; ``shuffle`` mixes the samples of arrays, each time in the same way.
     """
-    if type(batch_size) is bool or not isinstance(batch_size, Integral) or batch_size < 1:
-        raise OptionError(
-            "The batch size is not a number of samples",
-            where="batch_size",
-            expected="an integer of 1 or more",
-            received=repr(batch_size),
-        )
+    check_integer("batch_size", batch_size)
     arrays = _arrays(model, data)
     if arrays is not None:
         labels = y if y is not None or arrays is data else _parts(model, data)[1]
@@ -106,6 +89,11 @@ def labelled_batches(
         inputs, labels = _parts(model, batch)
         inputs = check(model, inputs)
         yield keras.tree.map_structure(_native, inputs), keras.tree.map_structure(_native, labels)
+
+
+def comes_in_batches(model: Any, data: Any) -> bool:
+    """Whether the data is batches already; ``fit`` mixes what is not."""
+    return _arrays(model, data) is None
 
 
 def check(model: Any, inputs: Any) -> Any:

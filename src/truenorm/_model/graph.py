@@ -228,6 +228,11 @@ def nearby(
                     queue.append(other)
 
 
+def is_site(call: Call) -> bool:
+    """Whether this call is a BatchNormalization."""
+    return is_batch_normalization(call.operation)
+
+
 def layer_paths(model: Any) -> dict[Any, str]:
     """Path of every leaf layer of any model, subclassed ones too, by walking what they contain.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import keras
 
 from truenorm._errors import ModelError, OptionError
-from truenorm._keras_internals import activation_operations
+from truenorm._keras_internals import activation_operations, layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.graph import (
     Call,
@@ -139,6 +139,40 @@ def batch_normalizations(model: Any) -> dict[Any, str]:
     return layers
 
 
+Layers = str | Callable[[Any], bool] | Iterable[Any] | None
+"""Which layers: a path pattern, a predicate on the layer, a list of both and of layers, or all."""
+
+
+def chosen_layers(model: Any, layers: Layers) -> dict[Any, str]:
+    """Path of every BatchNormalization that is meant; none is an error."""
+    single = layers is None or isinstance(layers, str) or callable(layers)
+    wanted = [layers] if single else list(cast(Iterable[Any], layers))
+    chosen = {
+        layer: path
+        for layer, path in batch_normalizations(model).items()
+        if any(_is_meant(one, layer, path) for one in wanted)
+    }
+    if not chosen:
+        raise OptionError(
+            "No BatchNormalization of the model is meant by this",
+            where="layers",
+            expected="a path pattern, a predicate on the layer, or a list of patterns and layers",
+            received=repr(layers),
+            remedy="look the paths up with truenorm.inspect(model)",
+        )
+    return chosen
+
+
+def _is_meant(wanted: Any, layer: Any, path: str) -> bool:
+    if wanted is None:
+        return True
+    if isinstance(wanted, str):
+        return fnmatchcase(path, wanted)
+    if isinstance(wanted, keras.Layer):  # callable too
+        return layer in layers_in(wanted)
+    return callable(wanted) and bool(wanted(layer))
+
+
 Check = Callable[[Call], Change | Left]
 """Looks at one site: changes it (in an edit that it fills), or says why it is left."""
 
@@ -207,12 +241,12 @@ def policy_of(layer: Any) -> str:
     return getattr(layer, "freeze", None) or ("none" if layer.trainable else "all")
 
 
+def channel_axis_of(layer: Any, rank: int) -> int:
+    """The axis that a layer takes for that of the channels, of an input of so many axes."""
+    return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
+
+
 def channel_axis(layer: Any) -> int:
     """The axis of the channels, counted from the left."""
     rank = layer.input_spec.ndim
     return layer.axis % rank
-
-
-def channel_axis_of(layer: Any, rank: int) -> int:
-    """The axis that a layer of any kind takes for that of the channels."""
-    return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1

@@ -23,7 +23,6 @@ from truenorm._rewrites.absorb import (
     Taking,
     absorbed_before,
     absorbed_behind,
-    has_activation,
     why_unfit,
 )
 from truenorm._rewrites.affine import (
@@ -34,8 +33,16 @@ from truenorm._rewrites.affine import (
     with_map_before,
     with_map_behind,
 )
+from truenorm._rewrites.passing import has_activation
 from truenorm._rewrites.verify import verify
-from truenorm._rewrites.wrappers import innermost, inside, normalizes, site_of, wrapped_like
+from truenorm._rewrites.wrappers import (
+    innermost,
+    inside,
+    normalizes,
+    normalizes_its_kernel,
+    site_of,
+    wrapped_like,
+)
 
 L = keras.layers
 
@@ -92,9 +99,9 @@ def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
     return Rewrite(new, "fold", changed, left, *proof)
 
 
-def why_not_folded(model: Any) -> dict[str, str]:
+def why_not_folded(model: Any, where: Where = None) -> dict[str, str]:
     """Path of every site that stays, and why."""
-    _, left = Folding(read_graph(model)).receipt()
+    _, left = Folding(read_graph(model), where).receipt()
     return {site.path: site.reason for site in left}
 
 
@@ -169,8 +176,7 @@ class Folding:
         operation = taker.operation
         if {k.compute_dtype for k in layers_in(operation)} != {dtype}:
             raise CannotBeAbsorbed(f"{taker.label()} does not compute in {dtype}, as it does")
-        spectral = any(isinstance(k, L.SpectralNormalization) for k in layers_in(operation))
-        if spectral and not self.whole:
+        if normalizes_its_kernel(operation) and not self.whole:
             raise CannotBeAbsorbed(f"{taker.label()} normalises its kernel in training")
 
     def _take(self, operation: Any, affine: Affine, side: str) -> None:

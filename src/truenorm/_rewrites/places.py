@@ -173,4 +173,7 @@ def _by_channel(call: Call, old: Any, new: Any) -> tuple[Any, Any]:
     difference = keras.ops.where(same, 0.0, keras.ops.abs(keras.ops.subtract(old, new)))
     difference = keras.ops.where(keras.ops.isnan(difference), np.inf, difference)
     largest, smallest = keras.ops.max(old, axis=others), keras.ops.min(old, axis=others)
-    return keras.ops.max(difference, axis=others), keras.ops.subtract(largest, smallest)
+    extent = keras.ops.subtract(largest, smallest)
+    if all(old.shape[one] == 1 for one in others):  # one value has no range but its own size
+        extent = keras.ops.abs(largest)
+    return keras.ops.max(difference, axis=others), extent

@@ -243,7 +243,8 @@ def policy_of(layer: Any) -> str:
 
 def channel_axis_of(layer: Any, rank: int) -> int:
     """The axis that a layer takes for that of the channels, of an input of so many axes."""
-    return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
+    given = getattr(layer, "data_format", "channels_last") or keras.config.image_data_format()
+    return 1 if given == "channels_first" else rank - 1
 
 
 def channel_axis(layer: Any) -> int:

@@ -1,8 +1,7 @@
 """The way of a scale and shift through a model, to the layers that take it in.
 
-Convolutions and dense layers take one in on either side, BatchNormalization as well. On its way
-there it passes what commutes with it: dropout in inference mode, averages, maxima if no scale is
-negative, sums, concatenations, and what only moves numbers to other places.
+Convolutions and dense layers take one in on either side, BatchNormalization as well. ``passing``
+says what may be on the way.
 """
 
 from __future__ import annotations
@@ -13,31 +12,22 @@ from typing import Any
 import keras
 import numpy as np
 
-from truenorm._keras_internals import operation_classes
 from truenorm._model.graph import Call, is_batch_normalization
 from truenorm._model.sites import LINEAR, channel_axis, channel_axis_of, is_own_class
 from truenorm._rewrites import einsum
 from truenorm._rewrites.affine import TRANSPOSED, Affine, affine_of
-from truenorm._rewrites.reshaping import Shape, reshaped
-from truenorm._rewrites.wrappers import Inside, inside
+from truenorm._rewrites.passing import (
+    among,
+    has_activation,
+    in_training_mode,
+    joined_along,
+    parts,
+    passed,
+    picks,
+)
+from truenorm._rewrites.wrappers import Inside, inside, normalizes_its_kernel
 
 L = keras.layers
-_NOTHING_IN_INFERENCE = (
-    L.Dropout, L.SpatialDropout1D, L.SpatialDropout2D, L.SpatialDropout3D, L.AlphaDropout,
-    L.GaussianDropout, L.GaussianNoise, L.ActivityRegularization, L.Identity,
-)  # fmt: skip
-_GLOBAL_MAXIMA = (L.GlobalMaxPooling1D, L.GlobalMaxPooling2D, L.GlobalMaxPooling3D)
-_GLOBAL = (
-    *_GLOBAL_MAXIMA,
-    L.GlobalAveragePooling1D, L.GlobalAveragePooling2D, L.GlobalAveragePooling3D,
-)  # fmt: skip
-_MAXIMA = (*_GLOBAL_MAXIMA, L.MaxPooling1D, L.MaxPooling2D, L.MaxPooling3D)
-_BY_POSITION = (
-    *_MAXIMA, *_GLOBAL, L.AveragePooling1D, L.AveragePooling2D, L.AveragePooling3D,
-    L.Cropping1D, L.Cropping2D, L.Cropping3D, L.UpSampling1D, L.UpSampling2D, L.UpSampling3D,
-)  # fmt: skip
-"""Each output is a selection or a weighted mean of one channel; padding counts in neither, or as
-the value at the edge, on every backend."""
 
 Taking = tuple[Call, Affine]
 """A call whose layer takes the map in."""
@@ -62,16 +52,6 @@ def why_unfit(call: Call) -> str | None:
     if not (np.isfinite(affine.scale).all() and np.isfinite(affine.shift).all()):
         return "its moving statistics, gamma or beta are not finite numbers"
     return None
-
-
-def in_training_mode(call: Call) -> bool:
-    """Whether ``training=True`` is written into the graph for this call."""
-    return call.written is not None and call.written[1]
-
-
-def has_activation(layer: Any) -> bool:
-    """Whether this layer applies an activation of its own."""
-    return getattr(layer, "activation", None) not in (None, keras.activations.linear)
 
 
 def is_linear(call: Call) -> bool:
@@ -101,36 +81,26 @@ def absorbed_before(call: Call, affine: Affine, gone: Collection[Any] = ()) -> l
             raise CannotBeAbsorbed("its input comes from no layer: it is an input of the model")
         if producer.only_consumer is not call:
             raise CannotBeAbsorbed(f"{producer.label()} has other consumers too")
-        if producer.operation in gone:
-            takings += absorbed_before(producer, part, gone)
-        elif is_linear(producer):
+        if is_linear(producer):
             if has_activation(inside(producer).layer):
                 raise CannotBeAbsorbed(f"{producer.label()} has an activation")
             takings.append((producer, _taken(producer, part, behind=True)))
+        elif producer.operation in gone or len(producer.data) > 1:
+            takings += absorbed_before(producer, part, gone)
         else:
-            takings += absorbed_before(producer, _input_of(producer, part), gone)
+            there = _passed(producer, part, "its input comes from", back=True)
+            takings += absorbed_before(producer, there, gone)
     return takings
 
 
 def _parts(call: Call, affine: Affine) -> list[Affine]:
-    """What a map of all of a call's input means for each of its inputs, where it has several."""
-    if _is_sum(call):
-        bare = Affine(affine.scale, 0 * affine.shift, affine.axis)
-        return [affine, *[bare] * (len(call.producers) - 1)]
-    lengths = _joined(call, affine.axis)
-    if not lengths:
-        return [affine] * len(call.producers)
-    ends = np.cumsum(lengths)[:-1]
-    pieces = zip(np.split(affine.scale, ends), np.split(affine.shift, ends), strict=True)
-    return [Affine(scale, shift, affine.axis) for scale, shift in pieces]
-
-
-def _input_of(call: Call, affine: Affine) -> Affine:
-    """The map of the input that does to a call's output what ``affine`` does."""
-    along = _concatenates(call)
-    if _is_sum(call) or _joined(call, affine.axis) or along not in (None, affine.axis):
-        return affine
-    return _passed(call, affine, "its input comes from", back=True)
+    """What a map of all of a call's input means for each of its inputs."""
+    if len(call.data) < 2:
+        return [affine] * len(call.data)
+    found = parts(call, affine)
+    if found is None:
+        raise CannotBeAbsorbed(f"its input comes from {call.label()}")
+    return found
 
 
 # --- to what comes behind ------------------------------------------------------------------------
@@ -177,15 +147,24 @@ def _taken_by_its_like(consumer: Call, affine: Affine) -> Affine:
 
 def _output_of(call: Call, source: Call, affine: Affine) -> Affine:
     """The map of a call's output that does what ``affine`` does to the input from ``source``."""
-    lengths = _joined(call, affine.axis)
-    if not lengths:
+    joined = joined_along(call)
+    if joined is None:
         return _passed(call, affine, "its output goes to", back=False)
-    parts = [
-        (affine.scale, affine.shift) if producer is source else (np.ones(n), np.zeros(n))
-        for producer, n in zip(call.producers, lengths, strict=True)
-    ]
-    scale, shift = (np.concatenate(vectors) for vectors in zip(*parts, strict=True))
-    return Affine(scale, shift, affine.axis)
+    there = among(call, source, affine)
+    if there is None:
+        raise CannotBeAbsorbed(f"its output goes to {call.label()}")
+    return there
+
+
+def _passed(call: Call, affine: Affine, link: str, *, back: bool) -> Affine:
+    """The map on the other side of a call of one input, which commutes with it."""
+    there = passed(call, affine, back=back)
+    if there is None:
+        raise CannotBeAbsorbed(f"{link} {call.label()}")
+    if picks(call) and (affine.scale < 0).any():
+        reason = "which would pick others where its scale is negative"
+        raise CannotBeAbsorbed(f"{link} {call.label()}, {reason}")
+    return there
 
 
 # --- who takes it in -----------------------------------------------------------------------------
@@ -203,6 +182,8 @@ def _taken(call: Call, affine: Affine, *, behind: bool) -> Affine:
         raise CannotBeAbsorbed(f"the class of {call.label()} is a custom subclass")
     if call.shared:
         raise CannotBeAbsorbed(f"{call.label()} is called more than once")
+    if in_training_mode(call) and normalizes_its_kernel(call.operation):
+        raise CannotBeAbsorbed(f"{call.label()} is called with training=True")
     if layer.quantization_mode is not None or getattr(layer, "lora_enabled", False):
         raise CannotBeAbsorbed(f"{call.label()} is quantised or has LoRA enabled")
     if local is None or not _has_axis(seen, local.axis, behind=behind):
@@ -219,99 +200,3 @@ def _has_axis(seen: Inside, axis: int, *, behind: bool) -> bool:
         letters = einsum.letters_of(seen.layer)
         return (letters.of_output(axis) if behind else letters.of_input(axis)) is not None
     return axis == channel_axis_of(seen.layer, len(seen.shapes[0]))
-
-
-# --- what lets it pass ---------------------------------------------------------------------------
-
-
-def _is_sum(call: Call) -> bool:
-    """Whether this adds, or subtracts, tensors of one shape."""
-    made = operation_classes()
-    kinds = (L.Add, L.Subtract, made["add"], made["subtract"])
-    alike = len(call.producers) > 1 and len({*call.input_shapes}) == 1
-    return alike and type(call.operation) in kinds
-
-
-def _joined(call: Call, axis: int) -> list[int]:
-    """Lengths along the axis of what is concatenated along it; none if this does not do so."""
-    lengths = [shape[axis] for shape in call.input_shapes if axis < len(shape)]
-    known = [length for length in lengths if length is not None]
-    return known if _concatenates(call) == axis and len(known) == len(lengths) else []
-
-
-def _concatenates(call: Call) -> int | None:
-    """Along which axis this concatenates; None if it does not."""
-    kinds = (L.Concatenate, operation_classes()["concatenate"])
-    if type(call.operation) not in kinds or call.extras:
-        return None
-    return call.operation.axis % len(call.input_shapes[0])
-
-
-def _passed(call: Call, affine: Affine, link: str, *, back: bool) -> Affine:
-    """The map on the other side of a call that commutes with it."""
-    seen, reason = inside(call), f"{link} {call.label()}"
-    local = seen.inward(affine)
-    if local is None or in_training_mode(call) or call.extras or len(seen.shapes) > 1:
-        raise CannotBeAbsorbed(reason)
-    passed = _moved(seen, local, back=back)
-    if passed is None:
-        raise CannotBeAbsorbed(reason)
-    maxima = (*_MAXIMA, operation_classes()["max"])
-    if type(seen.layer) in maxima and (affine.scale < 0).any():
-        raise CannotBeAbsorbed(f"{reason}, which would pick others where its scale is negative")
-    return seen.outward(passed)
-
-
-def _moved(seen: Inside, affine: Affine, *, back: bool) -> Affine | None:
-    """The map on the other side of a layer; None if it does not commute with it."""
-    layer, kind, shape = seen.layer, type(seen.layer), seen.shapes[0]
-    made = operation_classes()
-    if kind in _NOTHING_IN_INFERENCE or (kind is L.Activation and not has_activation(layer)):
-        return affine
-    if kind in (L.Permute, made["transpose"]):
-        return _permuted(layer, affine, len(shape), back=back)
-    if kind in (made["mean"], made["max"]):
-        return _reduced(layer, affine, len(shape), back=back)
-    if kind is L.Flatten and layer.data_format == "channels_first" and len(shape) > 2:
-        return _flattened_first(affine, shape, seen.output, back=back)
-    if kind in (L.Flatten, L.Reshape, *(made[k] for k in ("expand_dims", "reshape", "squeeze"))):
-        return reshaped(affine, *((seen.output, shape) if back else (shape, seen.output)))
-    if kind not in _BY_POSITION:
-        return None
-    channels = channel_axis_of(layer, len(shape))
-    before, behind = channels, channels
-    if isinstance(layer, _GLOBAL) and not layer.keepdims:
-        behind = 1
-    here, there = (behind, before) if back else (before, behind)
-    return affine.along(there) if affine.axis == here else None
-
-
-def _permuted(layer: Any, affine: Affine, rank: int, *, back: bool) -> Affine | None:
-    axes = (0, *layer.dims) if isinstance(layer, L.Permute) else layer.axes
-    axes = list(range(rank))[::-1] if axes is None else [axis % rank for axis in axes]
-    if axes[0] != 0:  # other samples are in the batch than before
-        return None
-    return affine.along(axes[affine.axis] if back else axes.index(affine.axis))
-
-
-def _reduced(layer: Any, affine: Affine, rank: int, *, back: bool) -> Affine | None:
-    given = range(rank) if layer.axis is None else np.atleast_1d(layer.axis)
-    away = {int(axis) % rank for axis in given}
-    left = [axis for axis in range(rank) if axis not in away or layer.keepdims]
-    inner = left[affine.axis] if back else affine.axis
-    if inner in away or 0 in away:
-        return None
-    return affine.along(inner if back else left.index(inner))
-
-
-def _flattened_first(affine: Affine, shape: Shape, output: Shape, *, back: bool) -> Affine | None:
-    """Keras flattens channels first as if they were last."""
-    last = len(shape) - 1
-    moved = (shape[0], *shape[2:], shape[1])
-    if not back:
-        axis = last if affine.axis == 1 else affine.axis - 1
-        return reshaped(affine.along(axis), moved, output)
-    before = reshaped(affine, output, moved)
-    if before is None:
-        return None
-    return before.along(1 if before.axis == last else before.axis + 1)

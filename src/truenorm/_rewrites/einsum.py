@@ -46,7 +46,7 @@ def letters_of(layer: Any) -> Letters:
     """The equation of a built layer, taken apart."""
     equation = layer.equation.replace(" ", "")
     inputs, kernel, outputs = equation.replace("->", ",").replace("...", "").split(",")
-    elided = len(layer.full_output_shape) - len(outputs)
+    elided = layer.input_spec.ndim - len(inputs)
     first = equation.startswith("...")
     return Letters(inputs, kernel, outputs, elided * first, elided * (not first))
 
@@ -66,7 +66,8 @@ def variables_of(layer: Any, values: list[Array]) -> tuple[list[Array], dict[str
     (kernel, bias), letters = values, letters_of(layer)
     known = layer.bias_axes or next(k for k in letters.outputs if k in letters.kernel)
     axes = [k for k, n in zip(letters.outputs, bias.shape, strict=True) if n > 1 or k in known]
-    lengths = dict(zip(letters.outputs, layer.full_output_shape[letters.before :], strict=False))
+    lengths = dict(zip(letters.outputs, bias.shape, strict=True))
+    lengths |= dict(zip(letters.kernel, kernel.shape, strict=True))
     full = np.broadcast_to(bias, [lengths[k] if k in axes else 1 for k in letters.outputs])
     first = letters.outputs.find(axes[0])
     shape = [*full.shape[first:], *[1] * letters.behind]

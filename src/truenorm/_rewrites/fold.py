@@ -52,13 +52,21 @@ def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
 
     The new model computes what the old one computes with ``training=False``, with fewer layers;
     it is verified on a probe before it is returned. A BatchNormalization folds into what makes its
-    input, if that is a convolution or dense layer without an activation, or else into all that
-    takes its output: dense layers, convolutions without padding, other BatchNormalization. What
-    commutes with a scale and a shift may be in between: dropout, pooling (maxima if no scale is
-    negative), flattening, cropping, upsampling, concatenation; before it also an addition. All
-    others stay, with their reason in the receipt; those of truenorm become Keras's, so that the new
-    model loads without truenorm. (Not so those that are called in training mode or with a mask, are
-    inside a wrapper, or have statistics that are not finite: these stay as they are.)
+    input, if that is a convolution or dense layer (``EinsumDense`` too) without an activation, or
+    else into all that takes its output: dense layers, convolutions without padding, other
+    BatchNormalization. Any of these may be inside a ``TimeDistributed``, and a kernel inside a
+    ``SpectralNormalization``, which is left out then: it does nothing in inference. A mask does not
+    matter either.
+
+    What commutes with a scale and a shift may be in between: dropout, pooling (maxima if no scale
+    is negative), cropping, upsampling, concatenation, arithmetic with constants, means and sums
+    over other axes, whatever transposes, reshapes or selects as long as each channel stays one;
+    before it also a sum or an average. For each it is one whether a layer or a function of
+    ``keras.ops`` does it.
+
+    All others stay, with their reason in the receipt; those of truenorm become Keras's, so that the
+    new model loads without truenorm. (Not so those that are called in training mode, are inside
+    another wrapper, or have statistics that are not finite: these stay as they are.)
 
     Args:
         model: A functional or built Sequential ``keras.Model``, nested ones included. It is not

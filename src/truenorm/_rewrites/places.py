@@ -97,8 +97,9 @@ def _noise(changed: list[Call], between: Collection[Call], longest: int) -> dict
             if source.call not in between and _name(source) not in made:
                 rank = len(tensor.shape)
                 shape = [min(d or 64, longest) for d in tensor.shape]
-                axis = _axis(call, rank)
-                shape[0], shape[axis] = tensor.shape[0] or _SAMPLES, tensor.shape[axis] or 64
+                shape[0], axis = tensor.shape[0] or _SAMPLES, _axis(call, rank)
+                if axis < rank:  # a mask may have none
+                    shape[axis] = tensor.shape[axis] or 64
                 drawn = generator.normal(size=shape).astype("float32")
                 is_float = keras.backend.is_float_dtype(tensor.dtype)
                 made[_name(source)] = drawn if is_float else abs(10 * drawn).astype(tensor.dtype)

@@ -12,6 +12,7 @@ from truenorm._model.graph import Call, is_batch_normalization
 from truenorm._rewrites.affine import Affine
 
 L = keras.layers
+Shape = tuple[int | None, ...]
 _WRAPPERS = (L.TimeDistributed, L.SpectralNormalization)
 
 
@@ -28,8 +29,8 @@ class Inside:
 
     layer: Any
     steps: int
-    shapes: tuple[tuple[int | None, ...], ...]
-    output: tuple[int | None, ...]
+    shapes: tuple[Shape, ...]
+    output: Shape
 
     def inward(self, affine: Affine) -> Affine | None:
         """A map of the call's tensors as one of the layer's; None if it is along the steps."""
@@ -47,7 +48,7 @@ def inside(call: Call) -> Inside:
         steps += type(layer) is L.TimeDistributed
         layer = layer.layer
 
-    def within(shape: Any) -> tuple[int | None, ...]:
+    def within(shape: Any) -> Shape:
         return (shape[0], *shape[1 + steps :])
 
     shapes = tuple(map(within, call.input_shapes))
@@ -57,6 +58,13 @@ def inside(call: Call) -> Inside:
 def innermost(layer: Any) -> Any:
     """What is inside of the wrappers of a layer; itself if there are none."""
     return innermost(layer.layer) if type(layer) in _WRAPPERS else layer
+
+
+def normalizes_its_kernel(layer: Any) -> bool:
+    """Whether training changes what is inside of the wrappers, to limit its kernel."""
+    if type(layer) not in _WRAPPERS:
+        return False
+    return type(layer) is L.SpectralNormalization or normalizes_its_kernel(layer.layer)
 
 
 def site_of(call: Call) -> Call:

@@ -32,6 +32,7 @@ EXAMPLES = 500 if settings.get_current_profile_name() == "random" else 8
 POSITIONS: Any = ("none", "before_activation", "after_activation", "before_layer")
 
 
+@pytest.mark.filterwarnings("ignore:.*does not support masking")
 @pytest.mark.parametrize("shard", range(SHARDS))
 @settings(
     max_examples=EXAMPLES // SHARDS,

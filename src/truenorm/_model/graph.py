@@ -112,7 +112,8 @@ class Graph:
 
     Args:
         model: The model.
-        calls: Every leaf call in the order of execution, nested models entered.
+        calls: Every leaf call in the order of execution, nested models entered (of a subclassed
+            model none).
     """
 
     model: Any

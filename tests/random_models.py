@@ -183,7 +183,7 @@ COMMUTING = {
     "mean": _first_axis(keras.ops.mean),
     "sum": _first_axis(keras.ops.sum, keepdims=True),
     "max": _first_axis(keras.ops.max),
-    "last": lambda x: x[:, -1] if len(x.shape) > 2 else x[:, ::-1],
+    "last": lambda x: x[:, -1] if len(x.shape) > 2 else x * 2,
     "some": lambda x: x[..., : max(1, x.shape[-1] // 2)],
     "flip": lambda x: keras.ops.flip(x, axis=1),
     "transpose": lambda x: keras.ops.transpose(x, (0, *range(len(x.shape) - 1, 0, -1))),

@@ -7,6 +7,7 @@ away, and what is left of a description when a part is taken out is a descriptio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,6 +33,8 @@ class Layer:
         of: Which tensor it takes: 0 the latest, 1 the one before, and so on, round and round.
         training: What is written into its call.
         frozen: Whether it is not trainable.
+        within: The wrapper that it is in, where that takes it.
+        masked: Whether its call gets a mask (a BatchNormalization's in a functional model).
     """
 
     kind: str
@@ -39,6 +42,8 @@ class Layer:
     of: int = 0
     training: bool | None = None
     frozen: bool = False
+    within: str | None = None
+    masked: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ LINEAR = {
     "multiplier": one_of(1, 2),
     "use_bias": st.just(False),
     "activation": one_of("relu", "silu"),
+    "along": one_of("first", "no bias", "two biases"),
 }
 NORMALISING = {
     "axis": st.just(1),
@@ -141,12 +147,15 @@ OURS = {
     "freeze": one_of("all", "statistics", "affine"),
     "bessel_correction": st.just(True),
 }
-LINEAR_KINDS = ("Dense", "Conv{}D", "DepthwiseConv{}D", "SeparableConv{}D", "Conv{}DTranspose")
+LINEAR_KINDS = (
+    "Dense", "Conv{}D", "DepthwiseConv{}D", "SeparableConv{}D", "Conv{}DTranspose", "EinsumDense",
+)  # fmt: skip
 ACTIVATION_KINDS = ("ReLU", "LeakyReLU", "PReLU", "ELU", "Activation")
 WINDOW_KINDS = ("MaxPooling{}D", "AveragePooling{}D")
 OTHER_KINDS = (
     "Dropout", "SpatialDropout{}D", "Flatten", "Reshape", "GlobalAveragePooling{}D",
     "GlobalMaxPooling{}D", "Cropping{}D", "ZeroPadding{}D", "UpSampling{}D", "LayerNormalization",
+    "Permute", "Rescaling",
 )  # fmt: skip
 JOIN_KINDS = ("Add", "Concatenate", "+", "Multiply", "Average", "Maximum", "Subtract")
 FUNCTIONS = {
@@ -154,13 +163,45 @@ FUNCTIONS = {
     "silu": keras.activations.silu,
     "tanh": keras.ops.tanh,
     "leaky_relu": keras.ops.leaky_relu,
-    "half": lambda x: 0.5 * x,
     "softmax": keras.ops.softmax,
 }
+
+
+def _pooled(x: Any) -> Any:
+    return keras.ops.average_pool(x, 2, 1, "same", data_format="channels_last")
+
+
+def _first_axis(reduce: Any, **options: Any) -> Any:
+    """Over the axis behind that of the batch, where that is not the only one."""
+    return lambda x: reduce(x, axis=1, **options) if len(x.shape) > 2 else 0.5 * x
+
+
+COMMUTING = {
+    "half": lambda x: 0.5 * x,
+    "less": lambda x: 1.0 - x / 2,
+    "negative": lambda x: -x,
+    "mean": _first_axis(keras.ops.mean),
+    "sum": _first_axis(keras.ops.sum, keepdims=True),
+    "max": _first_axis(keras.ops.max),
+    "last": lambda x: x[:, -1] if len(x.shape) > 2 else x * 2,
+    "some": lambda x: x[..., : max(1, x.shape[-1] // 2)],
+    "flip": lambda x: keras.ops.flip(x, axis=1),
+    "transpose": lambda x: keras.ops.transpose(x, (0, *range(len(x.shape) - 1, 0, -1))),
+    "swapaxes": lambda x: keras.ops.swapaxes(x, 1, -1),
+    "moveaxis": lambda x: keras.ops.moveaxis(x, -1, 1),
+    "reshape": lambda x: keras.ops.reshape(x, (-1, *x.shape[2:])) if len(x.shape) > 2 else x * 2,
+    "merge": lambda x: keras.ops.reshape(x, (-1, math.prod(x.shape[1:]))),
+    "expand": lambda x: keras.ops.expand_dims(x, 1) if len(x.shape) < 5 else x * 2,
+    "tile": lambda x: keras.ops.tile(x, (1,) * (len(x.shape) - 1) + (2,)),
+    "pool": lambda x: _pooled(x) if 2 < len(x.shape) < 5 else x * 2,
+}
+FUNCTIONS |= COMMUTING
 
 TRAINING = st.sampled_from([None] * 8 + [True, False])
 RARELY = st.sampled_from([False] * 5 + [True])
 OF = st.sampled_from([0] * 6 + [1, 2, 3])
+WITHIN = st.sampled_from([None] * 6 + ["TimeDistributed", "SpectralNormalization"])
+WITHIN_STEPS = st.sampled_from([None] * 6 + ["TimeDistributed"])
 
 
 def options(table: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -171,11 +212,18 @@ def options(table: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
 
 
 linear = st.builds(
-    Layer, one_of(*LINEAR_KINDS[:2], *LINEAR_KINDS), options(LINEAR), OF, frozen=RARELY
+    Layer,
+    one_of(*LINEAR_KINDS[:2], *LINEAR_KINDS),
+    options(LINEAR),
+    OF,
+    frozen=RARELY,
+    within=WITHIN,
 )
 normalising = st.one_of(
-    st.builds(Layer, st.just("keras"), options(NORMALISING), OF, TRAINING, RARELY),
-    st.builds(Layer, st.just("truenorm"), options(OURS), OF, TRAINING, RARELY),
+    *(
+        st.builds(Layer, st.just(kind), options(table), OF, TRAINING, RARELY, WITHIN_STEPS, RARELY)
+        for kind, table in (("keras", NORMALISING), ("truenorm", OURS))
+    )
 )
 activation = st.one_of(
     st.builds(Layer, one_of(*ACTIVATION_KINDS), of=OF),
@@ -185,6 +233,7 @@ other = st.one_of(
     st.builds(Layer, one_of(*WINDOW_KINDS), options(WINDOWS), OF),
     st.builds(Layer, one_of(*OTHER_KINDS), options({"first": st.booleans()}), OF, TRAINING),
 )
+between = st.builds(Function, one_of(*COMMUTING), OF)
 join = st.builds(Join, one_of(*JOIN_KINDS), st.lists(st.integers(0, 5), max_size=2).map(tuple))
 again = st.builds(Again, st.integers(0, 7), OF)
 
@@ -217,8 +266,14 @@ def steps(depth: int = 2) -> st.SearchStrategy[tuple[Step, ...]]:
     below = st.deferred(lambda: steps(depth - 1)) if depth else st.nothing()
     nested = st.builds(Nested, below, st.booleans(), OF, TRAINING, RARELY)
     single = st.one_of(linear, normalising, normalising, activation, other, join, again, nested)
+    apart = st.builds(lambda *of: of, linear, between, normalising, activation)
     groups = st.one_of(
-        in_line, single.map(lambda step: (step,)), in_line.flatmap(st.permutations), residual
+        in_line,
+        apart,
+        apart.map(lambda of: of[::-1]),
+        single.map(lambda step: (step,)),
+        in_line.flatmap(st.permutations),
+        residual,
     )
     return st.lists(groups, min_size=1 + (depth == 2), max_size=8 if depth == 2 else 3).map(
         lambda found: tuple(step for group in found for step in group)
@@ -309,6 +364,8 @@ def _tensors(steps: Sequence[Step], inputs: list[Any], dtype: str) -> tuple[list
             else:
                 layer = _layer(step, tuple(source.shape), number, dtype)
                 written = {} if step.training is None else {"training": step.training}
+                if isinstance(step, Layer) and step.masked and "axis" not in step.options:
+                    written["mask"] = keras.ops.any(source > -1.0, axis=-1)
             if layer is None:
                 continue
             layers.append((layer, tuple(source.shape)))
@@ -358,7 +415,7 @@ def _chain(steps: Sequence[Step], shape: Sequence[int | None], dtype: str) -> li
 
 def _layer(step: Layer | Nested, shape: Shape, number: int, dtype: str) -> Any | None:
     if isinstance(step, Layer):
-        return _plain_layer(step, shape, number, dtype)
+        return _wrapped(step, shape, number, dtype)
     name = f"nested{number}"
     start = keras.Input(shape[1:], name="start", dtype=_numbers(dtype))
     if step.sequential:
@@ -370,6 +427,23 @@ def _layer(step: Layer | Nested, shape: Shape, number: int, dtype: str) -> Any |
     if step.frozen:
         model.trainable = False
     return model
+
+
+def _wrapped(step: Layer, shape: Shape, number: int, dtype: str) -> Any | None:
+    """The layer, in the wrapper that is wanted, where that takes it."""
+    common: dict[str, Any] = {"name": f"within{number}", "dtype": dtype}
+    steps = step.within == "TimeDistributed" and len(shape) > 2
+    layer = _plain_layer(step, (shape[0], *shape[2:]) if steps else shape, number, dtype)
+    if layer is not None and steps:
+        return L.TimeDistributed(layer, **common)
+    if step.within == "SpectralNormalization" and _has_kernel(layer):
+        return L.SpectralNormalization(layer, **common)
+    return layer
+
+
+def _has_kernel(layer: Any) -> bool:
+    kind = type(layer).__name__
+    return kind in ("Dense", "EinsumDense") or ("Conv" in kind and "Separable" not in kind)
 
 
 def _plain_layer(step: Layer, shape: Shape, number: int, dtype: str) -> Any | None:
@@ -392,6 +466,8 @@ def _plain_layer(step: Layer, shape: Shape, number: int, dtype: str) -> Any | No
     if kind == "Dense":
         known = {k: given[k] for k in ("use_bias", "activation") if k in given}
         return L.Dense(_filters(given, channels), **known, **common)
+    if kind == "EinsumDense":
+        return _einsum(shape, _filters(given, channels), given, common)
     if kind in ("keras", "truenorm"):
         if "virtual_batch_size" in given:
             given.pop("renorm", None)
@@ -404,6 +480,21 @@ def _plain_layer(step: Layer, shape: Shape, number: int, dtype: str) -> Any | No
     return _other(kind.format(rank), shape, lengths, common)
 
 
+def _einsum(shape: Shape, filters: int, given: dict[str, Any], common: dict[str, Any]) -> Any:
+    """Over the last axis; one kernel for all places, or one for each along the first axis."""
+    along, activation = given.get("along"), given.get("activation")
+    letters = "abcdefg"[: len(shape)]
+    first, last = letters[1], letters[-1]
+    each = along == "first" and len(shape) > 2
+    kernel = f"{first}{last}z" if each else f"{last}z"
+    both = along == "two biases" and len(shape) > 2
+    bias = None if along == "no bias" else f"{first}z" if both else "z"
+    return L.EinsumDense(
+        f"{letters},{kernel}->{letters[:-1]}z", (*shape[1:-1], filters),
+        bias_axes=bias, activation=activation, **common,
+    )  # fmt: skip
+
+
 def _filters(given: dict[str, Any], channels: int) -> int:
     wanted = given.pop("filters", 4)
     return channels if wanted == "as before" else wanted
@@ -412,7 +503,7 @@ def _filters(given: dict[str, Any], channels: int) -> int:
 def _convolution(
     kind: str, lengths: list[int], channels: int, given: dict[str, Any], common: dict[str, Any]
 ) -> Any:
-    filters = _filters(given, channels)
+    filters, _ = _filters(given, channels), given.pop("along", None)
     kernel, dilation = given.pop("kernel", 3), given.pop("dilation", 1)
     groups, multiplier = given.pop("groups", 1), given.pop("multiplier", 1)
     transposed = kind.endswith("Transpose")
@@ -443,6 +534,10 @@ def _other(kind: str, shape: Shape, lengths: list[int], common: dict[str, Any]) 
     if kind == "Reshape":
         numbers = shape[1:]
         return L.Reshape((*numbers[-1:], *numbers[:-1]), **common) if lengths else None
+    if kind == "Permute":
+        return L.Permute(range(len(shape) - 1, 0, -1), **common)
+    if kind == "Rescaling":
+        return L.Rescaling(-0.5, 0.25, **common)
     if kind.startswith("Cropping"):
         return getattr(L, kind)(1, **common) if min(lengths) > 2 else None
     if kind.startswith(("ZeroPadding", "UpSampling")):

@@ -363,3 +363,35 @@ def activation_operations() -> frozenset[type]:
     outputs = [getattr(keras.ops, name)(tensor) for name in names]
     outputs += [keras.ops.threshold(tensor, 0.0, 0.0), keras.activations.relu(tensor)]
     return frozenset(type(operation_of(output)) for output in outputs)
+
+
+@cache
+def operation_classes() -> dict[str, type]:
+    """The classes of some operations in a graph, by the names of the functions that make them."""
+    x, short = keras.KerasTensor((None, 2, 3)), keras.KerasTensor((None, 1, 3))
+    made = {
+        "add": keras.ops.add(x, x),
+        "average_pool": keras.ops.average_pool(x, 2),
+        "concatenate": keras.ops.concatenate([x, x]),
+        "divide": keras.ops.divide(x, x),
+        "expand_dims": keras.ops.expand_dims(x, 1),
+        "flip": keras.ops.flip(x, 1),
+        "get_item": keras.ops.get_item(x, 0),
+        "max": keras.ops.max(x, axis=1),
+        "max_pool": keras.ops.max_pool(x, 2),
+        "mean": keras.ops.mean(x, axis=1),
+        "min": keras.ops.min(x, axis=1),
+        "moveaxis": keras.ops.moveaxis(x, 1, 2),
+        "multiply": keras.ops.multiply(x, x),
+        "negative": keras.ops.negative(x),
+        "repeat": keras.ops.repeat(x, 2, axis=1),
+        "reshape": keras.ops.reshape(x, (-1, 6)),
+        "squeeze": keras.ops.squeeze(short, 1),
+        "subtract": keras.ops.subtract(x, x),
+        "sum": keras.ops.sum(x, axis=1),
+        "swapaxes": keras.ops.swapaxes(x, 1, 2),
+        "tile": keras.ops.tile(x, (1, 1, 2)),
+        "transpose": keras.ops.transpose(x, (0, 2, 1)),
+        "true_divide": keras.ops.true_divide(x, x),
+    }
+    return {name: type(operation_of(tensor)) for name, tensor in made.items()}

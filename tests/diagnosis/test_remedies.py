@@ -330,7 +330,7 @@ def overridden(kind: Any) -> Callable[[], Any]:
 
 
 def awake(wrapped: bool) -> Callable[[], Any]:
-    """A layer that was made trainable again in a frozen parent; in a wrapper no rewrite sees it."""
+    """A layer that was made trainable again in a frozen parent, in a wrapper or not."""
 
     def build() -> Any:
         layer = L.BatchNormalization(name="bn")
@@ -372,7 +372,8 @@ CALLED = [
           f'{REPLACE}; tn.freeze(model, "statistics", layers=\'bn\')'),
     Fault("TN107", awake(False),
           f'{REPLACE}; tn.freeze(model, "statistics", layers=\'parent/bn\')'),
-    Fault("TN107", awake(True), "tn.freeze(model, layers='parent/each/bn')"),
+    Fault("TN107", awake(True),
+          f'{REPLACE}; tn.freeze(model, "statistics", layers=\'parent/each/bn\')'),
     Fault("TN204", decayed_anew,
           'model.optimizer.exclude_from_weight_decay(var_names=["gamma", "beta"])'),
     Fault("TN303", planted.twice, "model = tn.fold(model, where='b').model"),
@@ -394,6 +395,15 @@ def test_a_call_mends_and_keeps_what_the_model_computes(fault: Fault) -> None:
     np.testing.assert_allclose(outputs(model, x), before, rtol=1e-4, atol=1e-4)
     others = [layer for layer in model.layers if layer.name == "other"]
     assert all(layer.trainable for layer in others)
+
+
+def test_an_activation_inside_stays_where_the_layer_goes() -> None:
+    """Neither fold nor place takes such a layer away here."""
+    inputs = keras.Input((4,))
+    x = L.ReLU()(L.Dense(3)(inputs))
+    model = keras.Model(inputs, tn.BatchNormalization(activation="tanh", name="bn")(x))
+    (finding,) = tn.diagnose(model, select="TN304").findings
+    assert finding.remedy == "keras.layers.Activation('tanh') in its place"
 
 
 # --- calls that make another model, which is to be trained ----------------------------------------

@@ -120,8 +120,9 @@ def test_what_kerass_layer_cannot_do_is_refused_and_nothing_changed(policy: Any)
     message = (
         rf"^Keras's BatchNormalization cannot be frozen in part \(policy '{policy}'\) \(at "
         r"'backbone/stem_bn'\)\. Expected: truenorm's BatchNormalization, or the policy 'all' or "
-        r"'none'\. Received: keras\.BatchNormalization\. Remedy: put truenorm's layer in its place "
-        r"first: replace\(model, to='truenorm'\)\.model\.$"
+        r"'none'\. Received: keras\.BatchNormalization\. Remedy: put truenorm's layer in its "
+        r"place: replace\(model, to='truenorm'\)\.model, or truenorm\.BatchNormalization where the "
+        r"model is made\.$"
     )
     with pytest.raises(tn.ModelError, match=message):
         tn.freeze(model, policy)

@@ -103,7 +103,7 @@ def test_all_kinds_of_unpadded_convolutions_take_it_in_behind(layer: Any) -> Non
         (L.Conv2DTranspose(4, 2, name="c"), "Conv2DTranspose c spreads its input unevenly"),
         (L.DepthwiseConv2D(3, padding="same", name="c"), "DepthwiseConv2D c pads with zeros, so"),
         (L.ZeroPadding2D(name="pad"), "its output goes to ZeroPadding2D pad"),
-        (L.Reshape((36, 6), name="r"), "its output goes to Reshape r"),
+        (L.Reshape((8, 27), name="r"), "its output goes to Reshape r"),
     ],
 )
 def test_what_would_change_the_function_is_not_done(layer: Any, reason: str) -> None:
@@ -165,17 +165,12 @@ def test_the_layers_before_an_addition_take_the_scale_and_one_the_shift() -> Non
     assert_folded(shake(keras.Model(inputs, L.ReLU()(L.BatchNormalization()(total)))))
 
 
-def test_an_addition_that_broadcasts_or_adds_a_tensor_to_itself_is_none() -> None:
+def test_an_addition_of_a_tensor_to_itself_is_none() -> None:
     inputs = keras.Input((6, 6, 3))
     conv = L.Conv2D(4, 3)(inputs)
     twice = L.BatchNormalization()(L.Add(name="twice")([conv, conv]))
-    row = L.Conv2D(4, (3, 6))(inputs)
-    spread = L.BatchNormalization()(L.Add(name="spread")([L.Conv2D(4, 3)(inputs), row]))
-    folded = assert_folded(shake(keras.Model(inputs, [L.ReLU()(twice), L.ReLU()(spread)])), stays=2)
-    assert {site.reason.partition(";")[0] for site in folded.left} == {
-        "Add twice gets the same input twice",
-        "its input comes from Add spread",
-    }
+    (left,) = assert_folded(shake(keras.Model(inputs, L.ReLU()(twice))), stays=1).left
+    assert left.reason.startswith("Add twice gets the same input twice")
 
 
 def test_a_skipped_connection_stays() -> None:

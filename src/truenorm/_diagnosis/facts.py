@@ -22,6 +22,7 @@ from truenorm._modes.inspect import inspect
 from truenorm._records.inspection import Inspection
 from truenorm._records.moments import Spread
 from truenorm._records.recalibration import Gap
+from truenorm._rewrites.replace import why_not_replaced
 from truenorm._statistics.recalibrate import gaps
 from truenorm._statistics.runner import Runner, Use
 
@@ -80,6 +81,11 @@ class Facts:
         return labelled_batches(self.model, self.data, self.batch_size, y=self.y, shuffle=True)
 
     # --- the model -----------------------------------------------------------------------------
+
+    @cached_property
+    def not_replaced(self) -> Mapping[str, str]:
+        """Path of every site that ``replace`` leaves stock, and why."""
+        return why_not_replaced(self.model, "truenorm")
 
     @cached_property
     def layers(self) -> Mapping[Any, str]:

@@ -62,20 +62,24 @@ def hold(facts: Facts, layer: Any) -> str:
     path = facts.layers[layer]
     if isinstance(layer, BatchNormalization):
         return f'tn.freeze(model, "statistics", layers={path!r})'
-    if in_graph(facts, layer):
+    if is_replaced(facts, layer):
         return f'{EXACT}; tn.freeze(model, "statistics", layers={path!r})'
     return f"tn.freeze(model, layers={path!r})"
 
 
-def in_graph(facts: Facts, layer: Any) -> bool:
-    """Whether rewrites reach this layer: not inside a wrapper, a block or a subclassed model."""
-    return any(site.operation is layer for site in facts.sites)
+def is_replaced(facts: Facts, layer: Any) -> bool:
+    """Whether ``tn.replace`` puts truenorm's layer in the place of this one."""
+    return facts.layers[layer] not in facts.not_replaced
 
 
 def remove(facts: Facts, path: str) -> str:
     """A site that goes: folded where that keeps the function, else left out."""
     if path not in why_not_folded(facts.model, path):
         return f"model = tn.fold(model, where={path!r}).model"
+    (site,) = (site for site in facts.sites if site.path == path)
+    activation = getattr(site.operation, "activation", None)
+    if activation is not None:
+        return f"keras.layers.Activation({keras.activations.serialize(activation)!r}) in its place"
     return f'model = tn.place(model, "none", where={path!r}).model'
 
 

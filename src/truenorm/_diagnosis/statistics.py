@@ -88,7 +88,7 @@ def huge(facts: Facts) -> Iterator[Fault]:
                 "mean_in_std": float(ratio.max()),
                 "largest_value": float(reach.max()),
             }
-            exact = not far.any() and remedies.in_graph(facts, layer)
+            exact = not far.any() and remedies.is_replaced(facts, layer)
             yield Fault(path, evidence, remedies.EXACT if exact else NORMALIZE)
 
 

@@ -93,7 +93,7 @@ def shared(facts: Facts) -> Iterator[Fault]:
             "calls": len(calls),
             "steps_of_the_moving_average_per_batch": len(calls),
         }
-        yield Fault(calls[0].path, evidence, "keras.layers.BatchNormalization() for each use")
+        yield Fault(calls[0].path, evidence, remedies.apart(facts, calls[0].operation))
 
 
 def shared_by_unlike(facts: Facts) -> Iterator[Fault]:

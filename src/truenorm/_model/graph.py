@@ -40,7 +40,8 @@ class Call:
             into the graph, and that value; None if there is none.
         extras: Names of the arguments written there besides the first and ``training``: ``mask``
             for one.
-        sources: Where its inputs come from.
+        sources: Where its tensors come from.
+        data: Which of them are no mask, counted from 0.
         consumers: The calls that take its output.
         is_output: Whether its output is one of the model's outputs.
         shared: Whether the layer is called more than once in the model, or is inside another layer
@@ -54,24 +55,30 @@ class Call:
     inherited: tuple[str, bool] | None
     extras: tuple[str, ...]
     sources: tuple[Source, ...] = field(repr=False)
+    data: tuple[int, ...] = field(repr=False)
     consumers: list[Call] = field(default_factory=list["Call"], repr=False)
     is_output: bool = False
     shared: bool = False
 
     @property
     def producers(self) -> tuple[Call | None, ...]:
-        """The calls that make its inputs; None stands for an input of the model."""
-        return tuple(source.call for source in self.sources)
+        """The calls that make its inputs, masks aside; None stands for an input of the model."""
+        return tuple(self.sources[number].call for number in self.data)
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """Its symbolic inputs, masks aside."""
+        return tuple(self.node.input_tensors[number] for number in self.data)
 
     @property
     def input_shapes(self) -> tuple[tuple[int | None, ...], ...]:
         """Their shapes, batch axis first; None is a length that is not fixed."""
-        return tuple(tuple(tensor.shape) for tensor in self.node.input_tensors)
+        return tuple(tuple(tensor.shape) for tensor in self.inputs)
 
     @property
     def input_dtypes(self) -> tuple[str, ...]:
         """Their dtypes."""
-        return tuple(str(tensor.dtype) for tensor in self.node.input_tensors)
+        return tuple(str(tensor.dtype) for tensor in self.inputs)
 
     @property
     def constants(self) -> list[str]:
@@ -92,7 +99,7 @@ class Call:
     @property
     def only_producer(self) -> Call | None:
         """The single call that makes the input, or None."""
-        return self.producers[0] if len(self.sources) == 1 else None
+        return self.producers[0] if len(self.data) == 1 else None
 
     def label(self) -> str:
         """Class and name, for tables and messages."""
@@ -105,7 +112,8 @@ class Graph:
 
     Args:
         model: The model.
-        calls: Every leaf call in the order of execution, nested models entered.
+        calls: Every leaf call in the order of execution, nested models entered (of a subclassed
+            model none).
     """
 
     model: Any
@@ -196,8 +204,10 @@ def _run(
             times[path] += 1
             if times[path] > 1:
                 path = f"{path}#{times[path]}"
+            masks = {id(mask) for mask in keras.tree.flatten(given.get("mask"))}
+            data = tuple(n for n, t in enumerate(node.input_tensors) if id(t) not in masks)
             extras = tuple(given)[1:]
-            call = Call(path, operation, node, training, inherited, extras, tuple(sources))
+            call = Call(path, operation, node, training, inherited, extras, tuple(sources), data)
             for producer in dict.fromkeys(source.call for source in sources if source.call):
                 producer.consumers.append(call)
             found.append(call)

@@ -101,13 +101,17 @@ def outputs(model: Any, inputs: Any) -> list[np.ndarray[Any, Any]]:
     except Exception as error:  # each framework has its own for what is out of range
         raise DataError(
             "The model does not take this input",
-            expected=str(
-                keras.tree.map_structure(lambda t: tuple(t.shape), input_specification(model))
-            ),
+            expected=_expected(model),
             received=str(keras.tree.map_structure(np.shape, inputs)),
             remedy="give data of the model's input shape",
         ) from error
     return [as_float64(y) for y in keras.tree.flatten(made)]
+
+
+def _expected(model: Any) -> str | None:
+    if graph_of(model) is None:
+        return None
+    return str(keras.tree.map_structure(lambda t: tuple(t.shape), input_specification(model)))
 
 
 def run(function: Callable[[Any], Any], layers: Sequence[Any], inputs: Any) -> Any:

@@ -1,8 +1,9 @@
 """A new model made from an old one, with an edit.
 
 A functional or Sequential model is made by running through its graph, with other layers in the
-place of its own. The layers that no edit touches are copied attribute by attribute: their configs
-do not say all (what was adapted, quantised or set since, functions, what they share).
+place of its own. A subclassed model, and the layers that no edit touches, are copied attribute by
+attribute: their configs do not say all (what was adapted, quantised or set since, functions, what
+they share).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, cast
 
 import keras
@@ -26,7 +28,7 @@ from truenorm._keras_internals import (
 )
 from truenorm._model.duplicate import Duplicator
 from truenorm._model.edit import Edit, Piece, from_config, through
-from truenorm._model.graph import graph_of, require_graph
+from truenorm._model.graph import graph_of
 from truenorm._model.snapshot import same_randomness
 from truenorm._model.state import carry_flags, carry_values, scope
 from truenorm._model.trainer import compile_like
@@ -43,14 +45,15 @@ def rebuild(model: Any, edit: Edit | None = None) -> Any:
 
     A model whose class has a constructor of its own, as KerasHub's backbones, keeps its class if
     nothing in it is edited; otherwise it becomes a ``keras.Model``, which the class cannot make.
+    (It keeps it, too, if it has steps of its own and each edited layer has one in its place.) Where
+    there is no graph, an edit can put one layer in the place of another, and nothing else.
 
     (One thing is Keras's to decide: in which order the calls of a shared layer are listed.)
 
     Raises:
-        ModelError: The model is not a graph, a layer can be made again in no way, or the edit
-            would cost the model the training step of its class.
+        ModelError: A layer can be made again in no way, or the edit would cost the model the
+            training step of its class.
     """
-    require_graph(model)
     with same_randomness():
         builder = _Builder(model, edit or {})
         new = builder.counterpart(model)
@@ -96,6 +99,8 @@ class _Builder:
             try:
                 return self.copies.layer(old)
             except ModelError:  # it is bound to itself
+                if not self.edit.keys().isdisjoint(layers_in(old)):  # it would make the old ones
+                    raise
                 new = from_config(old, type(old))
                 _build_like(old, new)
         self.pieces.append(Piece(new, old))
@@ -120,7 +125,7 @@ class _Builder:
         kind: Any = type(old)
         if _has_kerass_constructor(old):
             new = kind(*arguments, name=old.name)
-        elif _parts(old).isdisjoint(self.edit):
+        elif _parts(old).isdisjoint(self.edit) or (_steps_of_its_own(old) and self._one_for_one):
             new = kind.__new__(kind)
             base.__init__(new, *arguments, name=old.name)
             constructed_like(old, new, self.copies.value)
@@ -130,6 +135,11 @@ class _Builder:
             return base(*arguments, name=old.name)
         self.copies.fill(old, new)
         return new
+
+    @cached_property
+    def _one_for_one(self) -> bool:
+        """Whether the edit puts one layer in the place of another, and nothing else."""
+        return all(len(chain) == 1 for chain in self.edit.values())
 
     def _new_input(self, tensor: Any) -> Any:
         """A new input of the same specification and name."""

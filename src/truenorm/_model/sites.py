@@ -177,9 +177,11 @@ Check = Callable[[Call], Change | Left]
 """Looks at one site: changes it (in an edit that it fills), or says why it is left."""
 
 
-def check_all(graph: Graph, check: Check) -> tuple[tuple[Change, ...], tuple[Left, ...]]:
-    """What the check does at every site of the model: the receipt of a rewrite."""
-    results = [*map(check, graph.sites), *hidden(graph)]
+def check_all(
+    check: Check, sites: Iterable[Call], others: Iterable[Change | Left]
+) -> tuple[tuple[Change, ...], tuple[Left, ...]]:
+    """What the check does at every site, and what is known of others: the receipt of a rewrite."""
+    results = [*map(check, sites), *others]
     changed = tuple(result for result in results if isinstance(result, Change))
     return changed, tuple(result for result in results if isinstance(result, Left))
 
@@ -241,7 +243,8 @@ def policy_of(layer: Any) -> str:
 
 def channel_axis_of(layer: Any, rank: int) -> int:
     """The axis that a layer takes for that of the channels, of an input of so many axes."""
-    return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
+    given = getattr(layer, "data_format", "channels_last") or keras.config.image_data_format()
+    return 1 if given == "channels_first" else rank - 1
 
 
 def channel_axis(layer: Any) -> int:

@@ -11,7 +11,7 @@ from truenorm._errors import ModelError
 from truenorm._keras_internals import layers_in
 from truenorm._layer.arguments import FreezePolicy, check_policy
 from truenorm._layer.batch_normalization import BatchNormalization
-from truenorm._model.sites import Layers, chosen_layers, policy_of
+from truenorm._model.sites import Layers, chosen_layers, is_own_class, policy_of
 from truenorm._model.trainer import has_optimizer
 from truenorm._modes.optimizer import follow, state_of
 from truenorm._records.freezing import Freezing, Frozen
@@ -135,9 +135,15 @@ def _require_able(chosen: dict[Any, str], policy: str) -> None:
                 where=path,
                 expected="truenorm's BatchNormalization, or the policy 'all' or 'none'",
                 received=f"{type(layer).__module__.split('.')[0]}.{type(layer).__name__}",
-                remedy="put truenorm's layer in its place first: "
-                "replace(model, to='truenorm').model",
+                remedy=_OWN if is_own_class(layer) else _STOCK,
             )
+
+
+_OWN = "derive its class from truenorm.BatchNormalization"
+_STOCK = (
+    "put truenorm's layer in its place: replace(model, to='truenorm').model, or "
+    "truenorm.BatchNormalization where the model is made"
+)
 
 
 def _remember_flags(layer: Any) -> Callable[[], None]:

@@ -98,7 +98,7 @@ def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
 def _disposable(model: Any) -> Generator[Any]:
     """A copy of the model; or the model itself, and everything of it put back afterwards."""
     try:
-        copy = rebuild(model)
+        copy = None if graph_of(model) is None else rebuild(model)
     except ModelError:
         copy = None
     if copy is not None:

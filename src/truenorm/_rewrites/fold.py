@@ -13,25 +13,38 @@ from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.edit import Piece, copy_of
 from truenorm._model.graph import Call, Graph, is_batch_normalization, nearby, read_graph
 from truenorm._model.rebuild import rebuild
-from truenorm._model.sites import Where, check_all, selector
+from truenorm._model.sites import Where, check_all, hidden, selector
 from truenorm._model.state import learns
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Array
 from truenorm._records.rewrite import Change, Left, Rewrite
-from truenorm._rewrites.affine import (
-    Affine,
+from truenorm._rewrites.absorb import (
     CannotBeAbsorbed,
     Taking,
     absorbed_before,
     absorbed_behind,
-    affine_of,
-    has_activation,
-    values_of,
     why_unfit,
+)
+from truenorm._rewrites.affine import (
+    Affine,
+    affine_of,
+    values_of,
+    variables_of,
     with_map_before,
     with_map_behind,
 )
+from truenorm._rewrites.passing import has_activation
 from truenorm._rewrites.verify import verify
+from truenorm._rewrites.wrappers import (
+    innermost,
+    inside,
+    normalizes,
+    normalizes_its_kernel,
+    site_of,
+    wrapped_like,
+)
+
+L = keras.layers
 
 
 def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
@@ -39,13 +52,21 @@ def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
 
     The new model computes what the old one computes with ``training=False``, with fewer layers;
     it is verified on a probe before it is returned. A BatchNormalization folds into what makes its
-    input, if that is a convolution or dense layer without an activation, or else into all that
-    takes its output: dense layers, convolutions without padding, other BatchNormalization. What
-    commutes with a scale and a shift may be in between: dropout, pooling (maxima if no scale is
-    negative), flattening, cropping, upsampling, concatenation; before it also an addition. All
-    others stay, with their reason in the receipt; those of truenorm become Keras's, so that the new
-    model loads without truenorm. (Not so those that are called in training mode or with a mask, are
-    inside a wrapper, or have statistics that are not finite: these stay as they are.)
+    input, if that is a convolution or dense layer (``EinsumDense`` too) without an activation, or
+    else into all that takes its output: dense layers, convolutions without padding, other
+    BatchNormalization. Any of these may be inside a ``TimeDistributed``, and a kernel inside a
+    ``SpectralNormalization``, which is left out then: it does nothing in inference. A mask does not
+    matter either.
+
+    What commutes with a scale and a shift may be in between: dropout, pooling (maxima if no scale
+    is negative), cropping, upsampling, concatenation, arithmetic with constants, means and sums
+    over other axes, whatever transposes, reshapes or selects as long as each channel stays one;
+    before it also a sum or an average. For each it is one whether a layer or a function of
+    ``keras.ops`` does it.
+
+    All others stay, with their reason in the receipt; those of truenorm become Keras's, so that the
+    new model loads without truenorm. (Not so those that are called in training mode, are inside
+    another wrapper, or have statistics that are not finite: these stay as they are.)
 
     Args:
         model: A functional or built Sequential ``keras.Model``, nested ones included. It is not
@@ -79,7 +100,7 @@ def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
     """
     graph = read_graph(model)
     folding = Folding(graph, where)
-    changed, left = check_all(graph, folding.site)
+    changed, left = folding.receipt()
     edit = folding.edit()
     new = rebuild(model, edit)
     proof = verify(graph, edit, folding.between, new, probe, "Folding")
@@ -88,37 +109,49 @@ def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
 
 def why_not_folded(model: Any, where: Where = None) -> dict[str, str]:
     """Path of every site that stays, and why."""
-    graph = read_graph(model)
-    _, left = check_all(graph, Folding(graph, where).site)
+    _, left = Folding(read_graph(model), where).receipt()
     return {site.path: site.reason for site in left}
 
 
 class Folding:
-    """What folding the sites of a model comes to; a site at a time, in the order of execution."""
+    """What folding the sites of a model comes to; a site at a time, in the order of execution.
+
+    A site is known by the operation that is called: the layer, or what calls it for each step.
+    """
 
     def __init__(self, graph: Graph, where: Where = None) -> None:
-        wanted, sites, model = selector(where), graph.sites, graph.model
-        self.fixed = {call.operation for call in sites if not wanted(call) or why_unfit(call)}
+        wanted = selector(where)
+        self.graph = graph
+        self.sites = [call for call in graph.calls if normalizes(call)]
+        layers = {call.operation for call in self.sites}
+        unfit = [call for call in self.sites if not wanted(site_of(call)) or why_unfit(call)]
+        self.fixed = {call.operation for call in unfit}
         self.whole = where is None
         # In a part of a model none takes another one in: it would no longer be what it was.
-        self.closed = self.fixed if self.whole else {call.operation for call in sites}
-        self.free = {call.operation for call in sites} - self.fixed
-        self.names = {layer.name for layer in layers_in(model)}
-        self.names |= {tensor.name for tensor in model.inputs}
+        self.closed = self.fixed if self.whole else layers
+        self.free = layers - self.fixed
+        self.names = {layer.name for layer in layers_in(graph.model)}
+        self.names |= {tensor.name for tensor in graph.model.inputs}
         self.weights: dict[Any, list[Array]] = {}  # of convolution and dense layers, in float64
         self.learning: set[Any] = set()  # those of them that take in a shift that learns
         self.maps: dict[Any, Affine] = {}  # of BatchNormalization that took others in, and stays
         self.gone: dict[Any, list[Piece]] = {}  # folded away, and what stays of it
         self.between: set[Call] = set()  # whose outputs are meant to be other ones
 
+    def receipt(self) -> tuple[tuple[Change, ...], tuple[Left, ...]]:
+        """Fold every site."""
+        paths = {site_of(call).path for call in self.sites}
+        others = [left for left in hidden(self.graph) if left.path not in paths]
+        return check_all(self.site, self.sites, others)
+
     def site(self, call: Call) -> Change | Left:
         """Fold one site, or say why not."""
-        layer = call.operation
+        path, operation = site_of(call).path, call.operation
         reason = "it is called more than once" if call.shared else why_unfit(call)
-        if reason or layer in self.fixed:
-            return Left(call.path, reason or "not selected")
-        affine = self.maps.get(layer) or affine_of(layer)
-        bare = [k for k in self.gone if not has_activation(k)]
+        if reason or operation in self.fixed:
+            return Left(path, reason or "not selected")
+        affine = inside(call).outward(self._map(operation))
+        bare = [k for k, chain in self.gone.items() if not chain]
         try:
             return self._fold(call, absorbed_before(call, affine, bare), "before")
         except CannotBeAbsorbed as reason:
@@ -126,44 +159,59 @@ class Folding:
         try:
             return self._fold(call, absorbed_behind(call, affine, self.closed), "after")
         except CannotBeAbsorbed as why_not_behind:
-            return Left(call.path, f"{why_not_before}; {why_not_behind}")
+            return Left(path, f"{why_not_before}; {why_not_behind}")
+
+    def _map(self, operation: Any) -> Affine:
+        """What a BatchNormalization does by now."""
+        return self.maps.get(operation) or affine_of(innermost(operation))
 
     def _fold(self, call: Call, takings: list[Taking], side: str) -> Change:
-        dtype = call.operation.compute_dtype
+        dtype, layer = call.operation.compute_dtype, inside(call).layer
         for taker, _ in takings:
-            if taker.operation.compute_dtype != dtype:
-                raise CannotBeAbsorbed(f"{taker.label()} does not compute in {dtype}, as it does")
+            self._require_fit(taker, dtype)
         for taker, affine in takings:
             self._take(taker.operation, affine, side)
-            if learns(call.operation.beta):
+            if learns(layer.beta):
                 self.learning.add(taker.operation)
         self.between |= _between(call, takings, side)
         self.maps.pop(call.operation, None)
-        self.gone[call.operation] = self._own_activation(call.operation)
+        self.gone[call.operation] = self._own_activation(layer)
         takers = ", ".join(taker.label() for taker, _ in takings)
         what = f"folded into {takers} {side} it"
-        return Change(call.path, what + _no_longer_learns(call.operation, takings))
+        return Change(site_of(call).path, what + _no_longer_learns(layer, takings))
 
-    def _take(self, layer: Any, affine: Affine, side: str) -> None:
+    def _require_fit(self, taker: Call, dtype: str) -> None:
+        operation = taker.operation
+        if {k.compute_dtype for k in layers_in(operation)} != {dtype}:
+            raise CannotBeAbsorbed(f"{taker.label()} does not compute in {dtype}, as it does")
+        if normalizes_its_kernel(operation) and not self.whole:
+            raise CannotBeAbsorbed(f"{taker.label()} normalises its kernel in training")
+
+    def _take(self, operation: Any, affine: Affine, side: str) -> None:
+        layer = innermost(operation)
         if is_batch_normalization(layer):
-            self.maps[layer] = (self.maps.get(layer) or affine_of(layer)).after(affine)
+            self.maps[operation] = self._map(operation).after(affine)
             return
-        values = self.weights.get(layer) or values_of(layer)
+        values = self.weights.get(operation) or values_of(layer)
         take_in = with_map_behind if side == "before" else with_map_before
-        self.weights[layer] = take_in(layer, values, affine)
+        self.weights[operation] = take_in(layer, values, affine)
 
     def edit(self) -> dict[Any, list[Piece]]:
         """The edit of the model."""
         alone = self.free - self.maps.keys() - self.gone.keys() if self.whole else set()
-        stays = {k: self._plain(k) for k in alone if type(k) is BatchNormalization}
-        merged = {k: self._merged(k, affine) for k, affine in self.maps.items()}
-        taken = {k: [self._taker(k, values)] for k, values in self.weights.items()}
-        return stays | merged | taken | self.gone
+        chains = {k: self._taker(k, values) for k, values in self.weights.items()}
+        chains |= {k: self._merged(innermost(k), affine) for k, affine in self.maps.items()}
+        ours = {k: innermost(k) for k in alone if type(innermost(k)) is BatchNormalization}
+        chains |= {k: self._plain(layer) for k, layer in ours.items()}
+        wrapped = {k: [wrapped_like(k, p), *rest] for k, (p, *rest) in chains.items()}
+        return wrapped | self.gone
 
-    def _taker(self, layer: Any, values: list[Array]) -> Piece:
+    def _taker(self, operation: Any, values: list[Array]) -> list[Piece]:
         """A convolution or dense layer that has taken others in."""
-        frozen = () if layer.use_bias or layer in self.learning else ("bias",)
-        return copy_of(layer, values, use_bias=True, frozen=frozen)
+        layer = innermost(operation)
+        variables, changes = variables_of(layer, values)
+        frozen = () if layer.bias is not None or operation in self.learning else ("bias",)
+        return [copy_of(layer, variables, frozen=frozen, **changes)]
 
     def _plain(self, layer: Any) -> list[Piece]:
         """Keras's layer in the place of ours, and the activation that was inside."""
@@ -213,13 +261,13 @@ def _between(site: Call, takings: list[Taking], side: str) -> set[Call]:
 
 def _no_longer_learns(layer: Any, takings: list[Taking]) -> str:
     """What the receipt says where gamma or beta learned, and what took them in does not."""
-    takers = [taker.operation for taker, _ in takings]
+    takers = [inside(taker).layer for taker, _ in takings]
     takers = [k for k in takers if not is_batch_normalization(k)]
     kernels = [v for k in takers for v in k.weights if v.name != "bias"]
     lost = {
         "gamma": learns(layer.gamma) and not all(map(learns, kernels)),
         "beta": learns(layer.beta)
-        and not all(learns(k.bias) if k.use_bias else k.trainable for k in takers),
+        and not all(k.trainable if k.bias is None else learns(k.bias) for k in takers),
     }
     names = " and ".join(name for name, is_lost in lost.items() if is_lost)
     return f", which is frozen: {names} can no longer learn" if names else ""

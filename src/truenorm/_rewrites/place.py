@@ -22,6 +22,7 @@ from truenorm._model.sites import (
     channel_axis,
     check_all,
     fused_activation,
+    hidden,
     is_activation,
     is_linear,
     selector,
@@ -137,7 +138,9 @@ def place(
 
     changed, left, notes = (), (), ()
     if not insert or any(map(is_batch_normalization, layer_paths(model))):
-        changed, left = check_all(graph, lambda call: entry(call, partial(_moving, position)))
+        changed, left = check_all(
+            lambda call: entry(call, partial(_moving, position)), graph.sites, hidden(graph)
+        )
     if changed:
         notes += (_AFTER_REMOVAL if position == "none" else _AFTER_A_MOVE,)
     if insert:

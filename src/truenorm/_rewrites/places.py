@@ -20,7 +20,7 @@ import numpy as np
 
 from truenorm._keras_internals import filled_in
 from truenorm._model.edit import Edit, through
-from truenorm._model.graph import Call, Graph, Source, is_batch_normalization
+from truenorm._model.graph import Call, Graph, Source, is_batch_normalization, layer_paths
 from truenorm._model.hooks import patched
 from truenorm._model.probe import run
 from truenorm._model.sites import channel_axis, channel_axis_of
@@ -56,6 +56,8 @@ def compared_places(
 ) -> list[Place]:
     """Old and new at every changed place.
 
+    A BatchNormalization inside another layer is a place by itself.
+
     Args:
         graph: Of the old model.
         edit: The chains that stand in the place of its layers, in the new model already.
@@ -67,11 +69,30 @@ def compared_places(
     layers = [call.operation for call in changed if isinstance(call.operation, keras.Layer)]
     layers += [piece.layer for layer in layers for piece in edit.get(layer, ())]
     compare = partial(_compare, changed, between, None if only_rounding else edit)
+    hidden = {*edit} - {call.operation for call in graph.calls}
+    paths = layer_paths(graph.model)
+    pairs = {path: (k, edit[k][0].layer) for k, path in paths.items() if k in hidden}
+    layers += [layer for pair in pairs.values() for layer in pair]
     # An activation inside would hide what is before it, as ReLU hides what is negative.
-    with patched((k, "activation", None) for k in layers if is_batch_normalization(k)):
+    with patched((k, "activation", None) for k in {*layers} if is_batch_normalization(k)):
         found = _first_that_fits(compare, layers, changed, between)
-    paths = [call.path for call in changed if call not in between]
-    return [Place(path, *map(as_float64, pair)) for path, pair in zip(paths, found, strict=True)]
+        found += [_compare_layers(*pair, only_rounding=only_rounding) for pair in pairs.values()]
+    ends = [call.path for call in changed if call not in between] + [*pairs]
+    return [Place(path, *map(as_float64, pair)) for path, pair in zip(ends, found, strict=True)]
+
+
+def _compare_layers(old: Any, new: Any, *, only_rounding: bool) -> Any:
+    """Difference and extent of one BatchNormalization in the place of another, out of sight."""
+    shape, axis = [_SAMPLES] * old.input_spec.ndim, channel_axis(old)
+    shape[axis] = old.moving_mean.shape[0]
+    noise = np.random.default_rng(0).normal(size=shape).astype("float32")
+
+    def compare(x: Any) -> Any:
+        before = old(x, training=False)
+        after = shaken(old(shaken(x), training=False)) if only_rounding else new(x, training=False)
+        return _by_channel(axis, before, after)
+
+    return run(compare, [old, new], noise)
 
 
 def _is_changed(call: Call, edit: Edit, between: Collection[Call]) -> bool:
@@ -97,8 +118,9 @@ def _noise(changed: list[Call], between: Collection[Call], longest: int) -> dict
             if source.call not in between and _name(source) not in made:
                 rank = len(tensor.shape)
                 shape = [min(d or 64, longest) for d in tensor.shape]
-                axis = _axis(call, rank)
-                shape[0], shape[axis] = tensor.shape[0] or _SAMPLES, tensor.shape[axis] or 64
+                shape[0], axis = tensor.shape[0] or _SAMPLES, _axis(call, rank)
+                if axis < rank:  # a mask may have none
+                    shape[axis] = tensor.shape[axis] or 64
                 drawn = generator.normal(size=shape).astype("float32")
                 is_float = keras.backend.is_float_dtype(tensor.dtype)
                 made[_name(source)] = drawn if is_float else abs(10 * drawn).astype(tensor.dtype)
@@ -133,7 +155,7 @@ def _compare(
             both = zip(keras.tree.flatten(old), keras.tree.flatten(new), strict=True)
             inside |= {Source(call, number): pair for number, pair in enumerate(both)}
         else:
-            found.append(_by_channel(call, old, new))
+            found.append(_by_channel(_axis(call, len(old.shape)), old, new))
     return found
 
 
@@ -163,9 +185,8 @@ def shaken(tensors: Any) -> Any:
     return keras.tree.map_structure(shake, tensors)
 
 
-def _by_channel(call: Call, old: Any, new: Any) -> tuple[Any, Any]:
-    rank = len(old.shape)
-    others = [one for one in range(rank) if one != _axis(call, rank)]
+def _by_channel(axis: int, old: Any, new: Any) -> tuple[Any, Any]:
+    others = [one for one in range(len(old.shape)) if one != axis]
     if keras.backend.standardize_dtype(old.dtype) != "float64":
         old, new = keras.ops.cast(old, "float32"), keras.ops.cast(new, "float32")
     both_nan = keras.ops.logical_and(keras.ops.isnan(old), keras.ops.isnan(new))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import keras
 
-from truenorm._errors import OptionError
+from truenorm._errors import ModelError, OptionError
+from truenorm._keras_internals import layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
-from truenorm._model.edit import Piece, from_config
-from truenorm._model.graph import Call, read_graph
+from truenorm._model.edit import Edit, Piece, from_config
+from truenorm._model.graph import Graph, graph_of, read_graph
 from truenorm._model.rebuild import rebuild
-from truenorm._model.sites import check_all, is_own_class
+from truenorm._model.sites import is_own_class, spots
+from truenorm._model.trainer import has_optimizer
 from truenorm._records.rewrite import Change, Left, Rewrite
 from truenorm._rewrites.verify import verify
 
@@ -27,22 +30,29 @@ def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) 
     """Swap every BatchNormalization for truenorm's or for Keras's, weights and outputs kept.
 
     The function of the model stays: outputs are compared on a probe before the new model is
-    returned. The model given is not changed. A layer with an option that Keras's does not have is
-    left, with its reason in the receipt.
+    returned. The model given is not changed. Layers are found wherever a model holds them: inside
+    wrappers, RNN cells, blocks and nested models of your own classes, in attributes, lists and
+    dicts; the objects around them are copied with all that they hold. A layer with an option that
+    Keras's does not have is left, with its reason in the receipt.
 
     Args:
-        model: A functional or built Sequential ``keras.Model``, nested ones included.
+        model: Any built ``keras.Model``, subclassed ones and nested ones included.
         to: ``"truenorm"`` or ``"keras"``: whose layer every site shall have.
-        probe: Inputs to compare on; made from the input specification where none are given.
+        probe: Inputs to compare on; made from the input specification where none are given. What a
+            subclassed model takes is not known: without a probe each layer is compared by itself.
 
     Returns:
-        The new model with its receipt. Layer names, weights, ``trainable`` flags and the compile
-        configuration are carried over; the optimizer starts anew. Weights are the same bit for
-        bit, but under a 16-bit policy, where Keras's layer keeps its statistics in 16 bits.
+        The new model with its receipt. Layer names, weights, ``trainable`` flags (of single
+        variables, too), dtype policies and the compile configuration are carried over; the
+        optimizer starts anew. Weights are the same bit for bit, but under a 16-bit policy, where
+        Keras's layer keeps its statistics in 16 bits. What a constructor of your own makes, it
+        makes again as it is written when a file is loaded: notes say where that is.
 
     Raises:
-        ModelError: The model is subclassed, not built, or has no BatchNormalization.
+        ModelError: The model is not built, has no BatchNormalization, or holds what cannot be
+            copied.
         OptionError: ``to`` is something else.
+        DataError: The model does not take ``probe``.
         VerificationError: The outputs would differ by more than rounding.
 
     Example:
@@ -59,26 +69,67 @@ def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) 
             expected="'truenorm' or 'keras'",
             received=repr(to),
         )
-    target = _CLASSES[to]
-    edit: dict[Any, list[Piece]] = {}
-
-    def check(call: Call) -> Change | Left:
-        layer = call.operation
-        if type(layer) is target:
-            return Left(call.path, f"it is {to}'s already")
-        if is_own_class(layer):
-            return Left(call.path, f"its class {type(layer).__name__} is a custom subclass")
-        option = _only_ours(layer) if to == "keras" else None
-        if option is not None:
-            return Left(call.path, f"Keras's layer has nothing like its {option}")
-        edit[layer] = [Piece(from_config(layer, target), layer)]
-        return Change(call.path, f"now {to}'s BatchNormalization")
-
-    graph = read_graph(model)
-    changed, left = check_all(graph, check)
+    edit, changed, left = _plan(model, to)
     new = rebuild(model, edit)
+    graph = Graph(model, ()) if graph_of(model) is None else read_graph(model)
     proof = verify(graph, edit, (), new, probe, "Replacing")
+    proof = proof._replace(notes=(*proof.notes, *_notes(model, edit)))
     return Rewrite(new, f"replace to {to}", changed, left, *proof)
+
+
+def why_not_replaced(model: Any, to: str) -> dict[str, str]:
+    """Path of every site that stays, and why: all of them, if the model cannot be copied."""
+    edit, changed, left = _plan(model, to)
+    try:
+        rebuild(model, edit)
+    except ModelError as error:
+        left = (*left, *(Left(change.path, str(error)) for change in changed))
+    return {site.path: site.reason for site in left}
+
+
+def _plan(model: Any, to: str) -> tuple[Edit, tuple[Change, ...], tuple[Left, ...]]:
+    edit: dict[Any, list[Piece]] = {}
+    changed: list[Change] = []
+    left: list[Left] = []
+    for spot in spots(model):
+        reason = _why_left(spot.layer, to)
+        if reason is None:
+            edit[spot.layer] = [Piece(from_config(spot.layer, _CLASSES[to]), spot.layer)]
+            changed.append(Change(spot.path, f"now {to}'s BatchNormalization"))
+        else:
+            left.append(Left(spot.path, reason))
+    return edit, tuple(changed), tuple(left)
+
+
+def _why_left(layer: Any, to: str) -> str | None:
+    if type(layer) is _CLASSES[to]:
+        return f"it is {to}'s already"
+    if is_own_class(layer):
+        return f"its class {type(layer).__name__} is a custom subclass"
+    option = _only_ours(layer) if to == "keras" else None
+    return option and f"Keras's layer has nothing like its {option}"
+
+
+def _notes(model: Any, edit: Edit) -> Iterator[str]:
+    if edit and has_optimizer(model):
+        yield (
+            "The optimizer starts anew: what it has gathered of the old model (momentum, averages) "
+            "is not carried over."
+        )
+    makers = [one for one in layers_in(model) if _makes_its_own(one, edit)]
+    if makers:
+        names = ", ".join(dict.fromkeys(type(one).__name__ for one in makers))
+        yield (
+            f"Layers inside {names} are made by a constructor: a file that is loaded has them as "
+            "that one makes them. Change it there too, if the model is to be saved."
+        )
+
+
+def _makes_its_own(holder: Any, edit: Edit) -> bool:
+    """Whether an edited layer is inside a layer of somebody's class, by no graph."""
+    inside = layers_in(holder, itself=False)
+    kerass = type(holder).__module__.partition(".")[0] == "keras"
+    return not kerass and graph_of(holder) is None and any(layer in edit for layer in inside)
 
 
 def _only_ours(layer: Any) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 from truenorm._errors import DataError, VerificationError
 from truenorm._model.data import check
 from truenorm._model.edit import Edit
-from truenorm._model.graph import Call, Graph, layer_paths
+from truenorm._model.graph import Call, Graph, graph_of, layer_paths
 from truenorm._model.hooks import intercepted
 from truenorm._model.probe import make_inputs, outputs
 from truenorm._records.moments import Array
@@ -56,6 +56,8 @@ def verify(
     old = graph.model
     rounding = max((TOLERANCE.get(k.compute_dtype, 0.0) for k in layer_paths(old)), default=1e-4)
     site_error = _verify_places(graph, edit, between, rounding, what)
+    if probe is None and graph_of(old) is None:
+        return Proof(None, None, site_error, (_NOT_KNOWN + _BY_ITSELF,))
     inputs = make_inputs(old) if probe is None else check(old, probe)
     try:
         before = outputs(old, inputs)
@@ -77,6 +79,10 @@ def verify(
 _PROBLEM = "{} would change what the model computes, so no model is returned"
 _NOT_RUN = (
     "The outputs were not compared, since the model does not run on made-up inputs: give a probe "
+    "of your own data. "
+)
+_NOT_KNOWN = (
+    "The outputs were not compared, since nobody knows what a subclassed model takes: give a probe "
     "of your own data. "
 )
 _SHOWS_NOTHING = (

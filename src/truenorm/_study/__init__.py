@@ -1,13 +1,18 @@
-"""The controlled experiment: the same model with BatchNormalization at different positions.
+"""The controlled experiment: versions of one model, trained side by side, and what that shows.
 
-``folder`` says what lies where on disk; ``trial`` is one training run, in a process of its own;
-``pool`` runs trials in processes; ``checks`` refuses what cannot be studied; ``analysis`` says what
-the trials show; ``runner`` is the whole of it.
+``variants``, ``models`` and ``datasets`` say what can be studied, ``checks`` what is refused;
+``plan`` is all of it as one parcel for other processes, ``identity`` the hash by which a study is
+known again. ``trial`` is one training, ``measure`` what it costs. ``pool`` sees trials through
+which ``local`` runs in processes and ``ray_tasks`` on a cluster; ``live`` shows them. ``folder``
+says what lies where on disk, ``lock`` who may write there, ``stored`` reads and merges folders.
+``analysis`` judges, by the tests in ``equivalence``, ``signs`` and ``power``; ``verdict`` says it
+in words, ``surprises`` what was not as it should be. ``runner`` is the whole of it.
 """
 
 from __future__ import annotations
 
 from truenorm._study.pool import Progress
 from truenorm._study.runner import POSITIONS, study
+from truenorm._study.variants import Variant
 
-__all__ = ["POSITIONS", "Progress", "study"]
+__all__ = ["POSITIONS", "Progress", "Variant", "study"]

@@ -20,6 +20,7 @@ except ImportError:
 
 from truenorm._cli.demo import demo
 from truenorm._cli.models import diagnose, fold, inspect, place, recalibrate, replace
+from truenorm._cli.study import study
 
 app = typer.Typer(
     name="truenorm",
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 for command in (inspect, diagnose, place, fold, replace, recalibrate, demo):
     app.command()(command)
+app.add_typer(study, name="study")
 
 
 def main() -> None:

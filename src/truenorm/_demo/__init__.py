@@ -30,7 +30,6 @@ from truenorm._rewrites.fold import fold
 from truenorm._rewrites.replace import replace
 from truenorm._statistics.collect import collect
 from truenorm._statistics.recalibrate import gaps, recalibrate
-from truenorm._study.analysis import lower_is_better
 from truenorm._study.pool import Progress as Event
 from truenorm._study.runner import POSITIONS, study
 from truenorm.report import Chart, Section, comparison, learning_curves, report, save
@@ -224,7 +223,7 @@ def _best_with_batch_normalization(study: Study) -> str:
     if study.best != "none":
         return study.best
     others = [position for position in study.summaries if position != "none"]
-    choose = min if lower_is_better(study.metric) else max
+    choose = min if study.lower_is_better else max
     return choose(others, key=lambda p: study.summaries[p][study.metric].mean)
 
 

@@ -9,6 +9,16 @@ from typing import Any
 
 from truenorm._records.tables import Record, Table, number
 
+_LOWER_IS_BETTER = (
+    *("loss", "error", "mae", "mse", "mape", "msle", "entropy", "divergence", "hinge", "poisson"),
+    *("logcosh", "log_cosh", "perplexity", "false"),
+)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric measures something bad, by the words that Keras uses for such metrics."""
+    return any(word in metric for word in _LOWER_IS_BETTER)
+
 
 @dataclass(frozen=True)
 class Trial(Record):
@@ -161,6 +171,11 @@ class Study(Record):
     winner: str | None
     verdict: tuple[str, ...]
     margin: float | None = None
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether small values of the deciding metric are good."""
+        return lower_is_better(self.metric)
 
     def tables(self) -> Sequence[Table]:
         """The positions, their paired differences, and the verdict."""

@@ -108,6 +108,17 @@ class Ready:
             remedy="give one of these, or a function from Python",
         )
 
+    def is_known(self) -> bool:
+        """Whether the name stands for data, be it there or not."""
+        kinds = (".npz", ".csv")
+        return (
+            self.name in SKLEARN
+            or self.name.startswith("keras:")
+            or self.name.endswith(kinds)
+            or self.name.rpartition(":")[0].endswith(kinds)
+            or ":" not in self.name
+        )
+
     def identity(self) -> str:
         """A hash of the name, and of the files that it names."""
         made = hashlib.sha256(f"{self.name} {self.image_size}".encode())

@@ -261,7 +261,7 @@ def _runner(
 def _data(data: Any) -> tuple[Parts | None, Callable[..., Any] | None]:
     """Arrays, or the function of the seed that gives the data."""
     if isinstance(data, str | Path):
-        return None, Ready(str(data) if str(data) in SKLEARN else _absolute(str(data)))
+        return None, Ready(str(data) if str(data) in SKLEARN else absolute(str(data)))
     if callable(data):
         return None, data
     pairs = checks.check_data(data[:2] if isinstance(data, tuple) and len(data) == 3 else data)
@@ -271,7 +271,7 @@ def _data(data: Any) -> tuple[Parts | None, Callable[..., Any] | None]:
     return Parts(*pairs, test), None
 
 
-def _absolute(name: str) -> str:
+def absolute(name: str) -> str:
     """A file's name that holds in another process's folder, too."""
     path, mark, target = name.rpartition(":") if ".csv:" in name else (name, "", "")
     return f"{Path(path).resolve()}{mark}{target}" if Path(path).exists() else name

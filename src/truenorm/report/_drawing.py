@@ -14,6 +14,7 @@ from truenorm._records.study import Comparison
 from truenorm._records.tables import number, printable
 from truenorm.report._canvas import (
     FAINT,
+    GRID,
     INK,
     MUTED,
     PAPER,
@@ -57,13 +58,19 @@ def curves(
     means: Mapping[str, Curve],
     limits: tuple[float, float],
     narrow: bool,
+    bands: Mapping[str, tuple[Curve, Curve]],
 ) -> None:
-    """One thick line per position, the seeds behind it, and the names at the lines' ends."""
+    """One thick line per position, its band or the seeds behind it, and names at the ends."""
     from matplotlib.ticker import MaxNLocator
 
     plain(axes, title, grid="y")
     colour = colours([*runs])
     for position, seeds in runs.items():
+        if position in bands:
+            low, high = bands[position]
+            epochs = np.arange(1, len(low) + 1)
+            axes.fill_between(epochs, low, high, color=colour[position], alpha=0.18, lw=0)
+            continue
         for values in seeds.values() if len(seeds) > 1 else ():
             epochs = np.arange(1, len(values) + 1)
             mark = "o" if len(values) == 1 else "none"
@@ -194,15 +201,24 @@ def _halves(name: str) -> tuple[str, ...]:
     return (head + mark, tail) if tail and len(name) > 8 else (name,)
 
 
-def differences(axes: Axes, pairs: Sequence[Comparison]) -> None:
-    """A forest plot: per pair the mean difference, its interval, and the line of no difference."""
+def differences(axes: Axes, pairs: Sequence[Comparison], margin: float | None) -> None:
+    """A forest plot: per pair the mean difference, its interval, and the line of no difference.
+
+    With a margin, the band of differences that are of no interest, and the 90% interval that
+    decides whether the difference lies in it.
+    """
     plain(axes, "paired difference, same seeds", grid="x")
     ends = [0.0]
+    if margin is not None:
+        axes.axvspan(-margin, margin, color=GRID, lw=0, zorder=0)
+        ends += [-margin, margin]
     for row, pair in enumerate(pairs):
         value = pair.difference
         if value.low is not None and value.high is not None:
             axes.plot([value.low, value.high], [row, row], color=INK, lw=2)
             ends += [value.low, value.high]
+        if pair.narrow is not None:
+            axes.plot([pair.narrow.low, pair.narrow.high], [row, row], color=INK, lw=5, zorder=2)
         ends.append(value.mean)
         shown = pair.p_adjusted is not None and pair.p_adjusted < 0.05
         axes.plot(
@@ -217,7 +233,7 @@ def differences(axes: Axes, pairs: Sequence[Comparison]) -> None:
             va="center",
             fontsize=SMALL,
             color=INK,
-            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
+            bbox=None if margin else {"facecolor": PAPER, "edgecolor": "none", "pad": 1},
         )
     limits = margins(min(ends), max(ends))
     axes.axvline(0, color=MUTED, lw=1.2, zorder=1)

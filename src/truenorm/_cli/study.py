@@ -76,7 +76,8 @@ def run(
         float | None, typer.Option(help="Count the epochs until the metric is this good.")
     ] = None,
     runner: Annotated[
-        str, typer.Option(help="local, ray, or the address of a Ray cluster.")
+        str,
+        typer.Option(help="local, here (in this process), ray, or the address of a Ray cluster."),
     ] = "local",
     workers: Annotated[
         int | None, typer.Option(min=1, help="Trials at once; else one per core.")

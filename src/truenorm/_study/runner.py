@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 
 import keras
 
-from truenorm._errors import OutputError
+from truenorm._errors import OptionError, OutputError
 from truenorm._records.study import Study, Trial
 from truenorm._rewrites.place import Position
 from truenorm._study import checks
@@ -30,6 +30,7 @@ from truenorm._study.folder import (
     write_data,
     write_json,
 )
+from truenorm._study.here import Here
 from truenorm._study.identity import code_digest
 from truenorm._study.local import Local
 from truenorm._study.lock import only_driver
@@ -118,7 +119,8 @@ def study(
         workers: How many trials run at once; None: one per core, or all that a cluster has room
             for.
         timeout: Longest time of one trial, in seconds; one that takes longer has failed.
-        runner: ``local``: processes of this machine. ``ray``: tasks of the Ray cluster that this
+        runner: ``local``: a process of this machine for each trial. ``here``: this process, one
+            trial after the other, for models that train in seconds. ``ray``: tasks of the Ray cluster that this
             process is connected to, or of one on this machine; or the address of a cluster.
         resources: Options of Ray's tasks, such as ``{"num_cpus": 4, "num_gpus": 1}``.
         on_event: Called in this thread with a :class:`Progress` for every start, epoch and end.
@@ -248,6 +250,15 @@ def _runner(
 ) -> Runner:
     if runner == "local":
         return Local(folder, backend=backend, workers=workers, timeout=timeout)
+    if runner == "here":
+        if backend != keras.config.backend() or timeout is not None:
+            raise OptionError(
+                "In this process there is one backend, and no trial can be ended",
+                where="runner",
+                expected=f"backend {keras.config.backend()} and no timeout, or another runner",
+                received=f"'here', backend {backend}, timeout {timeout}",
+            )
+        return Here(folder)
     return RayTasks(
         folder,
         address=runner,

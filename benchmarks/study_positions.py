@@ -1,7 +1,8 @@
 """The study of docs/study.md: positions of BatchNormalization, with ReLU and with tanh.
 
-    KERAS_BACKEND=torch python benchmarks/study_positions.py run FOLDER [TASK…]
-    KERAS_BACKEND=torch python benchmarks/study_positions.py collect FOLDER > docs/study_positions.json
+    export KERAS_BACKEND=torch
+    python benchmarks/study_positions.py run FOLDER [TASK…]
+    python benchmarks/study_positions.py collect FOLDER > docs/study_positions.json
     python benchmarks/study_positions.py draw docs/study_positions.json docs/study_positions.svg
 
 ``run`` goes on where it was stopped. The tasks, seeds, epochs and the margin were fixed in the

@@ -34,6 +34,10 @@ from truenorm._study.pool import Progress as Event
 from truenorm._study.runner import POSITIONS, study
 from truenorm.report import Chart, Section, comparison, learning_curves, report, save
 from truenorm.report import gaps as gaps_chart
+from truenorm.report.study import sections
+
+_FOR_THE_REPORT = ("Cost", "Health of the statistics", "Settings")
+"""Parts of the study's own report that the terminal does not show."""
 
 
 def run(*, data: str, seeds: int, out: Path, force: bool = False, resume: bool = False) -> None:
@@ -121,8 +125,9 @@ def _where(tell: _Story, task: Task, arrays: Any, name: str, seeds: int, out: Pa
             on_event=on_event,
         )
     metrics = dict.fromkeys((found.metric, "val_loss"))
-    curves = (learning_curves(found, metric) for metric in metrics)
+    curves = (learning_curves(found, metric, bands=True) for metric in metrics)
     tell.end(found, charts=(comparison(found, found.metric), *curves))
+    tell.sections += [part for part in sections(found) if part.heading in _FOR_THE_REPORT]
     return found
 
 

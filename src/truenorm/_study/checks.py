@@ -31,7 +31,7 @@ def check_backend(backend: str) -> None:
             received=repr(backend),
             remedy="choose one of these",
         )
-    for module, extra in (("scipy", "study"), (backend, backend)):
+    for module, extra in (("scipy", "study"), ("cloudpickle", "study"), (backend, backend)):
         if importlib.util.find_spec(module) is None:
             raise MissingDependencyError(
                 f"The study needs {module}, which is not installed",

@@ -120,8 +120,9 @@ def study(
             for.
         timeout: Longest time of one trial, in seconds; one that takes longer has failed.
         runner: ``local``: a process of this machine for each trial. ``here``: this process, one
-            trial after the other, for models that train in seconds. ``ray``: tasks of the Ray cluster that this
-            process is connected to, or of one on this machine; or the address of a cluster.
+            trial after the other, for models that train in seconds. ``ray``: tasks of the Ray
+            cluster that this process is connected to, or of one on this machine; or the address
+            of a cluster.
         resources: Options of Ray's tasks, such as ``{"num_cpus": 4, "num_gpus": 1}``.
         on_event: Called in this thread with a :class:`Progress` for every start, epoch and end.
 

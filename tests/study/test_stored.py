@@ -124,27 +124,14 @@ def test_a_build_that_fails_in_a_trial_is_a_result(tmp_path: Path) -> None:
             raise FileNotFoundError("part-1 is missing")
         return arrays()
 
-    result = run(tmp_path, data=ValueErrors(data), seeds=(0, 1, 2))
+    result = run(tmp_path, data=data, seeds=(0, 1, 2))
     broken = [t for t in result.trials if t.error]
     assert [(t.seed, t.failure) for t in broken] == [(1, "error"), (1, "error")]
     assert broken[0].error is not None
-    assert broken[0].error.splitlines()[0] == "the trial raised ValueError"
+    assert broken[0].error.splitlines()[0] == "the trial raised FileNotFoundError"
     assert len(list(tmp_path.glob("trials/*.failed.json"))) == 2
     assert load(tmp_path) == result
     assert any(s.startswith("Seed 1 is left out at every position") for s in result.verdict)
-
-
-class ValueErrors:
-    """Errors of files as errors of values: the runner takes the former for a full disk."""
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-    def __call__(self, seed: int) -> Any:
-        try:
-            return self.data(seed)
-        except OSError as error:
-            raise ValueError(str(error)) from error
 
 
 def test_data_of_unlike_lengths_is_told() -> None:

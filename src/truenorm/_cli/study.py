@@ -136,6 +136,7 @@ def run(
 @study.command("show")
 def show_study(folder: Folder, report: Report = None, as_json: AsJson = False) -> None:
     """Show the study in a folder, finished or not; nothing is run."""
+    choose_backend(None)
     from truenorm._study.stored import load
 
     _finish(load(folder), report, as_json=as_json)
@@ -149,6 +150,7 @@ def merge(
     ],
 ) -> None:
     """Merge folders of one study whose seeds were divided among machines."""
+    choose_backend(None)
     from truenorm._study.stored import merge as merge_folders
 
     if folder.resolve() in [other.resolve() for other in others]:

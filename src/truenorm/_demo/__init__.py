@@ -30,6 +30,7 @@ from truenorm._rewrites.fold import fold
 from truenorm._rewrites.replace import replace
 from truenorm._statistics.collect import collect
 from truenorm._statistics.recalibrate import gaps, recalibrate
+from truenorm._study.lock import LOCK
 from truenorm._study.pool import Progress as Event
 from truenorm._study.runner import POSITIONS, study
 from truenorm.report import Chart, Section, comparison, learning_curves, report, save
@@ -281,5 +282,7 @@ def _prepare(out: Path, *, force: bool, resume: bool) -> None:
 
 
 def _holds_files(folder: Path) -> bool:
-    """Whether there is a file; a demo that was stopped early leaves none but a half-written one."""
-    return any(not path.is_dir() and not path.match(".study.*.tmp*") for path in folder.rglob("*"))
+    """Whether there is a file; a demo that was stopped early leaves a lock and half of one."""
+    left = (".study.*.tmp*", LOCK)
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    return any(not any(map(path.match, left)) for path in files)

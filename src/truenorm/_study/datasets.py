@@ -85,7 +85,7 @@ class Ready:
 
     def __call__(self, seed: int) -> Parts:
         path = Path(self.name)
-        if path.is_dir():
+        if self.name not in SKLEARN and path.is_dir():
             return _images(path, self.image_size, seed)
         if self.name.startswith("keras:"):
             return _keras(self.name.removeprefix("keras:"), seed)
@@ -125,7 +125,7 @@ class Ready:
         path = Path(self.name.rpartition(":")[0] if ".csv:" in self.name else self.name)
         if path.is_file():
             made.update(path.read_bytes())
-        elif path.is_dir():
+        elif self.name not in SKLEARN and path.is_dir():
             for file in sorted(path.rglob("*")):
                 size = file.stat().st_size if file.is_file() else 0
                 made.update(f"{file.relative_to(path)} {size}".encode())

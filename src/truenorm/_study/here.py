@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from truenorm._errors import OutputError
 from truenorm._records.files import replacing
 from truenorm._study.folder import Spec, read_data, write_result
 from truenorm._study.plan import read_plan
@@ -67,8 +68,7 @@ class Here:
 
         try:
             done = trial.run(trial.Training(plan, spec, data), tell, save)
-            write_result(self._folder, spec, done)
-        except OSError:
+        except OutputError:  # of ours: the disk is full
             raise
         except Exception as error:  # whatever the user's model or data raises
             done = failed(
@@ -77,6 +77,8 @@ class Here:
                 seconds=time.monotonic() - begun,
                 lines=traceback.format_exc().strip().splitlines()[-8:],
             )
+        else:
+            write_result(self._folder, spec, done)
         self.events.put(("ended", spec, pid, done))
 
     def stop(self) -> None:

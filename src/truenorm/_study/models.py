@@ -105,7 +105,7 @@ def build_of(build: Any, **options: Any) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise OptionError(
-            "The function that builds the model cannot be imported",
+            "The function cannot be imported",
             where=build,
             expected="package.module:function, importable from here",
             received=str(error),

@@ -161,7 +161,7 @@ class Training:
         if not self.spec.recalibrate or not sites(model):
             return None
         parts = self.data()
-        once = iter(parts.train) is parts.train if hasattr(parts.train, "__iter__") else False
+        once = isinstance(parts.train, Iterator)
         return recalibrate(
             model,
             parts.train,

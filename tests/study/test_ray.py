@@ -57,10 +57,16 @@ def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def cluster() -> Generator[Any]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Generator[Any]:
     """A head without room for tasks, and two nodes with room for one each; loopback only."""
     pytest.importorskip("ray", reason="an extra of its own: pip install 'truenorm[ray]'")
     from ray.cluster_utils import Cluster
+
+    def loopback(*_: Any, **__: Any) -> str:
+        return "127.0.0.1"
+
+    # Else Ray puts the machine's own address in the place of a local one.
+    monkeypatch.setattr("ray._private.services.get_node_ip_address", loopback)
 
     made = Cluster(
         initialize_head=True,

@@ -73,6 +73,12 @@ def test_equivalence_needs_a_spread() -> None:
     assert two_one_sided(np.ones(1), 2.0) == (None, None)
 
 
+def test_equivalence_needs_a_metric_that_tells_most_seeds_apart() -> None:
+    half, most = np.array([0.0, 0.0, 0.01, -0.01]), np.array([0.0, 0.0, 0.0, 0.01])
+    assert two_one_sided(half, 0.5)[1] is not None
+    assert two_one_sided(most, 0.5) == (None, None)
+
+
 def test_power_by_simulation() -> None:
     rng = np.random.default_rng(0)
     for n, effect in ((5, 1.2), (12, 0.9)):

@@ -22,17 +22,25 @@ def two_one_sided(differences: np.ndarray, margin: float) -> tuple[Interval | No
     D. J. Schuirmann, "A comparison of the two one-sided tests procedure and the power approach",
     Journal of Pharmacokinetics and Biopharmaceutics 15 (1987).
 
+    Where more than half of the seeds have no difference at all, the metric is too coarse for it:
+    the few that differ, by one validation sample or two, say little about the others, and the
+    test would be wrong too often. Of 20 seeds with 36 validation samples, for example, at most one
+    differs in 10% of all studies, although the true difference is half a point.
+
     Args:
         differences: One finite number per seed.
         margin: The smallest difference of interest, in the metric's units.
 
     Returns:
-        Interval and p-value; None where there is no spread to test against.
+        Interval and p-value; None where there is no spread to test against, or the metric is too
+        coarse.
     """
     from scipy import stats
 
     n = len(differences)
     if n < 2 or float(np.std(differences, ddof=1)) <= 1e-9 * abs(float(np.mean(differences))):
+        return None, None
+    if 2 * np.count_nonzero(differences == 0) > n:
         return None, None
     low = stats.ttest_1samp(differences, -margin, alternative="greater")
     high = stats.ttest_1samp(differences, margin, alternative="less")

@@ -146,6 +146,12 @@ def _pair(facts: Facts, comparison: Comparison, shown: bool, equivalent: bool) -
     seen = _told(facts, _seen_from(comparison, first))
     if equivalent:
         return _equivalent(facts, comparison, first, second)
+    if facts.margin is not None and comparison.narrow is None:
+        return (
+            f"Not decided between {first} and {second} in {facts.noun}: {first} minus {second} is "
+            f"{seen}, but most seeds gave both the same value, so that the metric is too coarse to "
+            f"show a difference smaller than {_margin(facts)}; use more validation data."
+        )
     subject = f"No difference shown between {first} and {second} in {facts.noun}"
     if facts.margin is not None:
         subject = (

@@ -6,26 +6,25 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 from unittest import mock
 
 import keras
 import numpy as np
 import pytest
-from helpers import CASES, EPSILON, Case, array, error, gradients, precision, tensor
+from layer_cases import CASES, EPSILON, Case, array, error, gradients, precision, tensor
 
 from truenorm import _kernels as kernels
 from truenorm._kernels import composite, library, reference
-from truenorm._kernels.contract import Moving
+from truenorm._kernels.contract import Moving, Options
 
 NATIVE = importlib.import_module(f"truenorm._kernels.{keras.config.backend()}.native")
 
 
-def uncompiled(*arguments: Any, **options: Any) -> Any:
+def uncompiled(*arguments: Any) -> Any:
     """The backend's kernel as it is where the compiled passes could not be built."""
     with mock.patch.object(NATIVE, "takes", return_value=False):
-        return kernels.normalize(*arguments, **options)
+        return kernels.normalize(*arguments)
 
 
 KERNELS = {
@@ -43,23 +42,27 @@ def normalize(request: pytest.FixtureRequest) -> Callable[..., Any]:
     return KERNELS[request.param]
 
 
-def arguments(case: Case) -> tuple[Any, list[Any], dict[str, Any]]:
+def arguments(case: Case) -> tuple[Any, list[Any], Options]:
     drawn = case.draw()
     wide = "float64" if case.dtype == "float64" else "float32"
     tensors = [
         tensor(drawn.x, case.dtype),
         *(tensor(v, wide) for v in (drawn.gamma, drawn.beta) if v is not None),
     ]
-    options = {"axis": case.axis, "epsilon": EPSILON, "mask": tensor(drawn.mask, "bool")}
-    return drawn, tensors, options
+    return drawn, tensors, Options(case.axis, EPSILON, tensor(drawn.mask, "bool"))
 
 
-def bound(normalize: Callable[..., Any], case: Case, options: dict[str, Any]) -> Callable[..., Any]:
+def oracle(case: Case, drawn: Any) -> dict[str, Any]:
+    """The same options as the reference takes them."""
+    return {"axis": case.axis, "epsilon": EPSILON, "mask": drawn.mask}
+
+
+def bound(normalize: Callable[..., Any], case: Case, options: Options) -> Callable[..., Any]:
     def call(x: Any, *values: Any) -> Any:
         left = list(values)
         gamma = left.pop(0) if case.scale else None
         beta = left.pop(0) if case.center else None
-        return normalize(x, gamma, beta, **options)
+        return normalize(x, gamma, beta, options)
 
     return call
 
@@ -73,9 +76,9 @@ def test_forward_and_backward(normalize: Callable[..., Any], case: Case) -> None
         output, found = gradients(
             lambda *a: call(*a).output, tensors, tensor(drawn.gradient, case.dtype)
         )
-        options["mask"] = drawn.mask
-        forward = reference.forward(drawn.x, drawn.gamma, drawn.beta, **options)
-        backward = reference.backward(drawn.gradient, drawn.x, drawn.gamma, **options)
+        known = oracle(case, drawn)
+        forward = reference.forward(drawn.x, drawn.gamma, drawn.beta, **known)
+        backward = reference.backward(drawn.gradient, drawn.x, drawn.gamma, **known)
         assert keras.backend.standardize_dtype(result.output.dtype) == case.dtype
         assert tuple(result.output.shape) == case.shape
         wide = EPS["float64"] if case.dtype == "float64" else EPS["float32"]
@@ -110,7 +113,7 @@ SECOND = (
 def test_second_derivatives(normalize: Callable[..., Any], case: Case, relu: bool) -> None:
     with precision("float64"):
         drawn, (x, gamma, beta), options = arguments(case)
-        call = bound(partial(normalize, relu=relu), case, options)
+        call = bound(normalize, case, options._replace(relu=relu))
         rng = np.random.default_rng(3)
         directions = [rng.normal(size=s.shape) for s in (drawn.x, drawn.gamma, drawn.beta)]
 
@@ -125,13 +128,13 @@ def test_second_derivatives(normalize: Callable[..., Any], case: Case, relu: boo
         at = (x, gamma, tensor(drawn.gradient, "float64"))
         _, second = gradients(first, at, one)
 
-        options["mask"] = drawn.mask
+        known = oracle(case, drawn)
 
         def truth(x: Any, gamma: Any, gradient: Any) -> float:
             if relu:
-                positive = reference.forward(x, gamma, drawn.beta, **options).output > 0
+                positive = reference.forward(x, gamma, drawn.beta, **known).output > 0
                 gradient = gradient * positive
-            found = reference.backward(gradient, x, gamma, **options)
+            found = reference.backward(gradient, x, gamma, **known)
             return float(
                 sum(
                     (f * d).sum()
@@ -155,12 +158,12 @@ def test_second_derivatives(normalize: Callable[..., Any], case: Case, relu: boo
 @pytest.mark.parametrize("case", [Case((64, 5)), Case((6, 7, 5), 1, masked=True)], ids=str)
 def test_relu(normalize: Callable[..., Any], case: Case) -> None:
     drawn, tensors, options = arguments(case)
-    call = bound(partial(normalize, relu=True), case, options)
+    call = bound(normalize, case, options._replace(relu=True))
     output, found = gradients(lambda *a: call(*a).output, tensors, tensor(drawn.gradient))
-    options["mask"] = drawn.mask
-    forward = reference.forward(drawn.x, drawn.gamma, drawn.beta, **options)
+    known = oracle(case, drawn)
+    forward = reference.forward(drawn.x, drawn.gamma, drawn.beta, **known)
     passed = drawn.gradient * (forward.output > 0)
-    backward = reference.backward(passed, drawn.x, drawn.gamma, **options)
+    backward = reference.backward(passed, drawn.x, drawn.gamma, **known)
     assert error(array(output), np.maximum(forward.output, 0)) < 4 * EPS["float32"]
     for have, want in zip(found, (backward.x, backward.gamma, backward.beta), strict=True):
         assert error(array(have), want) < 16 * EPS["float32"]
@@ -169,14 +172,15 @@ def test_relu(normalize: Callable[..., Any], case: Case) -> None:
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_one_value_per_channel_gives_beta(normalize: Callable[..., Any], axis: int) -> None:
     x = tensor(np.full((1, 3) if axis == -1 else (1, 3, 1), 1000.1))
-    result = normalize(x, tensor([2.0, 3.0, 4.0]), tensor([5.0, 6.0, 7.0]), axis=axis, epsilon=1e-3)
+    gamma, beta = tensor([2.0, 3.0, 4.0]), tensor([5.0, 6.0, 7.0])
+    result = normalize(x, gamma, beta, Options(axis, 1e-3))
     assert array(result.output).ravel().tolist() == [5.0, 6.0, 7.0]
     assert array(result.variance).tolist() == [0.0, 0.0, 0.0]
     assert float(result.count) == 1
 
 
 def test_empty_batch(normalize: Callable[..., Any]) -> None:
-    result = normalize(tensor(np.zeros((0, 4, 3))), axis=-1, epsilon=1e-3)
+    result = normalize(tensor(np.zeros((0, 4, 3))), None, None, Options(-1, 1e-3))
     assert tuple(result.output.shape) == (0, 4, 3)
     assert float(result.count) == 0
     assert array(result.mean).tolist() == [0.0, 0.0, 0.0]
@@ -185,13 +189,9 @@ def test_empty_batch(normalize: Callable[..., Any]) -> None:
 
 def test_nothing_valid_normalises_with_the_fallback(normalize: Callable[..., Any]) -> None:
     x = np.array([[1.0, 5.0], [3.0, 7.0]])
-    result = normalize(
-        tensor(x),
-        axis=-1,
-        epsilon=0.0,
-        mask=tensor([False, False], "bool"),
-        moving=Moving(tensor([1.0, 5.0]), tensor([4.0, 1.0])),
-    )
+    moving = Moving(tensor([1.0, 5.0]), tensor([4.0, 1.0]))
+    nothing = tensor([False, False], "bool")
+    result = normalize(tensor(x), None, None, Options(-1, 0.0, nothing, moving))
     assert float(result.count) == 0
     assert array(result.output).tolist() == [[0.0, 0.0], [1.0, 2.0]]
 
@@ -200,10 +200,10 @@ def test_what_nothing_valid_normalises_does_not_reach_the_statistics(
     normalize: Callable[..., Any],
 ) -> None:
     x, gradient = (np.random.default_rng(k).normal(size=(6, 2)) for k in (1, 2))
-    options: dict[str, Any] = {"epsilon": 0.0, "mask": tensor(np.zeros(6), "bool"), "axis": -1}
-    options["moving"] = Moving(tensor([1.0, 5.0]), tensor([4.0, 1.0]))
+    moving = Moving(tensor([1.0, 5.0]), tensor([4.0, 1.0]))
+    options = Options(-1, 0.0, tensor(np.zeros(6), "bool"), moving)
     at = [tensor(values) for values in (x, [2.0, 3.0], [0.0, 1.0])]
-    _, found = gradients(lambda *a: normalize(*a, **options).output, at, tensor(gradient))
+    _, found = gradients(lambda *a: normalize(*a, options).output, at, tensor(gradient))
     assert error(array(found[0]), gradient * [1.0, 3.0]) < 4 * EPS["float32"]
     want = (gradient * (x - [1.0, 5.0]) / [2.0, 1.0]).sum(0)
     assert error(array(found[1]), want) < 8 * EPS["float32"]
@@ -213,7 +213,7 @@ def test_what_nothing_valid_normalises_does_not_reach_the_statistics(
 def test_nan_stays_in_its_channel(normalize: Callable[..., Any]) -> None:
     x = np.random.default_rng(0).normal(size=(8, 4, 4, 3))
     x[0, 0, 0, 1] = np.nan
-    result = normalize(tensor(x), axis=-1, epsilon=EPSILON)
+    result = normalize(tensor(x), None, None, Options(-1, EPSILON))
     assert np.isnan(array(result.output)[..., 1]).all()
     assert np.isnan(array(result.mean)).tolist() == [False, True, False]
     expected = reference.forward(x[..., [0, 2]]).output
@@ -251,7 +251,7 @@ def test_any_order_of_memory(order: str, axis: int) -> None:
         x, dy = (torch.complex(torch.zeros_like(t), -t).conj().imag for t in (x, dy))
         assert x.is_neg()
     leaf = x.detach().requires_grad_()
-    output = kernels.normalize(leaf, axis=axis, epsilon=EPSILON).output
+    output = kernels.normalize(leaf, None, None, Options(axis, EPSILON)).output
     (d_x,) = torch.autograd.grad(output, leaf, dy)
     numbers, upstream = (t.resolve_neg().numpy() for t in (x, dy))
     expected = reference.forward(numbers, axis=axis).output
@@ -272,7 +272,7 @@ def test_backward_keeps_the_input_and_little_else() -> None:
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
-        kernels.normalize(x, torch.ones(32), torch.zeros(32), axis=-1, epsilon=EPSILON)
+        kernels.normalize(x, torch.ones(32), torch.zeros(32), Options(-1, EPSILON))
     assert sum(kept.values()) < 1.01 * x.nbytes
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import EPSILON, array, error, gradients, tensor
+from layer_cases import EPSILON, array, error, gradients, tensor
 
 from truenorm import BatchNormalization
 from truenorm import _kernels as kernels
 from truenorm._kernels import composite, reference
+from truenorm._kernels.contract import Options
 
 BACKEND = keras.config.backend()
 on_torch = pytest.mark.skipif(BACKEND != "torch", reason="about PyTorch")
@@ -61,7 +62,7 @@ def test_hooks_that_order_what_is_kept_anew() -> None:
     leaf, dy = x.detach().requires_grad_(), torch.tensor(RNG.normal(size=x.shape), dtype=x.dtype)
     hooks = (lambda t: t.detach().numpy().copy(order="C"), torch.from_numpy)
     with torch.autograd.graph.saved_tensors_hooks(*hooks):
-        output = kernels.normalize(leaf, axis=-1, epsilon=EPSILON).output
+        output = kernels.normalize(leaf, None, None, Options(-1, EPSILON)).output
     (d_x,) = torch.autograd.grad(output, leaf, dy)
     assert error(array(d_x), reference.backward(dy.numpy(), x.numpy()).x) < 1e-6
 
@@ -81,7 +82,7 @@ def test_many_gradients_at_once() -> None:
     import torch
 
     def loss(x: Any) -> Any:
-        return kernels.normalize(x, axis=-1, epsilon=EPSILON).output.pow(3).sum(1)
+        return kernels.normalize(x, None, None, Options(-1, EPSILON)).output.pow(3).sum(1)
 
     one, all_at_once = (
         torch.autograd.functional.jacobian(loss, torch.tensor(X), vectorize=vectorize)
@@ -98,9 +99,10 @@ def test_forward_accumulators_and_vectorized_maps(relu: bool, masked: bool) -> N
 
     x, toward = tf.constant(X), tf.constant(RNG.normal(size=X.shape).astype("float32"))
     mask = np.arange(len(X)) % 3 < 2 if masked else None
+    options = Options(-1, EPSILON, mask, relu=relu)
 
     def call(x: Any) -> Any:
-        return kernels.normalize(x, axis=-1, epsilon=EPSILON, mask=mask, relu=relu).output
+        return kernels.normalize(x, None, None, options).output
 
     with tf.autodiff.ForwardAccumulator(x, toward) as accumulator:
         output = call(x)
@@ -192,7 +194,9 @@ def test_nothing_to_normalise(shape: tuple[int, ...], ghosts: int | None) -> Non
     x = tensor(np.zeros(shape))
     assert tuple(made(x, training=True).shape) == shape
     assert (array(made.moving_mean) == 0).all()
-    bare, _ = gradients(lambda x: kernels.normalize(x, axis=-1, epsilon=1e-3).output, [x], x)
+    bare, _ = gradients(
+        lambda x: kernels.normalize(x, None, None, Options(-1, 1e-3)).output, [x], x
+    )
     assert tuple(bare.shape) == shape
 
 
@@ -205,7 +209,7 @@ def test_forward_mode_reads_nothing_that_does_not_count() -> None:
     toward = RNG.normal(size=X.shape).astype("float32")
 
     def call(x: Any) -> Any:
-        return kernels.normalize(x, axis=-1, epsilon=EPSILON, mask=mask).output
+        return kernels.normalize(x, None, None, Options(-1, EPSILON, mask)).output
 
     _, change = jax.jvp(call, (x,), (toward,))
     _, clean = jax.jvp(call, (X,), (toward,))
@@ -223,7 +227,7 @@ def test_third_derivatives(masked: bool) -> None:
     directions = [torch.tensor(RNG.normal(size=(6, 3))) for _ in range(2)]
 
     def third(normalize: Any) -> Any:
-        value = normalize(x, gamma, axis=-1, epsilon=EPSILON, mask=mask).output.pow(3).sum()
+        value = normalize(x, gamma, None, Options(-1, EPSILON, mask)).output.pow(3).sum()
         for direction in directions:
             (found,) = torch.autograd.grad(value, x, create_graph=True)
             value = (found * direction).sum()

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import CASES, Case, array, error, precision, tensor, train, truth
+from layer_cases import CASES, Case, array, error, precision, tensor, train, truth
 
 from truenorm import BatchNormalization, DataError, OptionError
 from truenorm._kernels import reference

@@ -14,9 +14,9 @@ import pytest
 from test_study import arrays, build
 
 import truenorm as tn
+from truenorm._study.experiment import study
 from truenorm._study.pool import Progress
 from truenorm._study.ray_tasks import connected
-from truenorm._study.runner import study
 
 # Ray's own; and JAX warns of the fork by which Ray starts its processes, which then exec.
 pytestmark = pytest.mark.filterwarnings(

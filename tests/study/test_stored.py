@@ -17,10 +17,10 @@ from test_study import POSITIONS, arrays, build
 
 import truenorm as tn
 from truenorm._records.study import Study
+from truenorm._study.experiment import specs_of, study
 from truenorm._study.live import View
 from truenorm._study.lock import only_driver
 from truenorm._study.pool import NO_ROOM, Event, Progress, failed, run_all
-from truenorm._study.runner import specs_of, study
 from truenorm._study.stored import load, merge
 
 

@@ -16,11 +16,11 @@ import truenorm as tn
 from truenorm import archive
 from truenorm._records.study import Trial
 from truenorm._study.datasets import Parts, Ready
+from truenorm._study.experiment import study
 from truenorm._study.folder import Spec
 from truenorm._study.identity import code_digest
 from truenorm._study.models import build_of
 from truenorm._study.plan import Plan
-from truenorm._study.runner import study
 from truenorm._study.trial import Training, run
 from truenorm._study.variants import Variant, variants_of
 

@@ -97,9 +97,9 @@ def run(
 
     from truenorm._study import study as run_study
     from truenorm._study.datasets import Ready
+    from truenorm._study.experiment import absolute
     from truenorm._study.live import live
     from truenorm._study.models import FAMILIES, build_of
-    from truenorm._study.runner import absolute
 
     kind = model.partition(":")[0]
     named = kind in FAMILIES or kind == "applications" or model.endswith(".keras")

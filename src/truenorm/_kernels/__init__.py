@@ -1,24 +1,13 @@
 """Training-mode batch normalization: one contract, and the kernel of the backend in use.
 
-A kernel is a function ``normalize`` with exactly the signature of :func:`normalize` in
-``_composite.py``:
+A kernel (:class:`Kernel` in ``contract.py``) normalises a batch with its own statistics, which it
+returns as :class:`Normalized`. There are three:
 
-* ``x``: values, floating point, any rank from 2, any size (0 included).
-* ``gamma``, ``beta``: scale and offset per channel, shape ``(channels,)``, or None.
-* ``axis``: which axis holds the channels; all the others are reduced.
-* ``epsilon``: added to the variance, in units of ``x`` squared.
-* ``mask``: booleans in the shape of ``x`` without its channel axis (axes of size 1 stretch), or
-  None. False: the value does not count in the statistics. It is normalised all the same.
-* ``moving``: a layer's moving statistics (:class:`Moving`), or None. They normalise if the mask
-  leaves no value; and a kernel to which it costs nothing moves them (``Normalized.moved``).
-* ``relu``: whether negative outputs become 0, in the same pass where the backend can.
-
-It returns :class:`Normalized`. It computes in float32 at least; its output differentiates through
-the statistics, right to the second order at least, with respect to ``x``, ``gamma`` and ``beta``.
-
-Two more have the same signature: ``normalize_synchronized``, whose statistics are of the batches of
-all replicas of a distributed run together, and ``normalize_ghosts`` (``_ghosts.py``), which takes
-the ``size`` of a ghost batch besides.
+* ``normalize``, of one batch by itself;
+* ``normalize_synchronized``, whose statistics are of the batches of all replicas of a distributed
+  run together;
+* ``normalize_ghosts`` (``ghosts.py``), of parts of the batch by themselves; it takes their ``size``
+  besides.
 
 ``infer`` normalises with statistics that are given, in inference mode, where a backend can do so
 faster than by Keras's operations, and returns None if not this time; it is None on other backends.
@@ -26,26 +15,37 @@ faster than by Keras's operations, and returns None if not this time; it is None
 ``isfinite``, ``where`` and ``blend`` are Keras's operations, or on PyTorch its own, since there all
 that Keras converts and checks for such small ones is done at each step.
 
-Only the files named after a framework import one, and only that of the backend in use is loaded.
+Only the folders named after a framework import one, and only that of the backend in use is loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import keras
 
-from truenorm._kernels.contract import Moving, Normalized, statistics_dtype
+from truenorm._kernels.contract import (
+    Kernel,
+    Moving,
+    Normalized,
+    Options,
+    Scalar,
+    Tensor,
+    Variable,
+    Vector,
+    statistics_dtype,
+)
 from truenorm._kernels.ghosts import normalize_ghosts as _normalize_ghosts
 
-infer: Callable[..., Any] | None = None
-isfinite: Callable[..., Any] = keras.ops.isfinite
-where: Callable[..., Any] = keras.ops.where
+normalize: Kernel
+normalize_synchronized: Kernel
+infer: Callable[..., Tensor | None] | None = None
+isfinite: Callable[[Tensor], Tensor] = keras.ops.isfinite
+where: Callable[..., Tensor] = keras.ops.where
 
 
-def blend(old: Any, value: Any, momentum: Any) -> Any:
+def blend(old: Vector, value: Vector, momentum: Scalar) -> Vector:
     """One step of a moving average."""
     return old * momentum + value * (1.0 - momentum)
 
@@ -67,8 +67,14 @@ normalize_ghosts = partial(
 )
 
 __all__ = [
+    "Kernel",
     "Moving",
     "Normalized",
+    "Options",
+    "Scalar",
+    "Tensor",
+    "Variable",
+    "Vector",
     "blend",
     "infer",
     "isfinite",

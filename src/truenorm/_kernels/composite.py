@@ -26,32 +26,35 @@ from typing import Any
 
 import keras
 
-from truenorm._kernels.contract import Moving, Normalized, statistics_dtype
+from truenorm._kernels.contract import (
+    Normalized,
+    Options,
+    Scalar,
+    Tensor,
+    Vector,
+    statistics_dtype,
+)
 
 ops: Any = keras.ops
 
-Gather = Callable[[Any], Any]
+Gather = Callable[[Vector], Tensor]
 """From a vector to those of all replicas, one per row; differentiable."""
 
 
 def normalize(
-    x: Any,
-    gamma: Any = None,
-    beta: Any = None,
+    x: Tensor,
+    gamma: Vector | None,
+    beta: Vector | None,
+    options: Options,
     *,
-    axis: int,
-    epsilon: float,
-    mask: Any = None,
-    moving: Moving | None = None,
-    relu: bool = False,
     gather: Gather | None = None,
 ) -> Normalized:
     """See :mod:`truenorm._kernels`; with ``gather``, of the batches of all replicas together."""
-    channel = axis % len(x.shape)
-    valid = None if mask is None else ops.expand_dims(ops.cast(mask, "bool"), channel)
-    result = normalize_apart(
-        x, gamma, beta, (channel,), epsilon, valid, moving, relu=relu, gather=gather
-    )
+    channel = options.axis % len(x.shape)
+    if options.mask is not None:
+        valid = ops.expand_dims(ops.cast(options.mask, "bool"), channel)
+        options = options._replace(mask=valid)
+    result = normalize_apart(x, gamma, beta, options, (channel,), gather=gather)
     return Normalized(
         result.output,
         ops.reshape(result.mean, [-1]),
@@ -61,22 +64,20 @@ def normalize(
 
 
 def normalize_apart(
-    x: Any,
-    gamma: Any,
-    beta: Any,
+    x: Tensor,
+    gamma: Vector | None,
+    beta: Vector | None,
+    options: Options,
     kept: tuple[int, ...],
-    epsilon: float,
-    valid: Any = None,
-    moving: Moving | None = None,
     *,
-    relu: bool = False,
     gather: Gather | None = None,
 ) -> Normalized:
     """Statistics for each index of the axes ``kept``, of which the last holds the channels.
 
-    ``valid`` is the mask in a shape that stretches to that of ``x``, of size 1 for the channels;
-    the statistics and their count come in shapes that stretch to that of ``x``, too.
+    The mask has a shape that stretches to that of ``x``, of size 1 for the channels; the statistics
+    and their count come in shapes that stretch to that of ``x``, too.
     """
+    _, epsilon, valid, moving, relu = options
     dtype = statistics_dtype(x.dtype)
     values = ops.cast(x, dtype)
     reduced = [a for a in range(len(x.shape)) if a not in kept]
@@ -96,7 +97,7 @@ def normalize_apart(
         count = ops.sum(ops.cast(valid, dtype), axis=reduced, keepdims=True)
     share = 1.0 / ops.where(count > 0, count, 1.0)
 
-    def average(terms: Any) -> Any:
+    def average(terms: Tensor) -> Tensor:
         if valid is not None:
             terms = ops.where(valid, terms, 0.0)
         if len(reduced) > 1:  # In two steps: TensorFlow adds what it is given in sequence.
@@ -135,7 +136,9 @@ def normalize_apart(
     )
 
 
-def _merged(count: Any, shift: Any, delta: Any, variance: Any, gather: Gather) -> tuple[Any, ...]:
+def _merged(
+    count: Scalar, shift: Vector, delta: Vector, variance: Vector, gather: Gather
+) -> tuple[Tensor, ...]:
     """Count, shift, delta and variance of all replicas together; one collective."""
     shape = ops.shape(delta)
     vectors = (ops.reshape(part, [-1]) for part in (count, shift, delta, variance))

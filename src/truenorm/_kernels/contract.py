@@ -1,10 +1,26 @@
-"""What a training-mode kernel returns, and in which precision it computes."""
+"""The contract of a training-mode kernel: what it takes, what it returns, and how precisely.
+
+A kernel computes in float32 at least. Its output differentiates through the statistics, right to
+the second order at least, with respect to ``x``, ``gamma`` and ``beta``.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from keras import backend
+
+Tensor: TypeAlias = Any
+"""A tensor of the backend in use, of any shape; the frameworks have no common type."""
+
+Vector: TypeAlias = Any
+"""A tensor of one number per channel, shape ``(channels,)``."""
+
+Scalar: TypeAlias = Any
+"""A tensor of one number, or the number itself."""
+
+Variable: TypeAlias = Any
+"""A Keras variable."""
 
 
 class Moving(NamedTuple):
@@ -18,10 +34,30 @@ class Moving(NamedTuple):
         unbiased: Whether the step is toward the unbiased variance of the batch.
     """
 
-    mean: Any
-    variance: Any
+    mean: Vector
+    variance: Vector
     momentum: float | None = None
     unbiased: bool = False
+
+
+class Options(NamedTuple):
+    """How to normalise.
+
+    Args:
+        axis: Which axis holds the channels; all the others are reduced.
+        epsilon: Added to the variance, in units of ``x`` squared.
+        mask: Booleans in the shape of ``x`` without its channel axis (axes of size 1 stretch), or
+            None. False: the value does not count in the statistics. It is normalised all the same.
+        moving: A layer's moving statistics, or None. They normalise if the mask leaves no value;
+            and a kernel to which it costs nothing moves them (``Normalized.moved``).
+        relu: Whether negative outputs become 0, in the same pass where the backend can.
+    """
+
+    axis: int
+    epsilon: float
+    mask: Tensor | None = None
+    moving: Moving | None = None
+    relu: bool = False
 
 
 class Normalized(NamedTuple):
@@ -29,23 +65,36 @@ class Normalized(NamedTuple):
 
     Args:
         output: As the input, in the input's dtype.
-        mean: Mean per channel, shape ``(channels,)``, :func:`statistics_dtype`; no gradient. None
-            where the step has been taken in memory.
+        mean: Mean per channel, :func:`statistics_dtype`; no gradient. None where the step has been
+            taken in memory.
         variance: Population (biased) variance per channel, as ``mean``.
-        count: Number of values per channel that the statistics are of: a scalar tensor, or a number
-            where it is known.
+        count: Number of values per channel that the statistics are of.
         batches: Number of (ghost) batches that the statistics are the average of.
         moved: Where the kernel has taken the step, by the rules of ``_layer/moving_average.py``:
             the moving mean and variance after it, or nothing if they lie where those before it lay.
             None: the layer takes it.
     """
 
-    output: Any
-    mean: Any
-    variance: Any
-    count: Any
-    batches: Any = 1
-    moved: tuple[Any, ...] | None = None
+    output: Tensor
+    mean: Vector
+    variance: Vector
+    count: Scalar
+    batches: Scalar = 1
+    moved: tuple[Vector, ...] | None = None
+
+
+class Kernel(Protocol):
+    """Normalises a batch with its own statistics.
+
+    ``x`` holds floating-point values, of any rank from 2 and any size (0 included). ``gamma`` and
+    ``beta`` are scale and offset per channel; None: 1 and 0.
+    """
+
+    def __call__(
+        self, x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options
+    ) -> Normalized:
+        """The output and the batch's statistics."""
+        ...
 
 
 def statistics_dtype(dtype: Any) -> str:

@@ -12,14 +12,12 @@ the other; else the composite takes all at once, each as one index of an axis th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import keras
 
 from truenorm._kernels.composite import normalize_apart
-from truenorm._kernels.contract import Moving, Normalized
+from truenorm._kernels.contract import Kernel, Moving, Normalized, Options, Scalar, Tensor, Vector
 
 ops: Any = keras.ops
 
@@ -27,34 +25,31 @@ MOST_CALLS = 32
 
 
 def normalize_ghosts(
-    x: Any,
-    gamma: Any = None,
-    beta: Any = None,
+    x: Tensor,
+    gamma: Vector | None,
+    beta: Vector | None,
+    options: Options,
     *,
     size: int,
-    axis: int,
-    epsilon: float,
-    mask: Any = None,
-    moving: Moving | None = None,
-    relu: bool = False,
-    each: Callable[..., Normalized] | None = None,
+    each: Kernel | None = None,
 ) -> Normalized:
     """See :mod:`truenorm._kernels`; ``size`` is the number of samples in a ghost batch.
 
     ``each`` is a kernel for one of them.
     """
-    channel = axis % len(x.shape)
+    mask, moving = options.mask, options.moving
+    channel = options.axis % len(x.shape)
     samples, *inner = ops.shape(x)
     static = isinstance(samples, int)
     groups = max(1, samples // size) if static else ops.maximum(1, samples // size)
     if each is not None and static and samples % groups == 0 and groups <= MOST_CALLS:
         fallback = None if moving is None else Moving(moving.mean, moving.variance)
-        call = partial(each, axis=channel, epsilon=epsilon, moving=fallback, relu=relu)
-        return _one_by_one(call, groups, x, gamma, beta, mask, channel)
+        options = options._replace(axis=channel, moving=fallback)
+        return _one_by_one(each, groups, x, gamma, beta, options)
     rows = -(-samples // groups)
     padding = rows * groups - samples
 
-    def split(values: Any) -> Any:
+    def split(values: Tensor) -> Tensor:
         # What fills up the last row is any of the values: it does not count.
         padded = ops.concatenate([values, values[:padding]])
         return ops.reshape(padded, [rows, groups, *ops.shape(values)[1:]])
@@ -67,33 +62,32 @@ def normalize_ghosts(
         given = ops.broadcast_to(ops.cast(given, "bool"), row_shape)
         inside = ops.reshape(ops.arange(rows * groups) < samples, [rows, groups, *[1] * len(inner)])
         valid = ops.logical_and(split(given), inside)
-    result = normalize_apart(
-        split(x), gamma, beta, (1, channel + 1), epsilon, valid, moving, relu=relu
-    )
+    options = options._replace(mask=valid)
+    result = normalize_apart(split(x), gamma, beta, options, (1, channel + 1))
     output = ops.reshape(result.output, [rows * groups, *inner])[:samples]
     return Normalized(output, *_pooled(result, groups))
 
 
 def _one_by_one(
-    call: Callable[..., Normalized],
+    each: Kernel,
     groups: int,
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    mask: Any,
-    channel: int,
+    x: Tensor,
+    gamma: Vector | None,
+    beta: Vector | None,
+    options: Options,
 ) -> Normalized:
-    def split(values: Any) -> Any:
+    def split(values: Tensor) -> list[Tensor]:
         samples, *inner = ops.shape(values)
         return ops.unstack(ops.reshape(values, [samples // groups, groups, *inner]), groups, 1)
 
     masks = [None] * groups
-    if mask is not None:
+    if options.mask is not None:
         shape = list(ops.shape(x))
-        del shape[channel]
-        masks = split(ops.broadcast_to(mask, shape))
+        del shape[options.axis]
+        masks = split(ops.broadcast_to(options.mask, shape))
     parts = [
-        call(part, gamma, beta, mask=counts) for part, counts in zip(split(x), masks, strict=True)
+        each(part, gamma, beta, options._replace(mask=mask))
+        for part, mask in zip(split(x), masks, strict=True)
     ]
     output = ops.reshape(ops.stack([part.output for part in parts], 1), ops.shape(x))
     dtype = parts[0].mean.dtype
@@ -104,14 +98,14 @@ def _one_by_one(
     return Normalized(output, *_pooled(Normalized(output, mean, variance, count), groups))
 
 
-def _pooled(ghosts: Normalized, groups: Any) -> tuple[Any, Any, Any, Any]:
+def _pooled(ghosts: Normalized, groups: Scalar) -> tuple[Vector, Vector, Scalar, Scalar]:
     """Mean, variance, count, and number of ghost batches with values, over all of them."""
     ones = ops.ones([1, groups, *[1] * (len(ghosts.mean.shape) - 2)], ghosts.mean.dtype)
     counts = ghosts.count * ones
     total = ops.sum(counts)
     weights = counts / ops.where(total > 0, total, 1.0)
 
-    def average(statistic: Any) -> Any:
+    def average(statistic: Tensor) -> Vector:
         terms = ops.where(counts > 0, weights * statistic, 0.0)
         return ops.reshape(ops.sum(terms, axis=1), [-1])
 

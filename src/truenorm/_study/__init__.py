@@ -4,16 +4,16 @@
 ``plan`` is all of it as one parcel for other processes, ``identity`` the hash by which a study is
 known again. ``trial`` is one training, ``measure`` what it costs. ``pool`` sees trials through
 which ``local`` runs in processes, ``here`` in this one, and ``ray_tasks`` on a cluster; ``live``
-shows them. ``folder``
-says what lies where on disk, ``lock`` who may write there, ``stored`` reads and merges folders.
+shows them. ``folder`` says what lies where on disk, ``lock`` who may write there, ``stored`` reads
+and merges folders.
 ``analysis`` judges, by the tests in ``equivalence``, ``signs`` and ``power``; ``verdict`` says it
-in words, ``surprises`` what was not as it should be. ``runner`` is the whole of it.
+in words, ``surprises`` what was not as it should be. ``experiment`` is the whole of it.
 """
 
 from __future__ import annotations
 
+from truenorm._study.experiment import POSITIONS, study
 from truenorm._study.pool import Progress
-from truenorm._study.runner import POSITIONS, study
 from truenorm._study.variants import Variant
 
 __all__ = ["POSITIONS", "Progress", "Variant", "study"]

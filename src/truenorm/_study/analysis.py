@@ -21,7 +21,7 @@ from truenorm._records.study import Comparison, Interval, Study, Trial, lower_is
 from truenorm._study.equivalence import two_one_sided
 from truenorm._study.power import detectable, planned
 from truenorm._study.signs import sign_flip
-from truenorm._study.verdict import Facts, sentences
+from truenorm._study.verdict import Outcome, sentences
 
 LEVEL = 0.05
 """A difference is called shown if its adjusted p-value is below this."""
@@ -96,7 +96,7 @@ def verdict(study: Study) -> tuple[str, ...]:
     metrics = tuple(dict.fromkeys(name for row in study.summaries.values() for name in row))
     seeds = _common_seeds(study.trials, tuple(study.summaries))
     ends = {(t.position, t.seed): t.final for t in study.trials}
-    facts = Facts(
+    outcome = Outcome(
         metric=study.metric,
         lower_is_better=lower_is_better(study.metric),
         best=study.best,
@@ -117,7 +117,7 @@ def verdict(study: Study) -> tuple[str, ...]:
             for p in study.summaries
         },
     )
-    return sentences(facts)
+    return sentences(outcome)
 
 
 def is_shown(comparison: Comparison) -> bool:
@@ -131,21 +131,14 @@ def is_equivalent(comparison: Comparison) -> bool:
 
 
 def student(values: np.ndarray) -> tuple[Interval, float | None]:
-    r"""Mean of n values, its 95% interval, and the two-sided p-value of a mean of zero.
+    """Mean of values, its 95% interval, and the two-sided p-value of a mean of zero.
 
-    .. math::
+    Student's t-test of one sample; of the differences of pairs it is the paired t-test.
 
-        \bar d \pm t_{0.975,\,n-1}\, \frac{s}{\sqrt n}, \qquad
-        p = 2\,P\!\left(T_{n-1} > \frac{|\bar d|\sqrt n}{s}\right), \qquad
-        s^2 = \frac{1}{n-1} \sum_i (d_i - \bar d)^2
-
-    Student (W. S. Gosset), "The probable error of a mean", Biometrika 6 (1908). Of the differences
-    of pairs this is the paired t-test.
-
-    Where the formula has no answer: without values the mean is NaN; with one there is no interval
-    and no p-value. Values all equal have an interval of no width: if they are zero, p is 1; if
-    not, there is none, since a spread of exactly zero says that the metric is too coarse or the
-    seeds too few, not that chance is impossible.
+    Where it has no answer: without values the mean is NaN; with one there is no interval and no
+    p-value. Values all equal have an interval of no width: if they are zero, p is 1; if not, there
+    is none, since a spread of exactly zero says that the metric is too coarse or the seeds too
+    few, not that chance is impossible.
     """
     from scipy import stats
 
@@ -155,10 +148,9 @@ def student(values: np.ndarray) -> tuple[Interval, float | None]:
     mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
     if spread <= 1e-9 * abs(mean):  # equal but for rounding in the subtraction
         return Interval(mean, mean, mean, n), 1.0 if mean == 0 else None
-    error = spread / math.sqrt(n)
-    half = float(stats.t.ppf(0.975, n - 1)) * error
-    p_value = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
-    return Interval(mean, mean - half, mean + half, n), p_value
+    test: Any = stats.ttest_1samp(values, 0.0)
+    low, high = test.confidence_interval(0.95)
+    return Interval(mean, float(low), float(high), n), float(test.pvalue)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -50,7 +50,7 @@ def parts_of(data: Any) -> Parts:
         if {"train", "validation"} <= given.keys() <= set(_KEYS):
             return Parts(**given)
     if isinstance(data, tuple | list):
-        items = cast(tuple[Any, ...], tuple(cast(Any, data)))
+        items: Any = tuple(cast(Any, data))
         if len(items) in (2, 3):
             return Parts(*items)
     raise DataError(
@@ -152,7 +152,8 @@ def _split(x: np.ndarray, y: np.ndarray, seed: int) -> Parts:
     if y.dtype.kind == "f":
         mean, spread = targets[0].mean(), targets[0].std() or 1.0
         targets = [((part - mean) / spread).astype("float32") for part in targets]
-    return Parts(*((a, b) for a, b in zip(inputs, targets, strict=True)))
+    pairs: Any = zip(inputs, targets, strict=True)
+    return Parts(*pairs)
 
 
 def _groups(y: np.ndarray, seed: int) -> list[np.ndarray]:
@@ -271,9 +272,9 @@ def _images(path: Path, size: tuple[int, int], seed: int) -> Parts:
         )
     names = [str(file) for found in files for file in found]
     y = np.repeat(np.arange(len(files)), [len(found) for found in files]).astype("int32")
-    return Parts(
-        *((Files(tuple(names[i] for i in rows), size), y[rows]) for rows in _groups(y, seed))
-    )
+    groups = _groups(y, seed)
+    pairs: Any = ((Files(tuple(names[i] for i in rows), size), y[rows]) for rows in groups)
+    return Parts(*pairs)
 
 
 class Files:

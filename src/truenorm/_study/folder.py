@@ -150,7 +150,8 @@ def read_data(folder: Path) -> Parts | None:
         return None
     with np.load(folder / DATA, allow_pickle=False) as file:
         arrays = [file[name] for name in NAMES if name in file]
-    return Parts(*zip(arrays[::2], arrays[1::2], strict=True))
+    pairs: Any = zip(arrays[::2], arrays[1::2], strict=True)
+    return Parts(*pairs)
 
 
 def digest(content: Any) -> str:
@@ -224,7 +225,9 @@ def trial_of(content: dict[str, Any]) -> Trial:
         for key in ("final", "test")
     }
     known = {name: tuple(map(_number, values)) for name, values in history.items()}
-    return Trial(**{**content, **named, "history": known, "left": tuple(content.get("left", ()))})
+    left: Any = tuple(content.get("left", ()))
+    fields: dict[str, Any] = {**content, **named, "history": known, "left": left}
+    return Trial(**fields)
 
 
 def _is_whole(folder: Path, spec: Spec, trial: Trial) -> bool:

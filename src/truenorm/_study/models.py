@@ -117,7 +117,8 @@ def made(build: Callable[..., Any], parts: Callable[[], Parts], seed: int) -> An
     """The model of a seed; the data is looked at only where the model must be fitted to it."""
     shape = shape_of(parts()) if isinstance(build, Named) else None
     keras.utils.set_random_seed(seed)
-    return build() if shape is None else build(shape)
+    arguments = () if shape is None else (shape,)
+    return cast(Callable[..., Any], build)(*arguments)
 
 
 def shape_of(parts: Parts) -> Shape:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from truenorm._errors import MissingDependencyError, StudyError
 from truenorm._records.files import replacing
@@ -79,7 +79,7 @@ class RayTasks:
         plan = ray.put((self._folder / PLAN).read_bytes())
         data = ray.put(read_data(self._folder))
         wanted = {"max_calls": 1, "max_retries": RETRIES, **self._resources}
-        environment: dict[str, Any] = dict(wanted.get("runtime_env") or {})
+        environment: dict[str, Any] = {**cast(Any, wanted.get("runtime_env") or {})}
         variables = {"TF_CPP_MIN_LOG_LEVEL": "2", **environment.get("env_vars", {})}
         environment["env_vars"] = {**variables, "KERAS_BACKEND": self._backend}
         task = ray.remote(**{**wanted, "runtime_env": environment})(_trial)

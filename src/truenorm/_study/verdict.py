@@ -12,7 +12,7 @@ from truenorm._rewrites.place import Position
 
 
 @dataclass(frozen=True)
-class Facts:
+class Outcome:
     """What the sentences are made of.
 
     Args:
@@ -68,51 +68,56 @@ class Facts:
         return " points" if self.in_points else ""
 
 
-def sentences(facts: Facts) -> tuple[str, ...]:
+def sentences(outcome: Outcome) -> tuple[str, ...]:
     """The verdict: the winner or the best, every pair that matters, and what was left out."""
-    return (*_result(facts), *_left_out(facts))
+    return (*_result(outcome), *_left_out(outcome))
 
 
-def _result(facts: Facts) -> list[str]:
-    seeds = f"{len(facts.seeds)} seed" + "s" * (len(facts.seeds) != 1)
-    mean = facts.means[facts.best]
+def _result(outcome: Outcome) -> list[str]:
+    seeds = f"{len(outcome.seeds)} seed" + "s" * (len(outcome.seeds) != 1)
+    mean = outcome.means[outcome.best]
     if math.isnan(mean):
-        return [f"No {facts.kind} has a {facts.noun} that is a number: every run diverged."]
-    level = f"{100 * mean:.2f}%" if facts.in_points else f"{mean:.4g}"
-    if len(facts.seeds) == 1:
+        return [f"No {outcome.kind} has a {outcome.noun} that is a number: every run diverged."]
+    level = f"{100 * mean:.2f}%" if outcome.in_points else f"{mean:.4g}"
+    if len(outcome.seeds) == 1:
         only = (
-            f"{facts.best} has the best {facts.noun} ({level}), but with 1 seed nothing can be "
+            f"{outcome.best} has the best {outcome.noun} ({level}), but with 1 seed nothing can be "
             "told from chance: run the study with at least 2 seeds, better 5 or more."
         )
         return [only]
-    pairs = list(zip(facts.comparisons, facts.shown, facts.equivalent, strict=True))
-    if facts.winner is None:
+    pairs = list(zip(outcome.comparisons, outcome.shown, outcome.equivalent, strict=True))
+    if outcome.winner is None:
         first = (
-            f"{facts.best} has the best mean {facts.noun} ({level}, {seeds}), but it is not shown "
-            f"to differ from every other {facts.kind}."
+            f"{outcome.best} has the best mean {outcome.noun} ({level}, {seeds}), but it is not "
+            f"shown to differ from every other {outcome.kind}."
         )
-        return [first, *(_pair(facts, *pair) for pair in pairs), *_flips(facts)]
-    own = [c for c in facts.comparisons if facts.winner in (c.first, c.second)]
-    parts = [_lead(facts, c, facts.winner) for c in own]
-    count = len(facts.comparisons)
+        return [first, *(_pair(outcome, *pair) for pair in pairs), *_flips(outcome)]
+    own = [c for c in outcome.comparisons if outcome.winner in (c.first, c.second)]
+    parts = [_lead(outcome, c, outcome.winner) for c in own]
+    count = len(outcome.comparisons)
     first = (
-        f"{facts.winner} is best: its {facts.noun} ({level}, {seeds}) is {' and '.join(parts)}, "
-        f"shown at the 5% level{_corrected(count)} (in brackets: 95% intervals)."
+        f"{outcome.winner} is best: its {outcome.noun} ({level}, {seeds}) is "
+        f"{' and '.join(parts)}, shown at the 5% level"
+        f"{_corrected(count)} (in brackets: 95% intervals)."
     )
     small = [
-        c.second if facts.winner == c.first else c.first
+        c.second if outcome.winner == c.first else c.first
         for c, _, same in pairs
         if same and c in own
     ]
     if small:
         first += (
             f" The difference to {' and '.join(small)} is shown to be smaller than "
-            f"{_margin(facts)}, the smallest of interest."
+            f"{_margin(outcome)}, the smallest of interest."
         )
-    return [first, *(_pair(facts, *pair) for pair in pairs if pair[0] not in own), *_flips(facts)]
+    return [
+        first,
+        *(_pair(outcome, *pair) for pair in pairs if pair[0] not in own),
+        *_flips(outcome),
+    ]
 
 
-def _lead(facts: Facts, comparison: Comparison, leader: str) -> str:
+def _lead(outcome: Outcome, comparison: Comparison, leader: str) -> str:
     """How far the leader is from the other: ``1.20 points [0.40, 2.00] above none's``."""
     other = comparison.second if leader == comparison.first else comparison.first
     difference = _seen_from(comparison, leader)
@@ -120,71 +125,71 @@ def _lead(facts: Facts, comparison: Comparison, leader: str) -> str:
     if below:
         difference = _negative(difference)
     side = "below" if below else "above"
-    return f"{_told(facts, difference)} {side} {other}'s"
+    return f"{_told(outcome, difference)} {side} {other}'s"
 
 
-def _pair(facts: Facts, comparison: Comparison, shown: bool, equivalent: bool) -> str:
+def _pair(outcome: Outcome, comparison: Comparison, shown: bool, equivalent: bool) -> str:
     first, second, difference = comparison.first, comparison.second, comparison.difference
     if math.isnan(difference.mean):
         return f"{first} and {second} cannot be compared: no seed has a number for both."
-    if (difference.mean > 0) == facts.lower_is_better and difference.mean != 0:
+    if (difference.mean > 0) == outcome.lower_is_better and difference.mean != 0:
         first, second = second, first
     if shown:
-        lead = _lead(facts, comparison, first)
-        but = f", which is less than {_margin(facts)}, the smallest of interest" * equivalent
-        return f"{first} is shown to be better than {second}: its {facts.noun} is {lead}{but}."
+        lead = _lead(outcome, comparison, first)
+        but = f", which is less than {_margin(outcome)}, the smallest of interest" * equivalent
+        return f"{first} is shown to be better than {second}: its {outcome.noun} is {lead}{but}."
     if difference.low is None or difference.high is None:
         return f"{first} and {second} share one seed only, which shows nothing about chance."
     if difference.low == difference.high:
         if difference.mean == 0:
-            return f"{first} and {second} gave the same {facts.noun} in every seed."
+            return f"{first} and {second} gave the same {outcome.noun} in every seed."
         return (
             f"No difference shown between {first} and {second}: it is the same in each of "
-            f"{difference.n} seeds ({_told(facts, difference)}), which leaves no spread to test "
+            f"{difference.n} seeds ({_told(outcome, difference)}), which leaves no spread to test "
             "against; use more seeds or more validation data."
         )
-    seen = _told(facts, _seen_from(comparison, first))
+    seen = _told(outcome, _seen_from(comparison, first))
     if equivalent:
-        return _equivalent(facts, comparison, first, second)
-    if facts.margin is not None and comparison.narrow is None:
+        return _equivalent(outcome, comparison, first, second)
+    if outcome.margin is not None and comparison.narrow is None:
         return (
-            f"Not decided between {first} and {second} in {facts.noun}: {first} minus {second} is "
-            f"{seen}, but most seeds gave both the same value, so that the metric is too coarse to "
-            f"show a difference smaller than {_margin(facts)}; use more validation data."
+            f"Not decided between {first} and {second} in {outcome.noun}: {first} minus {second} "
+            f"is {seen}, but most seeds gave both the same value, so that the metric is too coarse "
+            f"to show a difference smaller than {_margin(outcome)}; use more validation data."
         )
-    subject = f"No difference shown between {first} and {second} in {facts.noun}"
-    if facts.margin is not None:
+    subject = f"No difference shown between {first} and {second} in {outcome.noun}"
+    if outcome.margin is not None:
         subject = (
-            f"Not decided between {first} and {second} in {facts.noun}: neither a difference nor "
-            f"one smaller than {_margin(facts)} is shown"
+            f"Not decided between {first} and {second} in {outcome.noun}: neither a difference nor "
+            f"one smaller than {_margin(outcome)} is shown"
         )
     return (
-        f"{subject}: {first} minus {second} is {seen}{_odds(comparison, len(facts.comparisons))}; "
-        + _more_seeds(facts, comparison)
+        f"{subject}: {first} minus {second} is {seen}"
+        f"{_odds(comparison, len(outcome.comparisons))}; " + _more_seeds(outcome, comparison)
     )
 
 
-def _equivalent(facts: Facts, comparison: Comparison, first: str, second: str) -> str:
+def _equivalent(outcome: Outcome, comparison: Comparison, first: str, second: str) -> str:
     narrow = comparison.narrow or comparison.difference
-    seen = _told(facts, narrow if first == comparison.first else _negative(narrow))
+    seen = _told(outcome, narrow if first == comparison.first else _negative(narrow))
     return (
-        f"{first} and {second} are equivalent within {_margin(facts)} in {facts.noun}: {first} "
+        f"{first} and {second} are equivalent within {_margin(outcome)} in {outcome.noun}: {first} "
         f"minus {second} is {seen} (90% interval; p = {comparison.p_equivalent:.2g} that it is "
-        f"larger{_corrected(len(facts.comparisons))}; {comparison.difference.n} seeds)."
+        f"larger{_corrected(len(outcome.comparisons))}; {comparison.difference.n} seeds)."
     )
 
 
-def _more_seeds(facts: Facts, comparison: Comparison) -> str:
+def _more_seeds(outcome: Outcome, comparison: Comparison) -> str:
     """What this number of seeds can show, and which number would be enough."""
     n = comparison.difference.n
     can = ""
     if comparison.detectable is not None:
         can = (
-            f"with {n} seeds a true difference must be {facts.amount(comparison.detectable)}"
-            f"{facts.unit} or more to be shown in 4 of 5 studies; "
+            f"with {n} seeds a true difference must be {outcome.amount(comparison.detectable)}"
+            f"{outcome.unit} or more to be shown in 4 of 5 studies; "
         )
     goal = "to show a difference as large as this one"
-    if facts.margin is not None:
+    if outcome.margin is not None:
         goal = "to decide"
     needed = comparison.seeds_needed
     if needed is None:
@@ -192,24 +197,26 @@ def _more_seeds(facts: Facts, comparison: Comparison) -> str:
     return f"{can}{goal}, a new study needs about {needed} seeds ({max(0, needed - n)} more)."
 
 
-def _margin(facts: Facts) -> str:
-    return f"{facts.amount(facts.margin or 0.0)}{facts.unit}"
+def _margin(outcome: Outcome) -> str:
+    return f"{outcome.amount(outcome.margin or 0.0)}{outcome.unit}"
 
 
 def _corrected(count: int) -> str:
     return f" after Holm's correction for {count} comparisons" if count > 1 else ""
 
 
-def _flips(facts: Facts) -> list[str]:
+def _flips(outcome: Outcome) -> list[str]:
     """What the exact sign-flip test says of the differences that are called shown."""
     told = [
         f"{c.first} and {c.second} p = {c.p_flips:.2g}"
-        for c, shown in zip(facts.comparisons, facts.shown, strict=True)
+        for c, shown in zip(outcome.comparisons, outcome.shown, strict=True)
         if shown and c.p_flips is not None
     ]
     if not told:
         return []
-    fewest = min(c.difference.n for c, s in zip(facts.comparisons, facts.shown, strict=True) if s)
+    fewest = min(
+        c.difference.n for c, s in zip(outcome.comparisons, outcome.shown, strict=True) if s
+    )
     least = ""
     if fewest < 6:
         least = f" (with {fewest} seeds it cannot be below {2.0 ** (1 - fewest):.2g})"
@@ -240,34 +247,34 @@ def _negative(value: Interval) -> Interval:
     return Interval(-value.mean, low, high, value.n)
 
 
-def _told(facts: Facts, value: Interval) -> str:
-    text = f"{facts.amount(value.mean)}{facts.unit}"
+def _told(outcome: Outcome, value: Interval) -> str:
+    text = f"{outcome.amount(value.mean)}{outcome.unit}"
     if value.low is None or value.high is None:
         return text
-    return f"{text} [{facts.amount(value.low)}, {facts.amount(value.high)}]"
+    return f"{text} [{outcome.amount(value.low)}, {outcome.amount(value.high)}]"
 
 
-def _left_out(facts: Facts) -> list[str]:
+def _left_out(outcome: Outcome) -> list[str]:
     notes: list[str] = []
-    absent = [t.position for t in facts.failed if t.position not in facts.means]
+    absent = [t.position for t in outcome.failed if t.position not in outcome.means]
     for position in dict.fromkeys(absent):
-        reasons = {_first_line(t) for t in facts.failed if t.position == position}
+        reasons = {_first_line(t) for t in outcome.failed if t.position == position}
         why = "; ".join(sorted(reasons))
         notes.append(f"{position} is not compared: none of its trials finished ({why}).")
-    for trial in facts.failed:
+    for trial in outcome.failed:
         if trial.position in absent:
             continue
         reason = _first_line(trial)
         notes.append(
-            f"Seed {trial.seed} is left out at every {facts.kind}: its {trial.position} trial "
+            f"Seed {trial.seed} is left out at every {outcome.kind}: its {trial.position} trial "
             f"failed ({reason})."
         )
-    for position, seeds in facts.diverged.items():
+    for position, seeds in outcome.diverged.items():
         if seeds:
             listed = ", ".join(map(str, seeds))
             notes.append(
                 f"{position} diverged (a metric that is not a number) with seed {listed}; such "
-                f"values are left out of the means, which flatters this {facts.kind}."
+                f"values are left out of the means, which flatters this {outcome.kind}."
             )
     return notes
 

@@ -1,7 +1,7 @@
 """Reports: records and charts as one HTML file that needs nothing else.
 
-``page`` makes the page, ``charts`` what is drawn on it (``_drawing`` paints, ``_canvas`` is what
-all drawings share), ``study`` the report of a study.
+``page`` makes the page, ``charts`` what is drawn on it (``_curves``, ``_pairs`` and ``_gaps``
+paint, ``_canvas`` is what all drawings share), ``study`` the report of a study.
 """
 
 from __future__ import annotations

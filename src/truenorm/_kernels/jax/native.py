@@ -13,11 +13,12 @@ import jax
 import keras
 
 from truenorm._kernels import library
+from truenorm._kernels.contract import Tensor, Vector
 
 TARGET = "tn_xla_moments"
 
 
-def takes(x: Any) -> bool:
+def takes(x: Tensor) -> bool:
     """Whether the compiled passes can take such an array.
 
     Of an array that is spread over devices, a custom call would have to gather the parts first.
@@ -33,7 +34,7 @@ def takes(x: Any) -> bool:
     )
 
 
-def moments(rows: Any, *mask: Any, dtype: Any) -> tuple[Any, Any, Any]:
+def moments(rows: Tensor, *mask: Tensor, dtype: Any) -> tuple[Vector, Vector, Vector]:
     """Mean, what rounding takes from it, and variance; ``rows`` is (outer, channels[, inner]).
 
     Of the rows that count, if there is a mask (outer,) for rows (outer, channels).
@@ -50,6 +51,6 @@ def _registered() -> bool:
         return False
     try:
         jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library_.tn_xla_moments), "cpu")
-    except (NotImplementedError, RuntimeError, ValueError):  # another version of the interface
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError):  # another version
         return False
     return True

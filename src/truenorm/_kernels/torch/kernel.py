@@ -24,7 +24,7 @@ import torch
 from torch import distributed
 
 from truenorm._kernels import composite
-from truenorm._kernels.contract import Moving, Normalized
+from truenorm._kernels.contract import Normalized, Options, Scalar, Tensor, Vector
 from truenorm._kernels.torch import native
 
 MOST_GROUPS = 32  # These three weigh time against digits.
@@ -33,49 +33,40 @@ FEWEST_GROUPED_ROWS = 32
 MANY_ROWS = 2048  # Beyond them, sums in sequence show in the gradients of gamma and beta.
 LARGEST_RATIO = 8.0
 
+aten: Any = torch.ops.aten
 isfinite, where = torch.isfinite, torch.where
 
 
-def blend(old: Any, value: Any, momentum: Any) -> Any:
+def blend(old: Vector, value: Vector, momentum: Scalar) -> Vector:
     """One step of a moving average."""
     return torch.lerp(old, value, 1.0 - momentum)
 
 
-def normalize(
-    x: Any,
-    gamma: Any = None,
-    beta: Any = None,
-    *,
-    axis: int,
-    epsilon: float,
-    mask: Any = None,
-    moving: Moving | None = None,
-    relu: bool = False,
-) -> Normalized:
+def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options) -> Normalized:
     """See :mod:`truenorm._kernels`.
 
     A compiler gets the composite, which it fuses; without the compiled passes so do masks, and
     batches of one value or none.
     """
-    if mask is not None:
-        mask = keras.ops.convert_to_tensor(mask, "bool")
+    if options.mask is not None:
+        options = options._replace(mask=keras.ops.convert_to_tensor(options.mask, "bool"))
+    axis, epsilon, mask, moving, relu = options
     if native.takes(x, gamma, beta, mask, *(moving[:2] if moving else ())):
         if mask is None:
-            return native.normalize(x, gamma, beta, None, moving, axis, epsilon, relu)
+            return native.normalize(x, gamma, beta, options)
         last = x.movedim(axis, -1).contiguous()
-        batch = native.normalize(last, gamma, beta, mask, moving, -1, epsilon, relu)
+        batch = native.normalize(last, gamma, beta, options._replace(axis=-1))
         return batch._replace(output=batch.output.movedim(-1, axis))
     channels = x.shape[axis]
     count = x.numel() // max(channels, 1)
     if (
         mask is not None
         or count < 2
+        or not _has_native_kernels()
         or x.device.type not in ("cpu", "cuda")
         or torch.compiler.is_compiling()
     ):
-        return composite.normalize(
-            x, gamma, beta, axis=axis, epsilon=epsilon, mask=mask, moving=moving, relu=relu
-        )
+        return composite.normalize(x, gamma, beta, options)
     dtype = torch.promote_types(x.dtype, torch.float32)
     after = math.prod(x.shape[axis % x.dim() + 1 :])
     rows = x.reshape((-1, channels, after) if after > 1 else (-1, channels))
@@ -94,8 +85,15 @@ def normalize(
 
 
 def infer(
-    x: Any, gamma: Any, beta: Any, mean: Any, variance: Any, *, axis: int, epsilon: float
-) -> Any | None:
+    x: Tensor,
+    gamma: Vector | None,
+    beta: Vector | None,
+    mean: Vector,
+    variance: Vector,
+    *,
+    axis: int,
+    epsilon: float,
+) -> Tensor | None:
     """Normalise with given statistics in one pass; None where Keras's operations are for it.
 
     These are three passes here. A compiler fuses them, and an exporter shall see them; and they
@@ -116,6 +114,8 @@ def infer(
     differentiated = x.requires_grad and torch.is_grad_enabled()
     if not differentiated and native.takes(x, *given):
         return native.infer(x, *given, axis=axis, epsilon=epsilon)
+    if not _has_native_kernels():
+        return None
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean, variance = mean.to(dtype), variance.to(dtype)
     try:
@@ -129,6 +129,16 @@ def infer(
     rows = x.reshape((-1, channels, after) if after > 1 else (-1, channels))
     output = torch.native_batch_norm(rows, scale, offset, mean, variance, False, 0.0, epsilon)[0]
     return output.reshape(x.shape)
+
+
+def _has_native_kernels() -> bool:
+    """Whether this version of PyTorch has its own kernels under the names that are used here."""
+    return (
+        hasattr(torch, "native_batch_norm")
+        and hasattr(torch, "batch_norm_update_stats")
+        and hasattr(aten, "native_batch_norm_backward")
+        and hasattr(aten, "threshold_backward")
+    )
 
 
 class _Normalize(torch.autograd.Function):
@@ -155,7 +165,7 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, gamma, mean, rstd, *rectified = ctx.saved_tensors
         for output in rectified:
-            gradient = torch.ops.aten.threshold_backward(gradient, output, 0)
+            gradient = aten.threshold_backward(gradient, output, 0)
         gradient, needs = gradient.contiguous(), list(ctx.needs_input_grad[:3])
         kept = (gamma, mean, rstd)
         groups = _groups(len(rows), len(mean)) if len(rows) >= MANY_ROWS and rows.dim() == 2 else 1
@@ -168,17 +178,22 @@ class _Normalize(torch.autograd.Function):
 
 
 def _native_backward(
-    gradient: Any, rows: Any, kept: tuple[Any, ...], epsilon: float, needs: list[bool]
-) -> tuple[Any, Any, Any]:
+    gradient: Tensor, rows: Tensor, kept: tuple[Vector, ...], epsilon: float, needs: list[bool]
+) -> tuple[Tensor, Vector, Vector]:
     gamma, mean, rstd = kept
-    return torch.ops.aten.native_batch_norm_backward(
+    return aten.native_batch_norm_backward(
         gradient, rows, gamma, None, None, mean, rstd, True, epsilon, needs
     )
 
 
 def _grouped_backward(
-    gradient: Any, rows: Any, kept: tuple[Any, ...], epsilon: float, needs: list[bool], groups: int
-) -> tuple[Any, Any, Any]:
+    gradient: Tensor,
+    rows: Tensor,
+    kept: tuple[Vector, ...],
+    epsilon: float,
+    needs: list[bool],
+    groups: int,
+) -> tuple[Tensor, Vector, Vector]:
     """With the sums over the rows in groups, as in :func:`_moments`: one pass more over both."""
     d_rows, _, _ = _native_backward(gradient, rows, kept, epsilon, [needs[0], False, False])
     shape = (-1, groups * rows.shape[1])
@@ -197,22 +212,22 @@ def _grouped_backward(
 
 
 def normalize_synchronized(
-    x: Any, gamma: Any = None, beta: Any = None, **options: Any
+    x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options
 ) -> Normalized:
     """See :mod:`truenorm._kernels`: over the processes of ``torch.distributed``."""
     if not (distributed.is_available() and distributed.is_initialized()):
-        return normalize(x, gamma, beta, **options)
+        return normalize(x, gamma, beta, options)
     if distributed.get_world_size() == 1:
-        return normalize(x, gamma, beta, **options)
+        return normalize(x, gamma, beta, options)
 
-    def gather(vector: Any) -> Any:
+    def gather(vector: Vector) -> Tensor:
         # As a sum of rows, each from one process: every communication backend has it.
         rows = vector.new_zeros(distributed.get_world_size(), len(vector))
         own = torch.zeros_like(rows, dtype=torch.bool)
         own[distributed.get_rank()] = True
         return _Sum.apply(torch.where(own, vector, rows))
 
-    return composite.normalize(x, gamma, beta, gather=gather, **options)
+    return composite.normalize(x, gamma, beta, options, gather=gather)
 
 
 class _Sum(torch.autograd.Function):
@@ -229,7 +244,7 @@ class _Sum(torch.autograd.Function):
         return _Sum.apply(gradient)
 
 
-def _moments(rows: Any) -> tuple[Any, Any]:
+def _moments(rows: Tensor) -> tuple[Vector, Vector]:
     """Mean and population variance per channel, from those of groups of rows."""
     channels = rows.shape[1]
     groups = _groups(len(rows), channels) if rows.dim() == 2 else 1
@@ -255,13 +270,15 @@ def _groups(rows: int, channels: int) -> int:
     return min(divisors, key=lambda k: max(k, wanted) / min(k, wanted))
 
 
-def _near_zero(mean: Any, variance: Any, epsilon: float) -> bool:
+def _near_zero(mean: Vector, variance: Vector, epsilon: float) -> bool:
     """Whether no mean is large against its standard deviation (a NaN counts as large)."""
     excess = mean.square().sub_(variance, alpha=LARGEST_RATIO**2).max()
     return bool(excess <= LARGEST_RATIO**2 * epsilon)
 
 
-def _parameter(value: Any, default: float, channels: int, dtype: Any, device: Any) -> Any:
+def _parameter(
+    value: Vector | None, default: float, channels: int, dtype: Any, device: Any
+) -> Vector:
     if value is None:
         return torch.full((channels,), default, dtype=dtype, device=device)
     return value.to(dtype)

@@ -18,27 +18,26 @@ import torch
 from torch.autograd import forward_ad
 
 from truenorm._keras_internals import in_stateless_scope
-from truenorm._kernels import library
-from truenorm._kernels.contract import Moving, Normalized
+from truenorm._kernels import closed_form, library
+from truenorm._kernels.contract import Moving, Normalized, Options, Tensor, Vector
 
 DTYPES = {getattr(torch, name): code for name, code in library.DTYPES.items()}
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-NO_STEP = (0.0, False, None, None, None, None)
 Layout = tuple[int, int, int]
 
 
-class How(NamedTuple):
+class Plan(NamedTuple):
     """What one call is of, beside tensors that are differentiated or kept."""
 
     layout: Layout
     channel: int
     epsilon: float
     relu: bool
-    rows: Any
+    rows: Tensor
     moving: Moving | None
 
 
-def takes(x: Any, *weights: Any) -> bool:
+def takes(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether the compiled passes can take this tensor now, and what goes with it, or None.
 
     All must have memory here: while Keras finds out shapes, weights have none.
@@ -52,42 +51,46 @@ def takes(x: Any, *weights: Any) -> bool:
     )
 
 
-def _plain(*tensors: Any) -> bool:
+def _plain(*tensors: Tensor | None) -> bool:
     """Whether these are numbers in memory, and nobody watches what is done with them."""
     for tensor in tensors:
         if tensor is not None and not (type(tensor) in PLAIN and tensor.is_cpu):
             return False
-    return (
-        forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
-        and torch._C._len_torch_dispatch_stack() == 0  # pyright: ignore[reportPrivateUsage]
-        and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
-    )
+    try:
+        return (
+            forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
+            and torch._C._len_torch_dispatch_stack() == 0  # pyright: ignore[reportPrivateUsage]
+            and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+        )
+    except AttributeError:  # another version of PyTorch: who watches is not known
+        return False
 
 
-def normalize(
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    mask: Any,
-    moving: Moving | None,
-    axis: int,
-    epsilon: float,
-    relu: bool,
-) -> Normalized:
+def _batched(gradient: Tensor) -> bool:
+    """Whether this is many gradients at once (``vectorize=True``); yes where it is not known."""
+    try:
+        return torch._C._functorch.is_legacy_batchedtensor(gradient)  # pyright: ignore
+    except AttributeError:
+        return True
+
+
+def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options) -> Normalized:
     """See :mod:`truenorm._kernels`; a mask is of booleans, and the channels are last then."""
+    axis, epsilon, mask, moving, relu = options
     x, layout = _dense(x, axis)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if mask is not None:
         mask = mask.broadcast_to(x.shape[:-1]).contiguous()
     writable = moving is not None and moving.momentum is not None and not in_stateless_scope()
+    writable &= hasattr(torch.autograd.graph, "increment_version")
     if moving is not None:
         mean, variance = (_wide(values, wide) for values in moving[:2])
         writable &= mean is moving.mean and variance is moving.variance
         moving = Moving(mean, variance, moving.momentum, moving.unbiased)
     # Mean, variance, what rounding takes from the mean, rstd; and the moving ones after the step.
     rows = torch.empty(6 if writable else 4, layout[1], dtype=wide, device="cpu")
-    how = How(layout, axis % x.dim(), epsilon, relu, rows, moving)
-    output = _Normalize.apply(x, _wide(gamma, wide), _wide(beta, wide), mask, how)
+    plan = Plan(layout, axis % x.dim(), epsilon, relu, rows, moving)
+    output = _Normalize.apply(x, _wide(gamma, wide), _wide(beta, wide), mask, plan)
     count = layout[0] * layout[2] if mask is None else mask.sum(dtype=wide)
     if moving is None or not writable:
         return Normalized(output, rows[0], rows[1], count)
@@ -99,34 +102,74 @@ def normalize(
 
 
 def infer(
-    x: Any, gamma: Any, beta: Any, mean: Any, variance: Any, *, axis: int, epsilon: float
-) -> Any:
+    x: Tensor,
+    gamma: Vector | None,
+    beta: Vector | None,
+    mean: Vector,
+    variance: Vector,
+    *,
+    axis: int,
+    epsilon: float,
+) -> Tensor:
     """Normalise with statistics that are given; not differentiable."""
     x, layout = _dense(x.detach(), axis)
     output = torch.empty_like(x)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weights = (_wide(weight, wide) for weight in (gamma, beta, mean, variance))
-    _run("tn_infer", x, layout, epsilon, False, None, *weights, *[None] * 4, output, *NO_STEP, None)
+    gamma, beta, mean, variance = (_wide(weight, wide) for weight in (gamma, beta, mean, variance))
+    call = library.Call(
+        *(*layout, DTYPES[x.dtype]),
+        threads=torch.get_num_threads(),
+        epsilon=epsilon,
+        parallel=_parallel(),
+        x=_address(x),
+        gamma=_address(gamma),
+        beta=_address(beta),
+        mean=_address(mean),
+        variance=_address(variance),
+        y=_address(output),
+    )
+    library.run("tn_infer", call)
     return output
 
 
 class _Normalize(torch.autograd.Function):
-    """The output; the statistics are written to ``how.rows``.
+    """The output; the statistics are written to ``plan.rows``.
 
     Without ``setup_context``, with which PyTorch inspects signatures at each call.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, gamma: Any, beta: Any, mask: Any, how: How) -> Any:
+    def forward(ctx: Any, x: Any, gamma: Any, beta: Any, mask: Any, plan: Plan) -> Any:
         output = torch.empty_like(x)
-        kept = _addresses(how.rows)
-        arrays = (None, gamma, beta, *kept[:4], None, None, output)
-        moving = how.moving or Moving(None, None)
-        step = (moving.momentum or 0.0, moving.unbiased, *moving[:2], *(kept[4:] or (None, None)))
-        _run("tn_forward", x, how.layout, how.epsilon, how.relu, *arrays, *step, mask)
-        ctx.how = how[:4]
+        mean, variance, low, rstd, *moved = _addresses(plan.rows)
+        moved_mean, moved_variance = moved or (0, 0)
+        moving = plan.moving or Moving(None, None)
+        call = library.Call(
+            *(*plan.layout, DTYPES[x.dtype]),
+            relu=plan.relu,
+            threads=torch.get_num_threads(),
+            unbiased=moving.unbiased,
+            epsilon=plan.epsilon,
+            momentum=moving.momentum or 0.0,
+            parallel=_parallel(),
+            x=_address(x),
+            gamma=_address(gamma),
+            beta=_address(beta),
+            mean=mean,
+            variance=variance,
+            low=low,
+            rstd=rstd,
+            y=_address(output),
+            moving_mean=_address(moving.mean),
+            moving_variance=_address(moving.variance),
+            moved_mean=moved_mean,
+            moved_variance=moved_variance,
+            mask=_address(mask),
+        )
+        library.run("tn_forward", call)
+        ctx.plan = plan[:4]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, gamma, beta, mask, how.rows)
+        ctx.save_for_backward(x, gamma, beta, mask, plan.rows)
         return output
 
     @staticmethod
@@ -134,84 +177,90 @@ class _Normalize(torch.autograd.Function):
         if gradient is None:
             return None, None, None, None, None
         x, gamma, beta, mask, rows = ctx.saved_tensors
-        layout, channel, epsilon, relu = ctx.how
+        layout, channel, _, relu = ctx.plan
         needed = ctx.needs_input_grad
-        batched = torch._C._functorch.is_legacy_batchedtensor(gradient)  # pyright: ignore
-        if torch.is_grad_enabled() or batched or not _plain(gradient, x, gamma, beta, mask, rows):
-            found = _differentiable(gradient, x, gamma, beta, mask, rows[:4], *ctx.how[1:])
+        plain = _plain(gradient, x, gamma, beta, mask, rows) and not _batched(gradient)
+        if torch.is_grad_enabled() or not plain:
+            found = _differentiable(gradient, x, gamma, beta, mask, rows, *ctx.plan[1:])
         else:
             x, layout = _dense(x, channel)  # Who keeps tensors elsewhere may order them anew.
             if gradient.stride() != x.stride() or gradient.is_neg():
                 gradient = torch.empty_like(x).copy_(gradient)
             d_x = torch.empty_like(x) if needed[0] else None
-            sums = [torch.empty(layout[1], dtype=rows.dtype, device="cpu") for _ in range(2)]
-            arrays = (gradient, gamma, beta, *_addresses(rows)[:4], *sums, d_x)
-            _run("tn_backward", x, layout, epsilon, relu, *arrays, *NO_STEP, mask)
-            found = (d_x, *sums)
+            d_gamma, d_beta = (
+                torch.empty(layout[1], dtype=rows.dtype, device="cpu") for _ in range(2)
+            )
+            mean, _, low, rstd = _addresses(rows)[:4]
+            call = library.Call(
+                *(*layout, DTYPES[x.dtype]),
+                relu=relu,
+                threads=torch.get_num_threads(),
+                parallel=_parallel(),
+                x=_address(x),
+                dy=_address(gradient),
+                gamma=_address(gamma),
+                beta=_address(beta),
+                mean=mean,
+                low=low,
+                rstd=rstd,
+                dgamma=_address(d_gamma),
+                dbeta=_address(d_beta),
+                y=_address(d_x),
+                mask=_address(mask),
+            )
+            library.run("tn_backward", call)
+            found = (d_x, d_gamma, d_beta)
         needed = zip(found, needed, strict=False)
         return *(part if needs else None for part, needs in needed), None, None
 
 
 def _differentiable(
-    gradient: Any,
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    mask: Any,
-    kept: Any,
+    gradient: Tensor,
+    x: Tensor,
+    gamma: Vector | None,
+    beta: Vector | None,
+    mask: Tensor | None,
+    rows: Tensor,
     channel: int,
     epsilon: float,
     relu: bool,
-) -> tuple[Any, Any, Any]:
-    """The closed form of ``_jax.py`` in operations that can be differentiated to any order."""
-    mean, _, low, rstd = kept
-    rows, gradient = (t.to(kept.dtype).movedim(channel, -1) for t in (x, gradient))
-    reduced = tuple(range(x.dim() - 1))
-    rows = rows - mean
-    if relu:
-        scale = rstd if gamma is None else rstd * gamma.detach()
-        offset = -low * scale if beta is None else beta.detach() - low * scale
-        gradient = gradient * (rows.detach() * scale + offset > 0)
-    counts = torch.ones((), dtype=torch.bool) if mask is None else mask[..., None]
-    count = rows[..., 0].numel() if mask is None else int(mask.sum())
-    if count > 0:
-        counted = torch.where(counts, rows, 0.0)
-        delta = counted.sum(reduced) / count
-        squares = torch.where(counts, rows - delta, 0.0).square()
-        rows, rstd = rows - delta, (squares.sum(reduced) / count + epsilon).rsqrt()
-    scale = rstd if gamma is None else rstd * gamma
-    d_beta, d_gamma = gradient.sum(reduced), (gradient * rows).sum(reduced) * rstd
-    through = (rows * (rstd * d_gamma) + d_beta) * (scale / max(count, 1))
-    d_x = gradient * scale - torch.where(counts, through, 0.0)
+) -> tuple[Tensor, Vector, Vector]:
+    """The same in operations that can be differentiated to any order."""
+    mean, variance = rows[:2]
+    count = x.numel() // len(mean) if mask is None else mask.sum()
+    d_x, d_gamma, d_beta = closed_form.backward_of_values(
+        _LAST,
+        gradient.to(rows.dtype).movedim(channel, -1),
+        x.to(rows.dtype).movedim(channel, -1),
+        torch.ones_like(mean) if gamma is None else gamma,
+        torch.zeros_like(mean) if beta is None else beta,
+        shift=mean,
+        fallback=variance,
+        count=torch.as_tensor(count, dtype=rows.dtype),
+        epsilon=epsilon,
+        counts=None if mask is None else mask[..., None],
+        relu=relu,
+    )
     return d_x.movedim(-1, channel).to(x.dtype), d_gamma, d_beta
 
 
-def _run(name: str, x: Any, layout: Layout, epsilon: float, relu: bool, *given: Any) -> None:
-    """Call a function of the library with tensors, addresses, or None.
-
-    They are those of its call from dy to y; momentum and unbiased; and the rest.
-    """
-    momentum, unbiased = given[10:12]
-    library.run(
-        name,
-        *layout,
-        *(DTYPES[x.dtype], relu, torch.get_num_threads(), unbiased),
-        *(epsilon, momentum, _parallel()),
-        *map(_address, (x, *given[:10], *given[12:])),
-    )
+_LAST = closed_form.Rows(
+    total=lambda values: values.sum(tuple(range(values.dim() - 1))),
+    spread=lambda per_channel, _: per_channel,
+)
 
 
 def _address(tensor: Any) -> int:
-    """That of a tensor's memory; an address as it is, and 0 for None."""
-    if tensor is None or type(tensor) is int:
-        return tensor or 0
+    """That of a tensor's memory; 0 for None."""
+    if tensor is None:
+        return 0
     address = tensor.data_ptr()
     if address == 0 and tensor.numel() > 0:
         raise RuntimeError("a tensor of BatchNormalization has no memory")
     return address
 
 
-def _addresses(rows: Any) -> range:
+def _addresses(rows: Tensor) -> range:
     """Those of the rows of a contiguous matrix."""
     start, step = rows.data_ptr(), rows.stride(0) * rows.element_size()
     return range(start, start + step * len(rows), step)
@@ -226,13 +275,13 @@ def _parallel() -> int:
         return library.own_threads()
 
 
-def _wide(weight: Any, dtype: Any) -> Any:
+def _wide(weight: Vector | None, dtype: Any) -> Vector | None:
     if weight is None or (weight.dtype == dtype and weight.is_contiguous() and not weight.is_neg()):
         return weight
     return weight.to(dtype).resolve_neg().contiguous()
 
 
-def _dense(x: Any, axis: int) -> tuple[Any, Layout]:
+def _dense(x: Tensor, axis: int) -> tuple[Tensor, Layout]:
     """The tensor, copied if its memory has gaps, and that memory as (outer, channels, inner)."""
     channel = axis % x.dim()
     if x.is_neg():  # A view can be the negative of its memory.

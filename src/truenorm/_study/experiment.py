@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 
 import keras
 
+from truenorm._checks import check_integer
 from truenorm._errors import OptionError, OutputError
 from truenorm._records.study import Study, Trial
 from truenorm._rewrites.place import Position
@@ -195,7 +196,7 @@ or 'before_activation' or 'after_activation' or 'before_layer'. Received: 'behin
     named, numbers = variants_of(variants), checks.check_seeds(seeds)
     for option, value in (("epochs", epochs), ("batch_size", batch_size), ("workers", workers)):
         if option != "workers" or value is not None:
-            checks.check_count(option, value)
+            check_integer(option, value)
     checks.check_timeout(timeout)
     checks.check_margin(margin)
     arrays, function = _data(data)

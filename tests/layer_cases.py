@@ -143,9 +143,9 @@ def array(value: Any) -> np.ndarray:
 def precision(dtype: str) -> Iterator[None]:
     """JAX has float64 only where it is asked for."""
     if dtype == "float64" and keras.config.backend() == "jax":
-        import jax
+        from truenorm._kernels.jax.sums import float64
 
-        with jax.enable_x64(True):
+        with float64():
             yield
     else:
         yield
@@ -239,20 +239,28 @@ def train(layer: Any, drawn: Drawn, dtype: str) -> Step:
     )
 
 
-def truth(drawn: Drawn, axis: int, epsilon: float = EPSILON, momentum: float = 0.99) -> Step:
+def truth(
+    drawn: Drawn,
+    axis: int,
+    epsilon: float = EPSILON,
+    momentum: float = 0.99,
+    *,
+    relu: bool = False,
+) -> Step:
     """What :func:`train` must give for a new layer, by the float64 reference."""
     options: dict[str, Any] = {"axis": axis, "epsilon": epsilon, "mask": drawn.mask}
     zeros = np.zeros(drawn.x.shape[axis])
     options["fallback"] = (zeros, zeros + 1)
     forward = reference.forward(drawn.x, drawn.gamma, drawn.beta, **options)
-    backward = reference.backward(drawn.gradient, drawn.x, drawn.gamma, **options)
+    upstream = drawn.gradient * (forward.output > 0) if relu else drawn.gradient
+    backward = reference.backward(upstream, drawn.x, drawn.gamma, **options)
     mean, variance = zeros, zeros + 1
     if forward.count > 0:
         mean = reference.moving(mean, forward.mean, momentum)
     if forward.count > 1:
         variance = reference.moving(variance, forward.variance, momentum)
     return Step(
-        forward.output,
+        np.maximum(forward.output, 0) if relu else forward.output,
         backward.x,
         None if drawn.gamma is None else backward.gamma,
         None if drawn.beta is None else backward.beta,

@@ -1,0 +1,72 @@
+r"""Batch renormalization (Ioffe, 2017, arXiv:1702.03275): its statistics and its correction.
+
+It averages :math:`\sqrt{\sigma^2 + \epsilon}` rather than :math:`\sigma^2`, as Keras's layer does,
+and derives ``moving_variance`` from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from truenorm._kernels import Normalized, Tensor, Variable, Vector
+
+ops: Any = keras.ops
+
+
+@dataclass(frozen=True)
+class Renorm:
+    """The statistics that a layer with batch renormalization has besides.
+
+    Args:
+        mean: ``renorm_mean``, which corrects the batch's.
+        deviation: ``renorm_stddev``, likewise.
+        moving_deviation: ``moving_stddev``, from which the moving variance is derived.
+        momentum: Weight of the old ``mean`` and ``deviation`` in a step.
+        clipping: Limits ``rmin``, ``rmax``, ``dmax`` of the correction; each may be missing.
+        epsilon: The layer's.
+    """
+
+    mean: Variable
+    deviation: Variable
+    moving_deviation: Variable
+    momentum: float
+    clipping: Mapping[str, float | None]
+    epsilon: float
+
+    def deviation_of(self, variance: Vector) -> Vector:
+        """What is averaged of a variance."""
+        return ops.sqrt(variance + self.epsilon)
+
+    def variance_of(self, deviation: Vector) -> Vector:
+        """The variance of which this is the average."""
+        derived = ops.square(deviation) - self.epsilon
+        return ops.where(derived > 0, derived, 0.0)
+
+    def correction(self, batch: Normalized) -> tuple[Vector, Vector]:
+        r"""Scale r and shift d, constants for the derivatives.
+
+        .. math:: r = \mathrm{clip}\Bigl( \frac{\sqrt{\sigma^2 + \epsilon}}{\hat s} \Bigr), \qquad
+                  d = \mathrm{clip}\Bigl( \frac{\mu - \hat\mu}{\hat s} \Bigr)
+
+        They are 1 and 0 where the batch has no value: it is normalised with the moving statistics.
+        """
+        deviation = self.deviation.value
+        least = self.epsilon**0.5  # no division by zero early in training
+        deviation = ops.where(deviation < least, least, deviation)
+        r = self.deviation_of(batch.variance) / deviation
+        d = (batch.mean - self.mean.value) / deviation
+        r = _clip(r, self.clipping.get("rmin"), self.clipping.get("rmax"))
+        most = self.clipping.get("dmax")
+        d = _clip(d, None if most is None else -most, most)
+        return ops.where(batch.count > 0, r, 1.0), ops.where(batch.count > 0, d, 0.0)
+
+
+def _clip(values: Tensor, lowest: float | None, highest: float | None) -> Tensor:
+    """Between the limits that there are; a NaN stays one."""
+    if lowest is not None:
+        values = ops.where(values < lowest, lowest, values)
+    return values if highest is None else ops.where(values > highest, highest, values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Generator
@@ -58,27 +59,36 @@ def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Generator[Any]:
-    """A head without room for tasks, and two nodes with room for one each; loopback only."""
+    """A head without room for tasks, and two nodes with room for one each.
+
+    It listens on loopback only, and leaves other clusters of this machine alone: it has a folder
+    and a port of its own, and is not announced as the machine's one.
+    """
     pytest.importorskip("ray", reason="an extra of its own: pip install 'truenorm[ray]'")
     from ray.cluster_utils import Cluster
 
-    def loopback(*_: Any, **__: Any) -> str:
-        return "127.0.0.1"
-
     # Else Ray puts the machine's own address in the place of a local one.
-    monkeypatch.setattr("ray._private.services.get_node_ip_address", loopback)
-
-    made = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1"},
-    )
-    made.nodes = [  # pyright: ignore[reportAttributeAccessIssue]
-        made.add_node(num_cpus=1, node_ip_address="127.0.0.1") for _ in range(2)
-    ]
-    try:
-        yield made
-    finally:
-        made.shutdown()
+    monkeypatch.setattr("ray._private.services.get_node_ip_address", lambda *_, **__: "127.0.0.1")
+    monkeypatch.setattr("ray._private.utils.write_ray_address", lambda *_: None)
+    monkeypatch.setattr("ray._common.utils.reset_ray_address", lambda *_: None)
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        own = {"node_ip_address": "127.0.0.1", "temp_dir": folder}
+        made = Cluster(
+            initialize_head=True,
+            head_node_args={
+                **own,
+                "num_cpus": 0,
+                "include_dashboard": False,
+                "gcs_server_port": unused_port(),
+            },
+        )
+        made.nodes = [  # pyright: ignore[reportAttributeAccessIssue]
+            made.add_node(num_cpus=1, **own) for _ in range(2)
+        ]
+        try:
+            yield made
+        finally:
+            made.shutdown()
 
 
 @pytest.mark.long

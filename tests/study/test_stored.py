@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 from test_study import POSITIONS, arrays, build
@@ -37,6 +38,14 @@ def run(folder: Path | None, **options: Any) -> Study:
     return study(chosen.pop("build", build), chosen.pop("data", arrays()), **chosen)
 
 
+def regression() -> Any:
+    model = build()
+    model.pop()
+    model.add(keras.layers.Dense(1))
+    model.compile("adam", "mse")
+    return model
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Study]:
     """One study whose seeds were divided: two folders, and the first's record."""
@@ -44,6 +53,25 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Study]:
     result = run(first, seeds=(0, 1), margin=0.1)
     run(second, seeds=(2, 3), margin=0.1)
     return first, second, result
+
+
+def test_the_margin_decides_what_is_equivalent() -> None:
+    x, _ = arrays()[0]
+    wide, narrow = (
+        run(None, build=regression, data=((x, x[:, 0]), (x, x[:, 0])), seeds=4, margin=margin)
+        for margin in (100.0, 1e-9)
+    )
+    assert wide.margin == 100.0
+    (shown,), (not_shown,) = (
+        [c for c in result.comparisons if c.metric == result.metric] for result in (wide, narrow)
+    )
+    assert shown.difference == not_shown.difference
+    assert shown.p_equivalent is not None
+    assert shown.p_equivalent < 1e-3
+    assert not_shown.p_equivalent is not None
+    assert not_shown.p_equivalent > 0.05
+    assert any("are equivalent within 100 in" in s for s in wide.verdict)
+    assert not any("are equivalent" in s for s in narrow.verdict)
 
 
 def test_a_folder_says_the_same_as_the_run(both: tuple[Path, Path, Study]) -> None:
@@ -254,8 +282,14 @@ def test_the_command_runs_a_study_and_shows_it(tmp_path: Path) -> None:
     shown = command("show", str(folder), "--json")
     assert shown.returncode == 0, shown.stderr
     content = json.loads(shown.stdout)
-    assert content["settings"]["margin"] == 0.5
+    assert content["settings"]["margin"] == content["margin"] == 0.5
     assert len(content["trials"]) == 4
     wrong = command("show", str(tmp_path))
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("truenorm: There is no study in this folder")
+    nothing = command(
+        "mlp:4", "--data", "wine", "--epochs", "1", "--out", str(folder), "--margin", "0"
+    )
+    assert nothing.returncode == 2
+    assert nothing.stderr.startswith("truenorm: The margin is not a difference (at 'margin').")
+    assert len(nothing.stderr.splitlines()) == 1

@@ -228,7 +228,6 @@ def test_broken_results_are_run_again_and_give_the_same(
     half.write_text(half.read_text()[:-40])
     foreign = folder / "trials/after_activation-seed1.json"
     foreign.write_text(foreign.read_text().replace('"seed": 1', '"seed": 0'))
-    (folder / "trials/.x.1.tmp.json").write_text("left by a writer that was killed")
     events: list[Progress] = []
     with pytest.warns(UserWarning, match="it was renamed to .*json.broken and the trial is run"):
         result = run(folder, on_event=events.append)

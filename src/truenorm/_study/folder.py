@@ -31,7 +31,7 @@ from typing import Any, cast
 import numpy as np
 
 from truenorm._errors import StudyError
-from truenorm._records.files import replacing
+from truenorm._records.files import remove_temporaries, replacing
 from truenorm._records.study import Trial
 from truenorm._study.datasets import Parts
 
@@ -87,13 +87,6 @@ class Spec:
         return path
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of writers that were killed."""
-    for place in (folder, folder / "trials"):
-        for path in place.glob(".*.tmp*"):
-            path.unlink(missing_ok=True)
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write strict JSON, whole or not at all."""
     text = json.dumps(content, indent=1, allow_nan=False)
@@ -104,7 +97,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """Make the folder this study's own, or see that it is."""
     (folder / "trials").mkdir(exist_ok=True)
-    remove_leftovers(folder)
+    for place in (folder, folder / "trials"):
+        remove_temporaries(place)
     path = folder / "study.json"
     if not path.exists():
         (folder / DATA).unlink(missing_ok=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -12,15 +13,15 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, cast
 
 from truenorm._study.folder import Spec, read_result
 from truenorm._study.pool import Event, failed
-
-MARK = "truenorm-epoch "
-"""Begins a line of a worker's stdout that tells of an epoch; the rest of the line is JSON."""
+from truenorm._study.said import complaints, epochs
 
 _GRACE = 5.0  # seconds that a worker has to end by itself before it is killed
+_WORKER = Path(__file__).with_name("worker.py")
+_WIDTH = 1000  # characters of a line that is quoted in a failed trial
 _THREADS = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -87,13 +88,12 @@ class Local:
         try:
             path = spec.write(self._folder)
             stderr = self._folder / spec.file(".stderr")
-            with stderr.open("w", encoding="utf-8") as file:
-                process = self._start(path, file)
-                if process is None:
-                    return
-                pid = process.pid
-                self.events.put(("started", spec, pid, None))
-                late = self._watch(process, spec)
+            process = self._start(path)
+            if process is None:
+                return
+            pid = process.pid
+            self.events.put(("started", spec, pid, None))
+            late = self._watch(process, spec, stderr)
             trial = None if process.returncode else read_result(self._folder, spec)
             if trial is None:
                 trial = failed(
@@ -107,19 +107,20 @@ class Local:
         except BaseException as error:  # raised again in the waiting thread
             self.events.put(("crashed", spec, pid, error))
 
-    def _start(self, path: Path, stderr: Any) -> subprocess.Popen[str] | None:
+    def _start(self, path: Path) -> subprocess.Popen[str] | None:
         # -P: nothing in the current folder is taken for a module. A session of its own: the
-        # terminal's Ctrl-C reaches the parent alone, which ends its workers itself.
-        command = [sys.executable, "-P", "-m", "truenorm._study.trial", str(path)]
+        # terminal's Ctrl-C reaches the parent alone, which ends its workers itself. The pipe to its
+        # stdin tells the worker that this process is gone, however it went.
+        command = [sys.executable, "-P", str(_WORKER), str(path)]
         with self._lock:
             if self._stopped:
                 return None
             process = subprocess.Popen(  # noqa: S603 - our own module
                 command,
                 env=self._environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=stderr,
+                stderr=subprocess.PIPE,
                 text=True,
                 encoding="utf-8",
                 errors="replace",
@@ -128,32 +129,28 @@ class Local:
             self._alive.add(process)
             return process
 
-    def _watch(self, process: subprocess.Popen[str], spec: Spec) -> bool:
+    def _watch(self, process: subprocess.Popen[str], spec: Spec, stderr: Path) -> bool:
         """Pass on what the worker says until it ends; whether it took too long."""
-        late = threading.Event()
 
-        def end() -> None:
-            late.set()
-            process.kill()
+        def listen() -> None:
+            for content in epochs(cast(IO[str], process.stdout)):
+                self.events.put(("epoch", spec, process.pid, content))
 
-        timer = threading.Timer(self._timeout, end) if self._timeout is not None else None
-        if timer is not None:
-            timer.daemon = True
-            timer.start()
-        try:
-            for line in process.stdout or ():
-                if line.startswith(MARK):
-                    content = json.loads(line[len(MARK) :])
-                    self.events.put(("epoch", spec, process.pid, content))
-            process.wait()
-        finally:
-            if timer is not None:
-                timer.cancel()
-            if process.stdout is not None:
-                process.stdout.close()
-            with self._lock:
-                self._alive.discard(process)
-        return late.is_set()
+        with process, ThreadPoolExecutor(2) as ears:
+            said = ears.submit(complaints, cast(IO[str], process.stderr))
+            ears.submit(listen)
+            try:
+                process.wait(self._timeout)
+                late = False
+            except subprocess.TimeoutExpired:
+                late = True
+            finally:
+                process.kill()
+                _end_children(process)  # they have the pipes, too, which would never end
+        with self._lock:
+            self._alive.discard(process)
+        stderr.write_text(said.result(), "utf-8")
+        return late
 
     def stop(self) -> None:
         """End every worker: ask, wait a little, kill."""
@@ -181,6 +178,13 @@ class Local:
                 process.kill()  # does nothing to one that has ended
 
 
+def _end_children(worker: subprocess.Popen[str]) -> None:
+    """End what a worker started: loaders of its data, for example."""
+    if os.name == "posix":
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(worker.pid, signal.SIGKILL)  # the worker leads a group of its own
+
+
 def _reason(code: int, timeout: float | None) -> str:
     """Why a worker gave no result."""
     if timeout is not None:
@@ -192,4 +196,5 @@ def _reason(code: int, timeout: float | None) -> str:
 
 
 def _last_lines(stderr: Path) -> list[str]:
-    return stderr.read_text("utf-8", errors="replace").strip().splitlines()[-8:]
+    lines = stderr.read_text("utf-8").strip().splitlines()[-8:]
+    return [line[:_WIDTH] for line in lines]

@@ -1,18 +1,13 @@
-"""One training run in a process of its own: ``python -m truenorm._study.trial SPEC.json``.
+"""One training run, wherever it runs.
 
 What is the same for all variants of a seed: the weights that the model is built with, and every
 batch of every epoch. What differs is what the variant changes.
-
-On stdout goes one line per epoch, :data:`MARK` and JSON. The parent that is gone closes the pipe,
-so an orphan ends at its next epoch.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,10 +27,10 @@ from truenorm._records.study import Trial
 from truenorm._statistics.recalibrate import recalibrate
 from truenorm._study.datasets import Parts
 from truenorm._study.folder import Spec, read_data, write_result
-from truenorm._study.local import MARK
 from truenorm._study.measure import Clock, Costs, costs, largest, peak_memory
 from truenorm._study.models import made
 from truenorm._study.plan import Plan, read_plan
+from truenorm._study.said import say
 
 _STARTED = time.perf_counter()
 
@@ -273,17 +268,10 @@ def main(path: Path) -> None:
     """Run the trial of this spec and write its result."""
     spec, folder = Spec.read(path), path.parent.parent
 
-    def tell(epoch: int, metrics: dict[str, float]) -> None:
-        print(MARK + json.dumps({"epoch": epoch, "metrics": metrics}), flush=True)
-
     def save(model: Any) -> str:
         with replacing(folder / spec.file(".keras")) as temporary:
             model.save(temporary)
         return spec.file(".keras")
 
     training = Training(read_plan(folder), spec, read_data(folder))
-    write_result(folder, spec, run(training, tell, save))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    write_result(folder, spec, run(training, say, save))

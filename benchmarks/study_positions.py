@@ -6,8 +6,8 @@
     python benchmarks/study_positions.py draw docs/study_positions.json docs/study_positions.svg
 
 ``run`` goes on where it was stopped. The tasks, seeds, epochs and the margin were fixed in the
-commit that brought this file, before any of it was run; that of the second look at the convolutional
-network in a later one, before that was run.
+commit that brought this file, before any of it was run; the second look at the convolutional
+network in a later commit, before that was run.
 """
 
 from __future__ import annotations

@@ -101,6 +101,9 @@ def test_what_cannot_be_folded_says_why() -> None:
     done = trial(lambda m: m, make=subclassed, costs=True)
     assert done.foldable == 0
     assert "subclassed" in done.left[0]
+    done = trial("none", costs=True)
+    assert (done.sites, done.foldable, done.left) == (0, 0, ())
+    assert done.predict_seconds is not None
 
 
 class Own(keras.Model):

@@ -18,8 +18,6 @@ import keras
 import numpy as np
 
 from truenorm._errors import DataError, ModelError
-from truenorm._keras_internals import layers_in
-from truenorm._model.graph import is_batch_normalization
 from truenorm._model.values import numbers
 from truenorm._records.files import replacing
 from truenorm._records.recalibration import Recalibration
@@ -27,7 +25,7 @@ from truenorm._records.study import Trial
 from truenorm._statistics.recalibrate import recalibrate
 from truenorm._study.datasets import Parts
 from truenorm._study.folder import Spec, read_data, write_result
-from truenorm._study.measure import Clock, Costs, costs, largest, peak_memory
+from truenorm._study.measure import Clock, Costs, costs, largest, peak_memory, sites
 from truenorm._study.models import made
 from truenorm._study.plan import Plan, read_plan
 from truenorm._study.said import say
@@ -244,11 +242,6 @@ def run(training: Training, tell: Tell, save: Callable[[Any], str]) -> Trial:
         test=test,
         start=training.start,
     )
-
-
-def sites(model: Any) -> int:
-    """How many BatchNormalization layers a model has."""
-    return sum(is_batch_normalization(layer) for layer in layers_in(model))
 
 
 def weights_digest(model: Any) -> str:

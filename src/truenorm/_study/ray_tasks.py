@@ -265,7 +265,8 @@ def _unreachable(address: str, error: BaseException) -> StudyError:
         where=address,
         expected="'ray', 'auto', HOST:PORT of a head node, or ray://HOST:PORT",
         received=str(error).splitlines()[0] if str(error) else type(error).__name__,
-        remedy="see that 'ray start --head' runs there and the port can be reached from here",
+        remedy="see that 'ray start --head' runs there, the port can be reached from here, and "
+        "RAY_AUTH_MODE and the token here are the cluster's",
     )
 
 

@@ -32,27 +32,32 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return under_fire.run(tmp_path_factory.mktemp("undisturbed") / "study")
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(os.name != "posix", reason="asks ps")
 def test_a_killed_driver_takes_its_workers_along_and_loses_no_trial(
     undisturbed: Any, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "study"
-    driver = subprocess.Popen(
+    folder, hang = tmp_path / "study", tmp_path / "hang"
+    told: list[str] = []
+    with subprocess.Popen(
         [sys.executable, under_fire.__file__, str(folder), "1", "1"],
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
         text=True,
-    )
-    assert driver.stdout is not None
-    finished = 0
-    for line in driver.stdout:
-        finished += line.startswith("finished")
-        if finished and line.startswith("started"):
-            break
-    assert under_fire.workers_of(folder)
-    driver.kill()
-    driver.communicate()
-    assert under_fire.all_gone(folder)
+        env={**os.environ, "UNDER_FIRE_HANG": str(hang)},
+    ) as driver:
+        for line in driver.stdout or ():
+            told.append(line)
+            if line.startswith("finished"):
+                hang.touch()  # the second trial would last for ten minutes
+            if line.startswith("started") and hang.exists():
+                break
+        pid = int(told[-1].split()[1])
+        assert lives(pid), "".join(told)
+        driver.kill()
+    limit = time.monotonic() + 100  # its interpreter has to start, on a machine that may be busy
+    while lives(pid) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not lives(pid)
     results = [*folder.glob("trials/*seed[0-9].json")]
     assert len(results) == 1
     before = {path: path.read_bytes() for path in results}

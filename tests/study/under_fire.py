@@ -30,6 +30,8 @@ def build() -> Any:
 def data(seed: int) -> Any:
     import numpy as np
 
+    if Path(os.environ.get("UNDER_FIRE_HANG", "-")).exists():
+        time.sleep(600)
     x = np.random.default_rng(seed).normal(size=(48, 3)).astype("float32")
     y = (x[:, 0] > 0).astype("int32")
     return (x[:32], y[:32]), (x[32:], y[32:])

@@ -96,6 +96,7 @@ def main(kills: int = 200) -> int:
             if len(finished(folder)) == 2 * SEEDS:
                 check(folder, wanted, count)
                 study += 1
+                print(dict(count), flush=True)
         check(folder, wanted, count)
     for what, number in sorted(count.items()):
         print(f"{number:5} {what}", flush=True)

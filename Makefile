@@ -51,9 +51,10 @@ long: $(VENV)/test.stamp
 sbom: $(VENV)/test.stamp
 	$(BIN)/python tools/sbom.py sbom.json
 
-# 1,000 kills of each writer, 20,000 damaged files, every class of Keras with huge numbers.
+# 1,000 kills of each writer, 200 of studies at work, 20,000 damaged files, every class of Keras with huge numbers.
 torture: $(VENV)/test.stamp
 	KERAS_BACKEND=torch OMP_NUM_THREADS=1 nice $(BIN)/python tests/torture/kills.py
+	KERAS_BACKEND=torch OMP_NUM_THREADS=1 nice $(BIN)/python tests/torture/studies.py
 	KERAS_BACKEND=torch nice $(BIN)/python -m pytest --hypothesis-profile fuzz tests/fuzz
 	KERAS_BACKEND=torch OMP_NUM_THREADS=1 nice $(BIN)/python tests/torture/hostile.py
 

@@ -54,7 +54,8 @@ def conclusions(values: np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarr
     differ = 2 * stats.t.sf(np.abs(mean) / error, n - 1)
     differ = np.where(flat, np.where(mean == 0, 1.0, np.nan), differ)
     same = stats.t.sf((margin - np.abs(mean)) / error, n - 1)
-    same = np.where(flat, np.nan, same)
+    coarse = 2 * np.count_nonzero(d == 0, axis=-1) > n
+    same = np.where(flat | coarse, np.nan, same)
     return holm(differ) < LEVEL, holm(same) < LEVEL
 
 

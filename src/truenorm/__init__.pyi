@@ -55,6 +55,7 @@ from ._rewrites.replace import replace as replace
 from ._statistics.adapt import adapt as adapt
 from ._statistics.collect import collect as collect
 from ._statistics.recalibrate import recalibrate as recalibrate
+from ._study import Variant as Variant
 from ._study import study as study
 
 __version__: str

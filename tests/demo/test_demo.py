@@ -52,7 +52,7 @@ def test_a_folder_that_is_new_or_empty_is_taken(choice: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_demo_that_was_stopped_at_once_can_be_started(choice: str, tmp_path: Path) -> None:
     (tmp_path / "study" / "trials").mkdir(parents=True)
-    fill(tmp_path, "study/.study.0a1b2c.tmp.json")
+    fill(tmp_path, "study/.study.0a1b2c.tmp.json", "study/.lock")
     _prepare(tmp_path, **CHOICES[choice])
 
 

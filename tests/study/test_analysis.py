@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from truenorm._errors import StudyError
-from truenorm._records.study import Study, Trial
-from truenorm._study.analysis import analyse, holm, lower_is_better, student
+from truenorm._records.study import Study, Trial, lower_is_better
+from truenorm._study.analysis import analyse, holm, student
 
 pytestmark = pytest.mark.any_backend
 

@@ -108,6 +108,19 @@ KINDS: dict[str, tuple[list[Trial], tuple[str, ...], float | None, tuple[str, ..
             "large is not compared: none of its trials finished (out of memory).",
         ),
     ),
+    "a metric that is too coarse for the margin": (
+        trials_of(**{B: [0.9] * 5, A: [0.9, 0.9, 0.9, 0.9, 0.91]}),
+        (B, A),
+        0.005,
+        (
+            "after_activation has the best mean validation accuracy (90.20%, 5 seeds), but it is "
+            "not shown to differ from every other position.",
+            "Not decided between after_activation and before_activation in validation accuracy: "
+            "after_activation minus before_activation is 0.20 points [-0.36, 0.76], but most seeds "
+            "gave both the same value, so that the metric is too coarse to show a difference "
+            "smaller than 0.50 points; use more validation data.",
+        ),
+    ),
     "variants, not positions": (
         trials_of(stock=[0.9, 0.8], ghost=[0.9, 0.8]),
         ("stock", "ghost"),

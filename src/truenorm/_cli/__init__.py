@@ -22,6 +22,7 @@ except ImportError:
 from truenorm._cli.demo import demo
 from truenorm._cli.isolation import is_apart, isolated
 from truenorm._cli.models import diagnose, fold, inspect, place, recalibrate, replace
+from truenorm._cli.study import study
 
 app = typer.Typer(
     name="truenorm",
@@ -34,6 +35,7 @@ app = typer.Typer(
 for command in (inspect, diagnose, place, fold, replace, recalibrate):
     app.command()(isolated(command))
 app.command()(demo)
+app.add_typer(study, name="study")
 
 
 REFUSED: type[Exception] = next(

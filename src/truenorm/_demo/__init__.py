@@ -30,11 +30,15 @@ from truenorm._rewrites.fold import fold
 from truenorm._rewrites.replace import replace
 from truenorm._statistics.collect import collect
 from truenorm._statistics.recalibrate import gaps, recalibrate
-from truenorm._study.analysis import lower_is_better
 from truenorm._study.experiment import POSITIONS, study
-from truenorm._study.progress import Progress as Event
+from truenorm._study.lock import LOCK
+from truenorm._study.pool import Progress as Event
 from truenorm.report import Chart, Section, comparison, learning_curves, report, save
 from truenorm.report import gaps as gaps_chart
+from truenorm.report.study import sections
+
+_FOR_THE_REPORT = ("Cost", "Health of the statistics", "Settings")
+"""Parts of the study's own report that the terminal does not show."""
 
 
 def run(*, data: str, seeds: int, out: Path, force: bool = False, resume: bool = False) -> None:
@@ -122,8 +126,9 @@ def _where(tell: _Story, task: Task, arrays: Any, name: str, seeds: int, out: Pa
             on_event=on_event,
         )
     metrics = dict.fromkeys((found.metric, "val_loss"))
-    curves = (learning_curves(found, metric) for metric in metrics)
+    curves = (learning_curves(found, metric, bands=True) for metric in metrics)
     tell.end(found, charts=(comparison(found, found.metric), *curves))
+    tell.sections += [part for part in sections(found) if part.heading in _FOR_THE_REPORT]
     return found
 
 
@@ -224,7 +229,7 @@ def _best_with_batch_normalization(study: Study) -> str:
     if study.best != "none":
         return study.best
     others = [position for position in study.summaries if position != "none"]
-    choose = min if lower_is_better(study.metric) else max
+    choose = min if study.lower_is_better else max
     return choose(others, key=lambda p: study.summaries[p][study.metric].mean)
 
 
@@ -277,5 +282,7 @@ def _prepare(out: Path, *, force: bool, resume: bool) -> None:
 
 
 def _holds_files(folder: Path) -> bool:
-    """Whether there is a file; a demo that was stopped early leaves none but a half-written one."""
-    return any(not path.is_dir() and not path.match(".study.*.tmp*") for path in folder.rglob("*"))
+    """Whether there is a file; a demo that was stopped early leaves a lock and half of one."""
+    left = (".study.*.tmp*", LOCK)
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    return any(not any(map(path.match, left)) for path in files)

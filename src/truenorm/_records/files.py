@@ -94,9 +94,19 @@ def remove_abandoned(folder: Path, before: str, after: str = "") -> None:
 
     It is what is called ``before``, :func:`owned_name`, ``after``.
     """
-    pattern = re.compile(
-        f"{re.escape(before)}{_machine()}-([0-9]+)-[0-9a-f]{{12}}{re.escape(after)}"
-    )
+    _remove_abandoned(folder, re.escape(before), re.escape(after))
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what :func:`replacing` left in a folder when it was killed, whatever was written.
+
+    Files of writers that live stay, and so do those of other machines.
+    """
+    _remove_abandoned(folder, r"\..*\.", r"\.tmp.*")
+
+
+def _remove_abandoned(folder: Path, before: str, after: str) -> None:
+    pattern = re.compile(f"{before}{_machine()}-([0-9]+)-[0-9a-f]{{12}}{after}", re.DOTALL)
     with contextlib.suppress(OSError):
         for one in folder.iterdir():
             found = pattern.fullmatch(one.name)

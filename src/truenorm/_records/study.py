@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from truenorm._records.tables import Record, Table, number
+
+_LOWER_IS_BETTER = (
+    *("loss", "error", "mae", "mse", "mape", "msle", "entropy", "divergence", "hinge", "poisson"),
+    *("logcosh", "log_cosh", "perplexity", "false"),
+)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric measures something bad, by the words that Keras uses for such metrics."""
+    return any(word in metric for word in _LOWER_IS_BETTER)
 
 
 @dataclass(frozen=True)
@@ -14,7 +25,7 @@ class Trial(Record):
     """One training run: one position, one seed.
 
     Args:
-        position: Where BatchNormalization was.
+        position: Where BatchNormalization was, or the variant's name.
         seed: Decides initial weights and the order of the batches.
         history: Keras's history: per metric its value after each epoch (``val_`` for validation),
             with the moving statistics as training left them.
@@ -25,6 +36,20 @@ class Trial(Record):
         seconds: Time of the run, in seconds, with start and compilation.
         model: File of the trained model, relative to the study's folder.
         error: None, or why the run failed (then the history is empty).
+        failure: None, or the kind of failure: ``timeout``, ``memory``, ``killed`` or ``error``.
+        stopped: Whether a callback ended the training before the last epoch.
+        steps: Training steps in all.
+        step_seconds: Median time of a training step, in seconds.
+        memory: Peak memory of the process, in bytes.
+        skew_before: How far the moving statistics were from the training set's after training: of
+            means in standard deviations, of deviations in doublings, the largest of all.
+        skew_after: The same after recalibration.
+        foldable: How many BatchNormalization can be folded; None where it was not measured.
+        left: Why the others cannot, one reason each.
+        predict_seconds: Median time of ``predict`` on one batch.
+        predict_folded_seconds: The same for the folded model.
+        test: Metrics on the test part of the data, which decide nothing.
+        start: Hash of the weights before training, as ``build`` made them.
     """
 
     position: str
@@ -36,6 +61,31 @@ class Trial(Record):
     seconds: float
     model: str
     error: str | None = None
+    failure: str | None = None
+    stopped: bool = False
+    steps: int = 0
+    step_seconds: float | None = None
+    memory: int | None = None
+    skew_before: float | None = None
+    skew_after: float | None = None
+    foldable: int | None = None
+    left: tuple[str, ...] = ()
+    predict_seconds: float | None = None
+    predict_folded_seconds: float | None = None
+    test: Mapping[str, float] = field(default_factory=dict[str, float])
+    start: str = ""
+
+    def best(self, metric: str, *, lower: bool) -> float:
+        """The best value of a metric over the epochs; NaN if there is none."""
+        values = [v for v in self.history.get(metric, ()) if math.isfinite(v)]
+        return (min if lower else max)(values, default=math.nan)
+
+    def epochs_to(self, metric: str, threshold: float, *, lower: bool) -> int | None:
+        """The first epoch whose metric is as good as the threshold; None if none is."""
+        for epoch, value in enumerate(self.history.get(metric, ()), start=1):
+            if (value <= threshold) if lower else (value >= threshold):
+                return epoch
+        return None
 
     def tables(self) -> Sequence[Table]:
         """The metrics that the study judges by."""
@@ -121,6 +171,11 @@ class Study(Record):
     winner: str | None
     verdict: tuple[str, ...]
     margin: float | None = None
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether small values of the deciding metric are good."""
+        return lower_is_better(self.metric)
 
     def tables(self) -> Sequence[Table]:
         """The positions, their paired differences, and the verdict."""

@@ -1,14 +1,19 @@
-"""The controlled experiment: the same model with BatchNormalization at different positions.
+"""The controlled experiment: versions of one model, trained side by side, and what that shows.
 
-``experiment`` is the whole of it: ``checks`` refuses what cannot be studied, ``settings`` says what
-decides the result, ``folder`` what lies where on disk; ``pool`` starts and ends the processes,
-``trial`` is one training run in one of them, ``progress`` what they tell meanwhile; ``analysis``
-judges the trials, ``verdict`` says it in sentences.
+``variants``, ``models`` and ``datasets`` say what can be studied, ``checks`` what is refused;
+``plan`` is all of it as one parcel for other processes, ``identity`` the hash by which a study is
+known again. ``trial`` is one training, ``measure`` what it costs. ``pool`` sees trials through
+which ``local`` runs in processes (``worker`` is one, ``said`` what it tells), ``here`` in this
+one, and ``ray_tasks`` on a cluster; ``live`` shows them. ``folder`` says what lies where on disk,
+``lock`` who may write there, ``stored`` reads and merges folders. ``analysis`` judges, by the
+tests in ``equivalence``, ``signs`` and ``power``; ``verdict`` says it in words, ``surprises``
+what was not as it should be. ``experiment`` is the whole of it.
 """
 
 from __future__ import annotations
 
 from truenorm._study.experiment import POSITIONS, study
-from truenorm._study.progress import Progress
+from truenorm._study.pool import Progress
+from truenorm._study.variants import Variant
 
-__all__ = ["POSITIONS", "Progress", "study"]
+__all__ = ["POSITIONS", "Progress", "Variant", "study"]

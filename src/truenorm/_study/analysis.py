@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from truenorm._errors import StudyError
-from truenorm._records.study import Comparison, Interval, Study, Trial
+from truenorm._records.study import Comparison, Interval, Study, Trial, lower_is_better
 from truenorm._study.equivalence import two_one_sided
 from truenorm._study.power import detectable, planned
 from truenorm._study.signs import sign_flip
@@ -25,11 +25,6 @@ from truenorm._study.verdict import Outcome, sentences
 
 LEVEL = 0.05
 """A difference is called shown if its adjusted p-value is below this."""
-
-_LOWER_IS_BETTER = (
-    *("loss", "error", "mae", "mse", "mape", "msle", "entropy", "divergence", "hinge", "poisson"),
-    *("logcosh", "log_cosh", "perplexity", "false"),
-)
 
 Values = Mapping[str, Mapping[str, np.ndarray]]
 """Per metric, per position: the last epoch's value of each seed (same order of seeds)."""
@@ -133,11 +128,6 @@ def is_shown(comparison: Comparison) -> bool:
 def is_equivalent(comparison: Comparison) -> bool:
     """Whether the difference is shown to be smaller than the margin, after the correction."""
     return comparison.p_equivalent is not None and comparison.p_equivalent < LEVEL
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric measures something bad, by the words that Keras uses for such metrics."""
-    return any(word in metric for word in _LOWER_IS_BETTER)
 
 
 def student(values: np.ndarray) -> tuple[Interval, float | None]:

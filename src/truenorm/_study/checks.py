@@ -31,7 +31,7 @@ def check_backend(backend: str) -> None:
             expected=f"one of {', '.join(Backend)}",
             received=repr(backend),
         )
-    for module, extra in (("scipy", "study"), (backend, backend)):
+    for module, extra in (("scipy", "study"), ("cloudpickle", "study"), (backend, backend)):
         if importlib.util.find_spec(module) is None:
             raise MissingDependencyError(
                 f"The study needs {module}, which is not installed",
@@ -76,23 +76,38 @@ def check_timeout(value: float | None) -> None:
         )
 
 
-def check_model(model: Any, x: np.ndarray) -> None:
+def check_margin(margin: float | None) -> None:
+    """See that this is None or a difference."""
+    if margin is not None and not (math.isfinite(margin) and margin > 0):
+        raise OptionError(
+            "The margin is not a difference",
+            where="margin",
+            expected="the smallest difference of interest, more than 0, in the metric's units; or "
+            "None",
+            received=repr(margin),
+            remedy="give for example 0.005 for half a point of accuracy: within a margin of 0 "
+            "nothing is ever equivalent",
+        )
+
+
+def check_model(model: Any, x: np.ndarray | None) -> None:
     """See that ``build`` gave a compiled model that takes these inputs; ``place`` checks the rest.
 
     Args:
         model: What ``build`` returned.
-        x: Inputs, samples first.
+        x: Inputs, samples first; None if they are not known here.
     """
     if not isinstance(model, keras.Model) or not model.compiled:
         is_model = isinstance(model, keras.Model)
         raise ModelError(
             "The function did not build a compiled model",
             where="build",
-            expected="a compiled functional or Sequential keras.Model",
+            expected="a compiled keras.Model",
             received="a model that is not compiled" if is_model else type(model).__name__,
             remedy="call model.compile(...) in it and return the model",
         )
-    check(model, x)
+    if x is not None:
+        check(model, x)
 
 
 def check_placement(model: Any, positions: Sequence[str]) -> tuple[str, ...]:
@@ -158,7 +173,7 @@ def check_data(data: Any) -> tuple[Arrays, Arrays]:
             received=type(data).__name__,
             remedy="give the training pair and the validation pair",
         ) from None
-    for name, array in zip(NAMES, (x_train, y_train, x_val, y_val), strict=True):
+    for name, array in zip(NAMES, (x_train, y_train, x_val, y_val), strict=False):
         _check_array(name, array)
     for part, x, y in (("training", x_train, y_train), ("validation", x_val, y_val)):
         if len(x) != len(y):

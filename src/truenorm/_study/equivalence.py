@@ -25,7 +25,9 @@ def two_one_sided(differences: np.ndarray, margin: float) -> tuple[Interval | No
 
     Where more than half of the seeds have no difference at all, the metric is too coarse: the few
     that differ, by one validation sample or two, say little about the others, and the test would
-    be wrong too often. It gives no answer then.
+    be wrong too often. It gives no answer then. Of 20 seeds with 36 validation samples, for
+    example, at most one differs in 10% of all studies, although the true difference is half a
+    point.
 
     Args:
         differences: One finite number per seed.

@@ -1,58 +1,77 @@
-"""Plan a study, run its trials in local processes, gather what they found."""
+"""Plan a study, have its trials run, gather what they found."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
+import shlex
+import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import keras
 
 from truenorm._checks import check_integer
-from truenorm._errors import OutputError
-from truenorm._records.files import replacing
+from truenorm._errors import OptionError, OutputError
 from truenorm._records.study import Study, Trial
 from truenorm._rewrites.place import Position
 from truenorm._study import checks
 from truenorm._study.analysis import analyse
+from truenorm._study.datasets import SKLEARN, Parts, Ready
 from truenorm._study.folder import (
+    ABOUT,
     DATA,
-    Arrays,
     Spec,
+    digest,
     open_folder,
     read_result,
-    write_arrays,
+    write_data,
+    write_json,
 )
-from truenorm._study.pool import run_all
-from truenorm._study.progress import OnEvent
-from truenorm._study.settings import context, digest
+from truenorm._study.here import Here
+from truenorm._study.identity import code_digest
+from truenorm._study.local import Local
+from truenorm._study.lock import only_driver
+from truenorm._study.models import build_of, made
+from truenorm._study.plan import Plan
+from truenorm._study.pool import OnEvent, Runner, run_all
+from truenorm._study.ray_tasks import RayTasks
+from truenorm._study.surprises import surprises
+from truenorm._study.variants import Variant, Variants, is_positions, positions_in, variants_of
 
 POSITIONS: tuple[Position, ...] = get_args(Position)
 
 
 def study(
-    build: Callable[[], Any],
-    data: tuple[Arrays, Arrays],
+    build: Callable[[], Any] | str | Path,
+    data: Any,
     *,
     positions: Sequence[str] = POSITIONS,
+    variants: Variants | None = None,
     seeds: int | Sequence[int] = 5,
     epochs: int,
     batch_size: int = 64,
     recalibrate: bool = True,
+    margin: float | None = None,
+    threshold: float | None = None,
+    callbacks: Callable[[], Any] | None = None,
     directory: str | Path | None = None,
     name: str = "study",
     backend: str | None = None,
     workers: int | None = None,
     timeout: float | None = None,
+    runner: str = "local",
+    resources: Mapping[str, Any] | None = None,
     on_event: OnEvent | None = None,
 ) -> Study:
-    """Train one model with BatchNormalization at each position, and say which is better.
+    """Train versions of one model, as with BatchNormalization at each position; say what is better.
 
-    A paired experiment. For each seed the model is built once; every position is made from that
-    same model, so all start from the same kernels, and all see the same batches in the same order.
-    Then only the position differs within a seed, and the differences between positions, one per
-    seed, are what is analysed.
+    A paired experiment. For each seed every variant is made from the same model, so all start from
+    the same kernels, and all see the same batches in the same order. Then only the variant differs
+    within a seed, and the differences between variants, one per seed, are what is analysed.
 
     Each trial is a process of its own. When several run at once, each gets its share of the cores
     (by environment variables, where you have not set them: ``OMP_NUM_THREADS``,
@@ -60,14 +79,26 @@ def study(
     ``TF_NUM_INTEROP_THREADS``, ``NPROC`` for XLA), and takes memory of a GPU as it needs it.
 
     Args:
-        build: Called without arguments, returns a compiled functional or Sequential model with
-            BatchNormalization at its activations. Only layers and functions of Keras and truenorm:
-            the trials' processes do not know others.
+        build: Called without arguments in each trial, returns a compiled model, with any layers,
+            losses and metrics of your own. Positions need a functional or Sequential model with
+            BatchNormalization at its activations. Or a name: ``package.module:function``; a
+            ``.keras`` file, opened by :func:`truenorm.archive.load`, its weights drawn anew for
+            each seed; ``applications:ResNet50``; or a family with sizes, ``mlp:64-64``,
+            ``cnn:16-32``, ``resnet:16-32``.
         data: ``((x_train, y_train), (x_val, y_val))``, NumPy arrays of finite numbers, samples
-            first. The part of the training set that does not fill a last batch is left out in each
-            epoch, other samples each time.
+            first, perhaps with a third pair to test. Or a function that is called with the seed
+            (and with ``batch_size``, if it takes one) in each trial, and returns ``(train,
+            validation)`` or ``(train, validation, test)``, each what ``fit`` takes, or a dict of
+            these with ``steps_per_epoch`` and so on. Or a name: ``digits``, ``breast_cancer``,
+            ``wine``, ``diabetes``; ``keras:mnist``; ``FILE.npz`` with ``x`` and ``y``;
+            ``FILE.csv:TARGET``; a folder with one folder of images for each class. Named data is
+            split by the seed, 60% / 20% / 20%, classes with equal shares. Of arrays, the part of
+            the training set that does not fill a last batch is left out in each epoch, other
+            samples each time. The test part is looked at once, and decides nothing.
         positions: Two or more of ``none``, ``before_activation``, ``after_activation`` and, for
             residual networks, ``before_layer``; see :func:`truenorm.place`.
+        variants: In place of positions: a mapping from names to a position, a function from model
+            to model, None (the model as it is built), or a :class:`truenorm.Variant`.
         seeds: How many (0, 1, …), or which.
         epochs: How often the training data is gone through.
         batch_size: Samples per step.
@@ -75,24 +106,38 @@ def study(
             over the whole training set (:func:`truenorm.recalibrate`), so that a moving average
             that lags behind does not decide; the history, and the models that are kept, have the
             moving averages. False: judge with the moving averages.
+        margin: The smallest difference of interest in the deciding metric, in its units (0.005 is
+            half a point of accuracy). With it "equivalent" can be shown, not only "no difference
+            shown".
+        threshold: Count the epochs until the deciding metric is as good as this.
+        callbacks: Called in each trial, returns a list of Keras's callbacks. A training that they
+            end early counts, and is marked.
         directory: The study's folder; its results are kept, and a study that was stopped goes on
             when it is called again with the same arguments. None: a temporary folder, removed at
             the end (the trained models with it).
         name: Title of the study, for tables.
         backend: ``jax``, ``tensorflow`` or ``torch`` for the trials; None: the one in use here.
-        workers: How many trials run at once; None: one per core.
+        workers: How many trials run at once; None: one per core, or all that a cluster has room
+            for.
         timeout: Longest time of one trial, in seconds; one that takes longer has failed.
+        runner: ``local``: a process of this machine for each trial. ``here``: this process, one
+            trial after the other, for models that train in seconds. ``ray``: tasks of the Ray
+            cluster that this process is connected to, or of one on this machine; or the address
+            of a cluster.
+        resources: Options of Ray's tasks, such as ``{"num_cpus": 4, "num_gpus": 1}``.
         on_event: Called in this thread with a :class:`Progress` for every start, epoch and end.
 
     Returns:
         The trials, summaries, paired comparisons and the verdict. A failed trial is among the
-        trials with its ``error``; its seed is then left out for all positions.
+        trials with its ``error``; its seed is then left out for all variants, or the variant if
+        none of its trials finished.
 
     Raises:
         DataError: The arrays do not fit together or the model.
-        ModelError: ``build`` did not give a compiled functional or Sequential model.
+        ModelError: ``build`` did not give a compiled model, or one that cannot be varied so.
         OptionError: An argument has an impossible value.
-        StudyError: The folder belongs to another study, or a position has no finished trial.
+        StudyError: The folder belongs to another study or is in use, nothing answers at the
+            cluster's address, or too few trials finished to compare anything.
         OutputError: The folder cannot be written.
         MissingDependencyError: scipy or the backend is not installed.
 
@@ -126,63 +171,188 @@ or 'before_activation' or 'after_activation' or 'before_layer'. Received: 'behin
             print(result)   # tables and verdict
             result.winner   # a position, or None where none is shown to be best
 
+        What is compared can be anything::
+
+            tn.study(build, "photos/", epochs=10, margin=0.005, variants={
+                "stock": None,
+                "ghost batches": lambda m: tn.replace(m, "truenorm").model,
+                "small batches": tn.Variant(batch_size=8, learning_rate=3e-4),
+            })
+
     Note:
-        Choose the number of seeds beforehand. Adding seeds until a difference shows would make one
-        show sooner or later where there is none; a folder therefore takes no more of them.
+        Choose the number of seeds and the margin beforehand. Adding seeds until a difference shows
+        would make one show sooner or later where there is none; a folder therefore takes no more
+        of them.
 
     Reference:
-        Student's paired t-test over seeds, Holm's correction over the pairs of positions: see
-        ``truenorm._study.analysis`` for the formulas.
+        Student's paired t-test over seeds, Holm's correction over the pairs of variants, two
+        one-sided tests for equivalence, exact sign flips: see ``truenorm._study.analysis`` and the
+        files beside it for the formulas, and ``docs/study.md`` for how often they are wrong.
     """
     chosen = backend or keras.config.backend()
     checks.check_backend(chosen)
-    names, numbers = checks.check_positions(positions), checks.check_seeds(seeds)
-    epochs = check_integer("epochs", epochs)
-    batch_size = check_integer("batch_size", batch_size)
-    if workers is not None:
-        check_integer("workers", workers)
+    if variants is None:
+        variants = checks.check_positions(positions)
+    named, numbers = variants_of(variants), checks.check_seeds(seeds)
+    for option, value in (("epochs", epochs), ("batch_size", batch_size), ("workers", workers)):
+        if option != "workers" or value is not None:
+            check_integer(option, value)
     checks.check_timeout(timeout)
-    arrays = checks.check_data(data)
-    model = _built(build, numbers[0], arrays)
-    steps = epochs * max(1, len(arrays[0][0]) // batch_size)
-    stale = () if recalibrate else checks.check_momentum(model, steps)
-    notes = (*stale, *checks.check_placement(model, names))
+    checks.check_margin(margin)
+    arrays, function = _data(data)
+    plan = Plan(build_of(build), function, named, callbacks)
+    model, notes = _tried(plan, arrays, numbers[0], batch_size)
+    if arrays is not None and not recalibrate:
+        steps = epochs * max(1, len(arrays.train[0]) // batch_size)
+        notes = (*checks.check_momentum(model, steps), *notes)
     settings: dict[str, Any] = {
-        "positions": list(names),
+        "positions": list(named),
+        **({} if is_positions(named) else {"variants": _said(named)}),
         "seeds": list(numbers),
         "epochs": epochs,
         "batch_size": batch_size,
         "recalibrate": recalibrate,
-        **context(model, arrays, chosen),
+        "margin": margin,
+        "threshold": threshold,
+        "backend": chosen,
+        "versions": _versions(chosen),
+        "floatx": keras.config.floatx(),
+        "dtype_policy": keras.config.dtype_policy().name,
+        "data": _data_digest(arrays, function),
+        "model": model_digest(model),
+        **({} if callbacks is None else {"callbacks": code_digest(callbacks)}),
     }
     with tempfile.TemporaryDirectory(prefix="truenorm-") as temporary:
         folder = Path(temporary if directory is None else directory).resolve()
-        specs = _specs(settings, keep_models=directory is not None)
-        trials, todo = _prepare(folder, settings, specs, build, arrays)
-        trials += run_all(
-            folder,
-            todo,
-            backend=chosen,
-            workers=workers,
-            timeout=timeout,
-            on_event=on_event,
-            finished=trials,
-        )
-    return analyse(trials, positions=names, name=name, settings=settings, notes=notes)
+        specs = specs_of(settings, keep_models=directory is not None)
+        with _opened(folder, settings):
+            about = {"name": name, "notes": list(notes), "command": _command()}
+            with _writing(folder):
+                trials, todo = _prepare(folder, specs, plan, arrays)
+                if todo:
+                    write_json(folder / ABOUT, about)
+            if todo:
+                trials += run_all(
+                    folder,
+                    todo,
+                    _runner(runner, folder, chosen, workers, timeout, resources),
+                    on_event=on_event,
+                    finished=trials,
+                )
+    return judged(trials, settings, about)
 
 
-def _specs(settings: Mapping[str, Any], *, keep_models: bool) -> list[Spec]:
+def _runner(
+    runner: str,
+    folder: Path,
+    backend: str,
+    workers: int | None,
+    timeout: float | None,
+    resources: Mapping[str, Any] | None,
+) -> Runner:
+    if runner == "local":
+        return Local(folder, backend=backend, workers=workers, timeout=timeout)
+    if runner == "here":
+        if backend != keras.config.backend() or timeout is not None:
+            raise OptionError(
+                "In this process there is one backend, and no trial can be ended",
+                where="runner",
+                expected=f"backend {keras.config.backend()} and no timeout, or another runner",
+                received=f"'here', backend {backend}, timeout {timeout}",
+            )
+        return Here(folder)
+    return RayTasks(
+        folder,
+        address=runner,
+        backend=backend,
+        workers=workers,
+        timeout=timeout,
+        resources=resources,
+    )
+
+
+def _data(data: Any) -> tuple[Parts | None, Callable[..., Any] | None]:
+    """Arrays, or the function of the seed that gives the data."""
+    if isinstance(data, str | Path):
+        return None, Ready(str(data) if str(data) in SKLEARN else absolute(str(data)))
+    if callable(data):
+        return None, data
+    pairs = checks.check_data(data[:2] if isinstance(data, tuple) and len(data) == 3 else data)
+    test = None
+    if len(data) == 3:
+        test = checks.check_data((pairs[0], data[2]))[1]
+    return Parts(*pairs, test), None
+
+
+def absolute(name: str) -> str:
+    """A file's name that holds in another process's folder, too."""
+    path, mark, target = name.rpartition(":") if ".csv:" in name else (name, "", "")
+    return f"{Path(path).resolve()}{mark}{target}" if Path(path).exists() else name
+
+
+def _data_digest(arrays: Parts | None, function: Callable[..., Any] | None) -> str:
+    if isinstance(function, Ready):
+        return function.identity()
+    if arrays is None:
+        return code_digest(function)
+    pairs = [pair for pair in (arrays.train, arrays.validation, arrays.test) if pair is not None]
+    return digest([array for pair in pairs for array in pair])
+
+
+def _said(variants: Mapping[str, Variant]) -> dict[str, Any]:
+    """Settings and code of every variant."""
+    return {
+        name: {
+            **variant.settings(),
+            **({"code": code_digest(variant.change)} if callable(variant.change) else {}),
+        }
+        for name, variant in variants.items()
+    }
+
+
+def _tried(
+    plan: Plan, arrays: Parts | None, seed: int, batch_size: int
+) -> tuple[Any, tuple[str, ...]]:
+    """The model of the first seed, after every variant was made once; and what to say of them.
+
+    What cannot be made is better known now than after hours of training.
+    """
+
+    def built() -> Any:
+        made_ = made(plan.build, lambda: plan.parts(arrays, seed, batch_size), seed)
+        checks.check_model(made_, None if arrays is None else arrays.train[0])
+        return made_
+
+    model = built()
+    notes = checks.check_placement(model, positions_in(plan.variants))
+    same: dict[tuple[str, int | None], list[str]] = {}
+    for name, variant in plan.variants.items():
+        key = (model_digest(variant.applied(built())), variant.batch_size)
+        same.setdefault(key, []).append(name)
+    twins = tuple(
+        f"Caution: {' and '.join(names)} are the same model with the same settings, so that any "
+        "difference between them is chance."
+        for names in same.values()
+        if len(names) > 1
+    )
+    return model, (*notes, *twins)
+
+
+def specs_of(settings: Mapping[str, Any], *, keep_models: bool) -> list[Spec]:
     """Every trial, seed by seed: what stops a study early leaves whole pairs."""
+    own = ("positions", "variants", "seeds", "margin", "threshold")
+    shared = {key: value for key, value in settings.items() if key not in own}
+    variants = settings.get("variants", {})
     return [
         Spec(
-            study=digest(settings),
+            identity=digest([shared, position, variants.get(position), seed]),
             position=position,
             seed=seed,
             epochs=settings["epochs"],
             batch_size=settings["batch_size"],
             recalibrate=settings["recalibrate"],
             keep_model=keep_models,
-            built_on=settings["built_on"],
+            costs=seed == settings["seeds"][0],
             floatx=settings["floatx"],
             dtype_policy=settings["dtype_policy"],
         )
@@ -191,19 +361,23 @@ def _specs(settings: Mapping[str, Any], *, keep_models: bool) -> list[Spec]:
     ]
 
 
-def _prepare(
-    folder: Path,
-    settings: Mapping[str, Any],
-    specs: Sequence[Spec],
-    build: Callable[[], Any],
-    arrays: tuple[Arrays, Arrays],
-) -> tuple[list[Trial], list[Spec]]:
-    """Make the folder ready; back come the trials that are there and those to run."""
+@contextmanager
+def _opened(folder: Path, settings: Mapping[str, Any]) -> Generator[None]:
+    """The folder, held by this process alone and made ready for this study."""
+    with ExitStack() as stack:
+        with _writing(folder):
+            (folder / "trials").mkdir(parents=True, exist_ok=True)
+            stack.enter_context(only_driver(folder))
+            open_folder(folder, settings)
+        yield
+
+
+@contextmanager
+def _writing(folder: Path) -> Generator[None]:
     try:
-        open_folder(folder, settings)
-        kept = {spec: read_result(folder, spec) for spec in specs}
-        todo = [spec for spec, trial in kept.items() if trial is None]
-        _write_inputs(folder, todo, build, arrays)
+        yield
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(
             "The study's folder cannot be written",
@@ -211,26 +385,93 @@ def _prepare(
             received=str(error),
             remedy="give a folder that you may write to, on a disk with room",
         ) from error
+
+
+def _prepare(
+    folder: Path, specs: Sequence[Spec], plan: Plan, arrays: Parts | None
+) -> tuple[list[Trial], list[Spec]]:
+    """Write what the trials start from; back come the trials that are there and those to run."""
+    kept = {spec: read_result(folder, spec) for spec in specs}
+    todo = [spec for spec, trial in kept.items() if trial is None]
+    if todo:
+        plan.write(folder)
+        if arrays is not None and not (folder / DATA).exists():
+            write_data(folder, arrays)
     return [trial for trial in kept.values() if trial is not None], todo
 
 
-def _built(build: Callable[[], Any], seed: int, arrays: tuple[Arrays, Arrays]) -> Any:
-    keras.utils.set_random_seed(seed)
-    model = build()
-    checks.check_model(model, arrays[0][0])
-    return model
+def judged(trials: Sequence[Trial], settings: Mapping[str, Any], about: Mapping[str, Any]) -> Study:
+    """What the trials show, with what is known of how they were made."""
+    return analyse(
+        trials,
+        positions=settings["positions"],
+        name=about["name"],
+        settings={**settings, "command": about["command"]},
+        notes=(*about["notes"], *surprises(trials)),
+        margin=settings["margin"],
+    )
 
 
-def _write_inputs(
-    folder: Path, todo: Sequence[Spec], build: Callable[[], Any], arrays: tuple[Arrays, Arrays]
-) -> None:
-    """Write what the trials start from, where it is not there already."""
-    if todo and not (folder / DATA).exists():
-        write_arrays(folder, *arrays)
-    for seed, base in {spec.seed: folder / spec.base for spec in todo}.items():
-        if not base.exists():
-            model = _built(build, seed, arrays)
-            if not model.optimizer.built:  # else the file has less variables than a loader expects
-                model.optimizer.build(model.trainable_variables)
-            with replacing(base) as temporary:
-                model.save(temporary)
+def _command() -> str:
+    """What repeats this study: the command or script of this process."""
+    first, *rest = sys.argv or [""]
+    name = "truenorm" if first.endswith("__main__.py") else Path(first).name
+    return (
+        shlex.join([name, *rest]) if name in ("truenorm",) else shlex.join(["python", name, *rest])
+    )
+
+
+def model_digest(model: Any) -> str:
+    """A hash of a model's configuration and compilation, whatever its layers are called."""
+    try:
+        config = keras.saving.serialize_keras_object(model)
+    except (TypeError, ValueError, NotImplementedError, AttributeError):
+        config = {"class": code_digest(type(model))}  # a class that does not say its config
+    return digest(_nameless(config))
+
+
+def _versions(backend: str) -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("truenorm", "keras", "numpy", backend):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # such as tensorflow-cpu
+            found[package] = "unknown"
+    return found
+
+
+def _nameless(config: Any) -> Any:
+    """A model's config with every object's name replaced by its number.
+
+    Keras counts on in the names that it gives (``dense``, ``dense_1``), so the second model that
+    ``build`` makes in a process has other names than the first, and is still the same.
+    """
+    numbers = {name: f"#{i}" for i, name in enumerate(dict.fromkeys(_names(config)))}
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: renamed(v) for k, v in cast(dict[str, Any], value).items()}
+        if isinstance(value, list | tuple):
+            return [renamed(item) for item in cast(Sequence[Any], value)]
+        return numbers.get(value, value) if isinstance(value, str) else value
+
+    return renamed(config)
+
+
+def _names(value: Any) -> Iterator[str]:
+    """The names of the objects in a config; a dtype policy's name is its value and stays."""
+    if isinstance(value, dict):
+        content = cast(dict[str, Any], value)
+        inner = content.get("config")
+        if isinstance(inner, dict) and not str(content.get("class_name")).endswith("Policy"):
+            own = cast(dict[str, Any], inner).get("name")
+            if isinstance(own, str):
+                yield own
+    for item in _items(value):
+        yield from _names(item)
+
+
+def _items(value: Any) -> Sequence[Any]:
+    if isinstance(value, dict):
+        return tuple(cast(dict[str, Any], value).values())
+    return tuple(cast(Sequence[Any], value)) if isinstance(value, list | tuple) else ()

@@ -1,232 +1,154 @@
-"""Trials in local processes, some at once: started, watched, and ended in every case."""
+"""Trials in other processes, some at once, whoever runs them: started, watched, ended in any case.
+
+A runner is what knows how to start and end trials: :mod:`truenorm._study.local` in processes of
+this machine, :mod:`truenorm._study.ray_tasks` in tasks of a Ray cluster. It reports into one queue,
+which is read here.
+"""
 
 from __future__ import annotations
 
-import os
 import queue
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from truenorm._errors import OutputError
 from truenorm._records.study import Trial
-from truenorm._study.folder import Spec, read_result
-from truenorm._study.progress import OnEvent, Progress, told
+from truenorm._study.folder import Spec, write_failure
 
-_GRACE = 5.0  # seconds that a worker has to end by itself before it is killed
-_THREADS = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "TF_NUM_INTRAOP_THREADS",
-    "TF_NUM_INTEROP_THREADS",
-    "NPROC",  # XLA's thread pools on the CPU
-)
+NO_ROOM = ("No space left on device", "Disk quota exceeded")
+_MEMORY = ("MemoryError", "OutOfMemory", "out of memory", "RESOURCE_EXHAUSTED", "bad_alloc")
 
 
-_Event = tuple[str, Spec, int, Any]
+@dataclass(frozen=True)
+class Progress:
+    """Something that happened in a study.
+
+    Args:
+        kind: ``started``, ``epoch``, ``finished`` or ``failed``.
+        position: The trial's position, or the name of its variant.
+        seed: The trial's seed.
+        pid: The process that runs it.
+        done: Trials of the study that have ended by now, this one included.
+        total: Trials of the study.
+        epoch: At an ``epoch``: its number, from 1.
+        epochs: Epochs of the trial.
+        metrics: At an ``epoch``: Keras's logs; at ``finished``: the final metrics.
+        error: At ``failed``: why.
+    """
+
+    kind: str
+    position: str
+    seed: int
+    pid: int
+    done: int
+    total: int
+    epoch: int = 0
+    epochs: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    error: str | None = None
+
+
+OnEvent = Callable[[Progress], None]
+Event = tuple[str, Spec, int, Any]
+"""Kind, trial, process, and what came: for ``epoch`` its number and metrics, for ``ended`` the
+trial, for ``crashed`` an exception of the runner itself."""
+
+
+class Runner(Protocol):
+    """Starts trials, reports what happens to them, and ends those that are left."""
+
+    events: queue.SimpleQueue[Event]
+
+    def start(self, todo: Sequence[Spec]) -> None:
+        """Start all trials, as many at once as there is room for; returns at once."""
+        ...
+
+    def stop(self) -> None:
+        """End every trial that has not ended. Nothing of it is left when this returns."""
+        ...
 
 
 def run_all(
     folder: Path,
     todo: Sequence[Spec],
+    runner: Runner,
     *,
-    backend: str,
-    workers: int | None,
-    timeout: float | None,
     on_event: OnEvent | None,
     finished: Sequence[Trial],
 ) -> list[Trial]:
-    """Run every spec in a process; a Trial of each comes back, failed ones with their error.
+    """Run every spec; a Trial of each comes back, failed ones with their error.
 
-    Whatever ends it, an exception of ``on_event`` or Ctrl-C too, no process is left behind.
+    Whatever ends it, an exception of ``on_event`` or Ctrl-C too, nothing is left running.
 
     Args:
         folder: The study's folder.
         todo: What to run.
-        backend: Keras's backend in the workers.
-        workers: How many at once; None: one per core.
-        timeout: Seconds that each may take.
+        runner: Who runs it.
         on_event: Called in the calling thread.
         finished: Trials that are there already; they count in the progress.
     """
     if not todo:
         return []
-    cores = os.cpu_count() or 1
-    at_once = min(workers or cores, len(todo))
-    environment = _environment(
-        folder, backend, threads=max(1, cores // at_once), shared=at_once > 1
-    )
-    total = len(finished) + len(todo)
     trials: list[Trial] = []
-    pool = _Pool(folder, environment, timeout)
-    executor = ThreadPoolExecutor(at_once)
     try:
-        for spec in todo:
-            executor.submit(pool.run, spec)
+        runner.start(todo)
         while len(trials) < len(todo):
-            kind, spec, pid, content = pool.events.get()
-            if isinstance(content, OSError):
-                raise OutputError(
-                    "A trial could not be started or its files not be written",
-                    where=str(folder),
-                    received=str(content),
-                    remedy="see that the disk has room, then run the study again: it goes on",
-                ) from content
-            if isinstance(content, BaseException):
-                raise content
+            kind, spec, pid, content = runner.events.get()
+            if kind == "crashed":
+                raise _crash(folder, content)
             if kind == "ended":
                 trials.append(content)
-                kind = "failed" if content.error else "finished"
+                kind = _ended(folder, spec, content)
             if on_event is not None:
-                on_event(
-                    Progress(
-                        kind,
-                        spec.position,
-                        spec.seed,
-                        pid,
-                        len(finished) + len(trials),
-                        total,
-                        epoch=content["epoch"] if kind == "epoch" else 0,
-                        epochs=spec.epochs,
-                        metrics=content["metrics"] if kind == "epoch" else {},
-                        error=content.error if kind == "failed" else None,
-                    )
-                )
+                done, total = len(finished) + len(trials), len(finished) + len(todo)
+                told = Progress(kind, spec.position, spec.seed, pid, done, total)
+                on_event(_filled(told, spec, content))
     finally:
-        pool.stop()
-        executor.shutdown(cancel_futures=True)
+        runner.stop()
     return trials
 
 
-def _environment(folder: Path, backend: str, *, threads: int, shared: bool) -> dict[str, str]:
-    """The workers' environment; what the user has set stays."""
-    wanted = {"TF_CPP_MIN_LOG_LEVEL": "2"}
-    if backend == "jax":  # the trials of a position compile once
-        wanted |= {
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "jax_cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
-    if shared:
-        wanted |= dict.fromkeys(_THREADS, str(threads))
-        wanted |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
-    return {**wanted, **os.environ, "KERAS_BACKEND": backend}
+def _ended(folder: Path, spec: Spec, trial: Trial) -> str:
+    if trial.error is None:
+        return "finished"
+    if any(words in trial.error for words in NO_ROOM):
+        raise _no_room(folder, trial.error.splitlines()[-1])
+    write_failure(folder, spec, trial)
+    return "failed"
 
 
-class _Pool:
-    """The worker processes that are alive, and the one way to start and to end them."""
-
-    def __init__(self, folder: Path, environment: dict[str, str], timeout: float | None) -> None:
-        self.events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
-        self._folder, self._environment, self._timeout = folder, environment, timeout
-        self._lock = threading.Lock()
-        self._alive: set[subprocess.Popen[str]] = set()
-        self._stopped = False
-
-    def run(self, spec: Spec) -> None:
-        """Run one trial to its end; called in a thread."""
-        pid, started = 0, time.monotonic()
-        try:
-            path = spec.write(self._folder)
-            stderr = self._folder / spec.file(".stderr")
-            with stderr.open("w", encoding="utf-8") as file:
-                process = self._start(path, file)
-                if process is None:
-                    return
-                pid = process.pid
-                self.events.put(("started", spec, pid, None))
-                late = self._watch(process, spec)
-            trial = None if process.returncode else read_result(self._folder, spec)
-            if trial is None:
-                reason = _reason(process.returncode, self._timeout if late else None, stderr)
-                seconds = time.monotonic() - started
-                trial = Trial(spec.position, spec.seed, {}, {}, 0, 0, seconds, "", reason)
-            self.events.put(("ended", spec, pid, trial))
-        except BaseException as error:  # raised again in the waiting thread
-            self.events.put(("crashed", spec, pid, error))
-
-    def _start(self, path: Path, stderr: Any) -> subprocess.Popen[str] | None:
-        # -P: nothing in the current folder is taken for a module. A session of its own: the
-        # terminal's Ctrl-C reaches the parent alone, which ends its workers itself.
-        command = [sys.executable, "-P", "-m", "truenorm._study.trial", str(path)]
-        with self._lock:
-            if self._stopped:
-                return None
-            process = subprocess.Popen(  # noqa: S603 - our own module
-                command,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                start_new_session=True,
-            )
-            self._alive.add(process)
-            return process
-
-    def _watch(self, process: subprocess.Popen[str], spec: Spec) -> bool:
-        """Pass on what the worker says until it ends; whether it took too long."""
-        late = threading.Event()
-
-        def end() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(self._timeout, end) if self._timeout is not None else None
-        if timer is not None:
-            timer.daemon = True
-            timer.start()
-        try:
-            for line in process.stdout or ():
-                if (content := told(line)) is not None:
-                    self.events.put(("epoch", spec, process.pid, content))
-            process.wait()
-        finally:
-            if timer is not None:
-                timer.cancel()
-            if process.stdout is not None:
-                process.stdout.close()
-            with self._lock:
-                self._alive.discard(process)
-        return late.is_set()
-
-    def stop(self) -> None:
-        """End every worker: ask, wait a little, kill."""
-        with self._lock:
-            self._stopped = True
-            alive = list(self._alive)
-        try:
-            for process in alive:
-                process.terminate()
-            limit = time.monotonic() + _GRACE
-            for process in alive:
-                try:
-                    process.wait(max(0.0, limit - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    break
-        finally:
-            for process in alive:
-                process.kill()  # does nothing to one that has ended
+def _filled(told: Progress, spec: Spec, content: Any) -> Progress:
+    """The event with what belongs to its kind."""
+    more: dict[str, Any] = {"epochs": spec.epochs}
+    if told.kind == "epoch":
+        more |= {"epoch": content["epoch"], "metrics": content["metrics"]}
+    if told.kind == "finished":
+        more |= {"metrics": content.final}
+    if told.kind == "failed":
+        more |= {"error": content.error}
+    return Progress(**{**vars(told), **more})
 
 
-def _reason(code: int, timeout: float | None, stderr: Path) -> str:
-    """Why a worker gave no result, with the last lines of what it complained."""
-    if timeout is not None:
-        problem = f"the trial took longer than {timeout:g} s and was ended"
-    elif code < 0:
-        problem = f"the worker was ended by signal {-code}"
-        problem += " (out of memory?)" if code == -9 else ""
-    elif code > 0:
-        problem = f"the worker ended with exit code {code}"
-    else:
-        problem = "the worker left no whole result"
-    lines = stderr.read_text("utf-8", errors="replace").strip().splitlines()[-8:]
-    return "\n".join([problem, *lines])
+def _crash(folder: Path, error: BaseException) -> BaseException:
+    return _no_room(folder, str(error)) if isinstance(error, OSError) else error
+
+
+def _no_room(folder: Path, what: str) -> OutputError:
+    return OutputError(
+        "A trial could not be started or its files not be written",
+        where=str(folder),
+        received=what,
+        remedy="see that the disk has room, then run the study again: it goes on",
+    )
+
+
+def failed(
+    spec: Spec, reason: str, *, seconds: float, lines: Sequence[str] = (), failure: str = "error"
+) -> Trial:
+    """A trial that gave no result: why, in one line, with the last lines of what it said."""
+    if failure == "error" and any(word in line for word in _MEMORY for line in lines):
+        reason, failure = f"{reason}: there was not enough memory", "memory"
+    text = "\n".join([reason, *lines])
+    return Trial(spec.position, spec.seed, {}, {}, 0, 0, seconds, "", error=text, failure=failure)

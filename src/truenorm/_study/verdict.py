@@ -151,6 +151,12 @@ def _pair(outcome: Outcome, comparison: Comparison, shown: bool, equivalent: boo
     seen = _told(outcome, _seen_from(comparison, first))
     if equivalent:
         return _equivalent(outcome, comparison, first, second)
+    if outcome.margin is not None and comparison.narrow is None:
+        return (
+            f"Not decided between {first} and {second} in {outcome.noun}: {first} minus {second} "
+            f"is {seen}, but most seeds gave both the same value, so that the metric is too coarse "
+            f"to show a difference smaller than {_margin(outcome)}; use more validation data."
+        )
     subject = f"No difference shown between {first} and {second} in {outcome.noun}"
     if outcome.margin is not None:
         subject = (

@@ -26,13 +26,19 @@ def curves(
     means: Mapping[str, Curve],
     limits: tuple[float, float],
     narrow: bool,
+    bands: Mapping[str, tuple[Curve, Curve]],
 ) -> None:
-    """One thick line per position, the seeds behind it, and the names at the lines' ends."""
+    """One thick line per position, its band or the seeds behind it, and names at the ends."""
     from matplotlib.ticker import MaxNLocator
 
     plain(axes, title, grid="y")
     colour = colours([*runs])
     for position, seeds in runs.items():
+        if position in bands:
+            low, high = bands[position]
+            epochs = np.arange(1, len(low) + 1)
+            axes.fill_between(epochs, low, high, color=colour[position], alpha=0.18, lw=0)
+            continue
         for values in seeds.values() if len(seeds) > 1 else ():
             epochs = np.arange(1, len(values) + 1)
             mark = "o" if len(values) == 1 else "none"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from truenorm._records.study import Comparison
 from truenorm.report._canvas import (
     FAINT,
+    GRID,
     INK,
     MUTED,
     PAPER,
@@ -74,15 +75,25 @@ def _halves(name: str) -> tuple[str, ...]:
     return (head + mark, tail) if tail and len(name) > 8 else (name,)
 
 
-def differences(axes: Axes, pairs: Sequence[Comparison]) -> None:
-    """A forest plot: per pair the mean difference, its interval, and the line of no difference."""
+def differences(axes: Axes, pairs: Sequence[Comparison], margin: float | None) -> None:
+    """A forest plot: per pair the mean difference, its interval, and the line of no difference.
+
+    With a margin, the band of differences that are of no interest, and the 90% interval that
+    decides whether the difference lies in it.
+    """
     plain(axes, "paired difference, same seeds", grid="x")
     ends = [0.0]
+    if margin is not None:
+        axes.axvspan(-margin, margin, color=GRID, lw=0, zorder=0)
+        ends += [-margin, margin]
     for row, pair in enumerate(pairs):
         value = pair.difference
         if value.low is not None and value.high is not None:
             axes.plot([value.low, value.high], [row, row], color=INK, lw=2)
             ends += [value.low, value.high]
+        narrow = pair.narrow
+        if narrow is not None and narrow.low is not None and narrow.high is not None:
+            axes.plot([narrow.low, narrow.high], [row, row], color=INK, lw=5, zorder=2)
         ends.append(value.mean)
         shown = pair.p_adjusted is not None and pair.p_adjusted < 0.05
         axes.plot(
@@ -97,7 +108,7 @@ def differences(axes: Axes, pairs: Sequence[Comparison]) -> None:
             va="center",
             fontsize=SMALL,
             color=INK,
-            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
+            bbox=None if margin else {"facecolor": PAPER, "edgecolor": "none", "pad": 1},
         )
     limits = margins(min(ends), max(ends))
     axes.axvline(0, color=MUTED, lw=1.2, zorder=1)

@@ -28,12 +28,13 @@ __all__ = ["Chart", "comparison", "gaps", "learning_curves"]
 _MOST_LAYERS = 40
 
 
-def learning_curves(study: Study, metric: str) -> Chart:
+def learning_curves(study: Study, metric: str, *, bands: bool = False) -> Chart:
     """A metric over the epochs: per position the mean over the seeds, and each seed behind it.
 
     Args:
         study: The study.
         metric: A name in the trials' histories, such as ``val_accuracy`` or ``loss``.
+        bands: Draw the 95% interval of the mean in place of each seed's line.
 
     Returns:
         The chart.
@@ -51,11 +52,15 @@ def learning_curves(study: Study, metric: str) -> Chart:
 
     def paint(figure: Figure, narrow: bool) -> None:
         axes = figure.add_subplot()
-        _curves.curves(axes, _axis_title(metric), runs, means, (low, high), narrow)
+        drawn = {p: [*seeds.values()] for p, seeds in runs.items()}
+        edges = {p: _band(lines) for p, lines in drawn.items()} if bands else {}
+        _curves.curves(axes, _axis_title(metric), runs, means, (low, high), narrow, edges)
 
     seeds = len({seed for row in runs.values() for seed in row})
     ends = [f"{number(float(m[-1]), 4)} for {p}" for p, m in means.items() if len(m)]
     notes = ["Thick: mean over the seeds. Thin: one line per seed."] if seeds > 1 else ["One seed."]
+    if seeds > 1 and bands:
+        notes = ["Line: mean over the seeds. Band: its 95% interval."]
     if metric.startswith("val_"):
         notes.append("During training, so with the moving statistics of that moment.")
     outside = int(np.sum(np.isfinite(values) & ((values < low) | (values > high))))
@@ -91,6 +96,7 @@ def comparison(study: Study, metric: str) -> Chart:
     every = [c for c in study.comparisons if c.metric == metric]
     pairs = [c for c in every if math.isfinite(c.difference.mean)]
     forest = 84 + 48 * len(pairs)
+    margin = study.margin if metric == study.metric else None
 
     if not any(ends.values()):
         return _empty(f"{metric}: the same seeds compared", study, metric, runs)
@@ -106,7 +112,7 @@ def comparison(study: Study, metric: str) -> Chart:
         else:
             parts = figure.subplots(1, 2, width_ratios=[1, 1.1], gridspec_kw={"wspace": 0.12})
         _pairs.values(parts[0], title, ends, 300 if narrow else 800 if crowded else 370)
-        _pairs.differences(parts[1], pairs)
+        _pairs.differences(parts[1], pairs, margin)
 
     judged = "recalibrated" if study.settings.get("recalibrate") else "moving"
     notes = [
@@ -117,6 +123,11 @@ def comparison(study: Study, metric: str) -> Chart:
         notes.append(
             "Differences: mean and 95% interval over the seeds; filled where p < 0.05 after "
             "Holm's correction."
+        )
+    if pairs and margin is not None:
+        notes.append(
+            f"The shaded band is the margin of ±{number(margin)}: where the thick line, the 90% "
+            "interval, lies inside it, the two are equivalent (p < 0.05 before Holm's correction)."
         )
     if any(c.difference.low is None for c in pairs):
         notes.append("One seed gives no interval.")
@@ -211,6 +222,23 @@ def _mean(lines: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     count = finite.sum(axis=0)
     total = np.where(finite, padded, 0.0).sum(axis=0)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _band(lines: Sequence[NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The 95% interval of the mean at each epoch, over the seeds that reached it."""
+    from scipy import stats
+
+    padded = np.full((len(lines), max(map(len, lines), default=0)), np.nan)
+    for row, line in zip(padded, lines, strict=True):
+        row[: len(line)] = line
+    count = np.isfinite(padded).sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        finite = np.where(np.isfinite(padded), padded, np.nan)
+        mean = _mean(lines)
+        variance = np.nansum((finite - mean) ** 2, axis=0) / (count - 1)
+        half = stats.t.ppf(0.975, np.maximum(count - 1, 1)) * np.sqrt(variance / count)
+    half = np.where(count > 1, half, np.nan)
+    return mean - half, mean + half
 
 
 def _limits(values: NDArray[np.float64]) -> tuple[float, float]:

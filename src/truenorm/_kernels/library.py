@@ -81,6 +81,9 @@ def loaded() -> Any | None:
     return found
 
 
+OF_ANOTHER_VERSION = "their library is not that of this version of truenorm"
+
+
 def _opened() -> tuple[Any | None, str | None]:
     """The library, or why not."""
     reason = flaw()
@@ -92,9 +95,9 @@ def _opened() -> tuple[Any | None, str | None]:
     except OSError:
         return None, "their library is not for this machine"
     except ValueError:  # it lacks the names
-        numbers = []
+        return None, OF_ANOTHER_VERSION
     if numbers != [INTERFACE, CALL.size]:
-        return None, "their library is not that of this version of truenorm"
+        return None, OF_ANOTHER_VERSION
     for function in (found.tn_forward, found.tn_backward, found.tn_infer):
         function.argtypes = (ctypes.c_char_p,)
     return found, None

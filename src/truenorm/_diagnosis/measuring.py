@@ -19,6 +19,7 @@ import numpy as np
 
 from truenorm import _kernels as kernels
 from truenorm._errors import DataError
+from truenorm._kernels.masks import aligned
 from truenorm._model.hooks import intercepted
 from truenorm._model.trainer import compile_like
 from truenorm._records.moments import Array, Moments
@@ -119,6 +120,7 @@ class Runner(keras.Model):
             dtype = kernels.statistics_dtype(x.dtype)
             if not keras.backend.is_float_dtype(x.dtype):
                 x = ops.cast(x, dtype)
+            mask = None if mask is None else aligned(mask, x, layer.axis)
             options = kernels.Options(layer.axis, layer.epsilon, mask)
             batch = kernels.normalize(x, None, None, options)
             sites[layers[layer]].append((batch.count, batch.mean, batch.variance))

@@ -27,6 +27,7 @@ from truenorm._kernels.contract import (
     statistics_dtype,
 )
 from truenorm._kernels.jax import native
+from truenorm._kernels.masks import by_channel, silent
 
 
 def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options) -> Normalized:
@@ -43,11 +44,12 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
         output, mean, variance = cast(Any, _normalize(epsilon, relu, rows, scale, offset))
         count = jnp.asarray(before * after, dtype)
     else:
-        shape = x.shape[:channel] + x.shape[channel + 1 :]
+        width = channels if by_channel(mask, channel) else 1
+        shape = (*x.shape[:channel], width, *x.shape[channel + 1 :])
         counts = jnp.broadcast_to(jnp.asarray(mask, bool), shape)
-        counts = counts.reshape((before, 1, after) if after != 1 else (before, 1))
+        counts = counts.reshape((before, width, after) if after != 1 else (before, width))
         output, mean, variance = _masked(epsilon, relu, rows, scale, offset, counts, moving)
-        count = counts.sum(dtype=dtype)
+        count = _count(counts, dtype) if width != 1 else _count(counts, dtype)[0]
     return Normalized(
         output.reshape(x.shape),
         jax.lax.stop_gradient(mean),
@@ -109,11 +111,13 @@ def _masked(
 ) -> tuple[Tensor, Vector, Vector]:
     """Ordinary code but for the moments, so that forward mode is defined."""
     shift, delta, variance = cast(Any, _masked_moments(rows, counts, gamma.dtype))
+    count = _count(counts, gamma.dtype)
     if moving is not None:  # It normalises where nothing counts.
-        some = counts.any()
-        delta = jnp.where(some, delta, moving.mean.astype(gamma.dtype) - shift)
-        variance = jnp.where(some, variance, moving.variance.astype(gamma.dtype))
+        delta = jnp.where(count > 0, delta, moving.mean.astype(gamma.dtype) - shift)
+        variance = jnp.where(count > 0, variance, moving.variance.astype(gamma.dtype))
     rstd = jax.lax.rsqrt(variance + epsilon)
+    if counts.shape[1] != 1:
+        rstd = jnp.where(silent(count, 0), 0, rstd)
     deviations = rows.astype(gamma.dtype) - _spread(shift, rows)
     output = closed_form.forward(_ROWS, deviations, delta, rstd, gamma, beta)
     output = output.astype(rows.dtype)
@@ -122,9 +126,9 @@ def _masked(
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _masked_moments(rows: Tensor, counts: Tensor, dtype: Any) -> Any:
-    if rows.ndim == 2 and native.takes(rows):
+    if counts.shape[1:] == (1,) and native.takes(rows):
         return native.moments(rows, counts[:, 0], dtype=dtype)
-    share = 1.0 / jnp.maximum(counts.sum(dtype=dtype), 1.0)
+    share = 1.0 / jnp.maximum(_count(counts, dtype), 1.0)
     return tuple(closed_form.moments(_ROWS, rows.astype(dtype), share, counts))
 
 
@@ -132,7 +136,7 @@ def _masked_moments(rows: Tensor, counts: Tensor, dtype: Any) -> Any:
 def _moving_masked_rows(dtype: Any, at: Any, tangents: Any) -> Any:
     rows, counts = at
     change = jnp.where(counts, tangents[0].astype(dtype), 0)
-    share = 1.0 / jnp.maximum(counts.sum(dtype=dtype), 1.0)
+    share = 1.0 / jnp.maximum(_count(counts, dtype), 1.0)
     moments = cast(Any, _masked_moments(rows, counts, dtype))
     return moments, _moments_move(rows, change, moments, share, counts)
 
@@ -158,6 +162,11 @@ def _moments_move(
     of_mean = _total(change) * share
     of_variance = 2 * _total(jnp.where(counts, deviations, 0) * change) * share
     return jnp.zeros_like(shift), of_mean, of_variance
+
+
+def _count(counts: Tensor, dtype: Any) -> Vector:
+    """How many values count in each channel, or in all of them alike."""
+    return counts.sum((0, 2)[: counts.ndim - 1], dtype="int32").astype(dtype)
 
 
 def _share(rows: Tensor) -> float:

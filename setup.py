@@ -3,6 +3,9 @@
 They are a plain shared library that knows neither Python nor any framework: one build serves all.
 The compiler is the machine's own (``CC``, cc, gcc or clang) or, where none of them can do it, that
 of Zig, which is a package. Without the library truenorm works by the frameworks' operations.
+
+``TRUENORM_NATIVE=0`` leaves it out. For developers: with ``TRUENORM_STRICT=1`` a warning is an
+error, and so is a failed build; ``TRUENORM_SANITIZE`` names sanitizers of the compiler.
 """
 
 import functools
@@ -24,6 +27,13 @@ FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fn
 LEVELS = {"v1": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS["v3"] = ["-mavx2", "-mfma", "-mf16c"]
+STRICT = os.environ.get("TRUENORM_STRICT") == "1"
+if STRICT:
+    FLAGS += ["-Wall", "-Wextra", "-Werror"]
+SANITIZE: list[str] = []
+if sanitizers := os.environ.get("TRUENORM_SANITIZE"):
+    SANITIZE += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", *SANITIZE]
 PROBE = "#include <pthread.h>\n_Float16 half; int main(void) { return (int)half; }\n"
 
 
@@ -60,39 +70,36 @@ class BuildLibrary(build_ext):
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile once for each level; on failure, say so and leave it out."""
-        folder = Path(self.build_temp)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Build it; on failure, say so and leave it out."""
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.compile(target)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if STRICT:
+                raise
+            for left in (target, NATIVE / target.name):  # none at all rather than an old one
+                left.unlink(missing_ok=True)
+            print(f"truenorm: without its compiled passes ({error})", file=sys.stderr)
+
+    def compile(self, target: Path) -> None:
+        """Compile the passes once for each level, all else once, and link them."""
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
         compiler = own_compiler() or zig()
         environment = {"ZIG_GLOBAL_CACHE_DIR": str(folder.resolve()), **os.environ}
         units = [(name, []) for name in ("threads", "entry", "jax", "tensorflow")]
         units += [("batchnorm", [f"-DTN_LEVEL=_{k}", *more]) for k, more in LEVELS.items()]
         objects: list[str] = []
-        try:
-            for name, more in units:
-                objects.append(str(folder / f"{name}{len(objects)}.o"))
-                source = str(NATIVE / f"{name}.c")
-                line = [*compiler, *FLAGS, *more, "-c", source, "-o", objects[-1]]
-                subprocess.run(line, check=True, env=environment)
-            strip = ["-Wl,--strip-all"] if sys.platform.startswith("linux") else []
-            line = [
-                *compiler,
-                "-shared",
-                *objects,
-                *strip,
-                "-lm",
-                "-lpthread",
-                "-ldl",
-                "-o",
-                str(target),
-            ]
+        for name, more in units:
+            objects.append(str(folder / f"{name}{len(objects)}.o"))
+            line = [*compiler, *FLAGS, *more, "-c", str(NATIVE / f"{name}.c"), "-o", objects[-1]]
             subprocess.run(line, check=True, env=environment)
-        except (OSError, subprocess.CalledProcessError) as error:
-            for left in (target, NATIVE / target.name):  # none at all rather than an old one
-                left.unlink(missing_ok=True)
-            print(f"truenorm: without its compiled passes ({error})", file=sys.stderr)
+        link = ["-shared", *SANITIZE, *objects]
+        if sys.platform.startswith("linux") and not SANITIZE:
+            link.append("-Wl,--strip-all")
+        line = [*compiler, *link, "-lm", "-lpthread", "-ldl", "-o", str(target)]
+        subprocess.run(line, check=True, env=environment)
 
 
 class PlatformWheel(bdist_wheel):

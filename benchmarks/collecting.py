@@ -22,9 +22,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+from truenorm._statistics.collector import Collector, Seen, Use
 
 import truenorm as tn
-from truenorm._statistics.collector import Collector, Seen, Use
 
 
 def seconds(run: Callable[[], Any]) -> float:

@@ -33,8 +33,9 @@ import numpy as np
 from fold import in_turns
 
 import truenorm as tn
+from truenorm._model.edit import Edit, Piece
 from truenorm._model.graph import calls, is_batch_normalization
-from truenorm._model.rebuild import Edit, Piece, rebuild
+from truenorm._model.rebuild import rebuild
 
 CLASSES = 10
 LOSSES_WITHIN = 0.05  # What 16 bits make of 50 layers; float32 stays within 1e-4.

@@ -6,6 +6,7 @@ import signal
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
 
 import keras
 import pytest
@@ -14,8 +15,9 @@ from hypothesis import settings
 # A shell ignores Ctrl-C for what it starts in the background; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A name only: tests/test_random_rewrites.py says how many examples. All others run as ever.
+# Names only: tests/rewrites/test_random_rewrites.py says how many examples; all others run as ever.
 settings.register_profile("random", print_blob=True)
+settings.register_profile("fuzz", print_blob=True)  # tests/fuzz
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 from hypothesis import strategies as st
-from models import shake
+from small_models import shake
 
 import truenorm as tn
 

@@ -18,12 +18,17 @@ Each message says the problem, the place, what was expected, what came, and the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 
 class TruenormError(Exception):
     """Base of every error that truenorm raises on purpose.
 
     The message is composed from named parts, so that no part is forgotten and all errors read
-    alike.
+    alike. The parts are attributes too, and survive pickling (an error may come from another
+    process).
 
     Args:
         problem: What is wrong, as one sentence without its full stop.
@@ -50,6 +55,19 @@ class TruenormError(Exception):
         if remedy is not None:
             parts.append(f"Remedy: {remedy}.")
         super().__init__(" ".join(parts))
+        self.problem = problem
+        self.where = where
+        self.expected = expected
+        self.received = received
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[Callable[[], TruenormError], tuple[()], dict[str, Any]]:
+        # Exception's own would call the class with the whole message as the problem.
+        parts = {name: getattr(self, name) for name in _PARTS}
+        return partial(type(self), **parts), (), self.__dict__
+
+
+_PARTS = ("problem", "where", "expected", "received", "remedy")
 
 
 class ModelError(TruenormError, ValueError):
@@ -86,3 +104,18 @@ class OutputError(TruenormError, OSError):
 
 class StudyError(TruenormError, RuntimeError):
     """An experiment could not be run to its end."""
+
+
+_OUT_OF_MEMORY = (
+    "RESOURCE_EXHAUSTED",
+    "can't allocate memory",
+    "Out of memory",
+    "OOM when",
+    "bad_alloc",
+    "Unable to allocate",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how Python or a framework says that there is no memory."""
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)

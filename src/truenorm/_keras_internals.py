@@ -9,7 +9,8 @@ their kernels.)
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -20,12 +21,20 @@ from truenorm._errors import KerasVersionError
 _MISSING = object()
 
 
-def _inside(owner: Any, name: str, purpose: str) -> Any:
-    """An attribute without a public equivalent."""
+def _inside(owner: Any, name: str, purpose: str, parameters: tuple[str, ...] = ()) -> Any:
+    """An attribute without a public equivalent; of a method, these parameters are needed."""
     value = getattr(owner, name, _MISSING)
+    kind: type = owner if isinstance(owner, type) else type(owner)
     if value is _MISSING:
-        raise _lacking(f"{type(owner).__name__}.{name}", purpose)
+        raise _lacking(f"{kind.__name__}.{name}", purpose)
+    if parameters and not _takes(getattr(value, "__func__", value), parameters):
+        raise _lacking(f"{kind.__name__}.{name}({', '.join(parameters)})", purpose)
     return value
+
+
+@cache
+def _takes(function: Any, parameters: tuple[str, ...]) -> bool:
+    return {*parameters} <= inspect.signature(function).parameters.keys()
 
 
 @cache
@@ -64,11 +73,12 @@ def nodes(functional: Any) -> Iterator[Any]:
 
     A node has ``operation``, ``arguments``, ``input_tensors`` and ``outputs``.
     """
-    by_depth: Mapping[int, list[Any]] = _inside(
-        functional, "_nodes_by_depth", "read a model's graph"
-    )
+    purpose = "read a model's graph"
+    by_depth: Mapping[int, list[Any]] = _inside(functional, "_nodes_by_depth", purpose)
     for depth in sorted(by_depth, reverse=True):
         for node in by_depth[depth]:
+            for name in ("operation", "arguments", "input_tensors", "outputs", "is_input"):
+                _inside(node, name, purpose)
             if node.operation is not None and not node.is_input:
                 yield node
 
@@ -77,59 +87,166 @@ def run_through_graph(
     functional: Any, inputs: Any, operation_fn: Callable[[Any], Any], call_fn: Callable[..., Any]
 ) -> Any:
     """Run a functional model with other operations in the place of its own."""
-    run = _inside(functional, "_run_through_graph", "make a model again with other layers")
+    purpose, parameters = "make a model again with other layers", ("operation_fn", "call_fn")
+    run = _inside(functional, "_run_through_graph", purpose, parameters)
     return run(inputs, operation_fn=operation_fn, call_fn=call_fn)
+
+
+def filled_in(node: Any, tensors: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a node's call with other tensors in the place of its own."""
+    values = {id(old): new for old, new in zip(node.input_tensors, tensors, strict=True)}
+    args, kwargs = _inside(node.arguments, "fill_in", "call a layer as a model does")(values)
+    return args, dict(kwargs)
 
 
 def operation_of(tensor: Any) -> Any:
     """The operation that made a symbolic tensor."""
-    return _inside(tensor, "_keras_history", "tell which operation made a tensor").operation
+    purpose = "tell which operation made a tensor"
+    return _inside(_inside(tensor, "_keras_history", purpose), "operation", purpose)
 
 
 def layers_in(layer: Any, *, itself: bool = True, nested: bool = True) -> list[Any]:
     """A layer and all layers in it, those of nested ones too."""
-    flatten = _inside(layer, "_flatten_layers", "find the layers of a model")
+    purpose, parameters = "find the layers of a model", ("include_self", "recursive")
+    flatten = _inside(layer, "_flatten_layers", purpose, parameters)
     return flatten(include_self=itself, recursive=nested)
 
 
-def call_parameters(layer: Any) -> list[str]:
-    """The names of what a layer's ``call`` takes."""
-    return _inside(layer, "call_signature_parameters", "tell whether a layer takes training")
+# --- copies of layers --------------------------------------------------------------------------
+
+_KEPT = (
+    "_allow_non_tensor_positional_args", "_build_shapes_dict", "_called", "_call_context_args",
+    "_call_has_context_arg", "_convert_input_args", "_dtype_policy", "_input_spec", "_parent_path",
+    "_path", "_remat_mode", "_supports_masking", "_trainable", "activity_regularizer", "autocast",
+    "built", "supports_jit",
+)  # fmt: skip
+"""What Keras keeps about a layer and a copy needs too; all else belongs to one object."""
+
+_LEFT_BY_FIT = {
+    "_compile_config", "_compiled_trainable_state", "_eval_epoch_iterator", "_jax_state", "history",
+    "optimizer", "stop_evaluating", "stop_predicting", "stop_training",
+}  # fmt: skip
+_BOXES = ("_modules", "_parameters", "_buffers")
+"""Where PyTorch's modules have the attributes of these kinds."""
+
+
+def blank_like(layer: Any) -> Any:
+    """An object of a layer's class that has nothing yet but what Keras keeps about every layer."""
+    kind: Any = type(layer)
+    new = kind.__new__(kind)
+    base: Any = keras.Model if isinstance(layer, keras.Model) else keras.Layer
+    base.__init__(new, name=layer.name)
+    for name in _KEPT:
+        setattr(new, name, _inside(layer, name, "copy a layer"))
+    return new
+
+
+def attributes(layer: Any, blank: Any) -> dict[str, Any]:
+    """What a layer has that such a blank one lacks, without what ``compile`` and ``fit`` leave."""
+    found = dict(vars(layer))
+    for box in _BOXES:
+        found |= found.pop(box, {})
+    left = vars(blank).keys() | _LEFT_BY_FIT | {"_torch_params"}
+    return {k: v for k, v in found.items() if k not in left and not k.startswith("_self_")}
+
+
+def constructed_like(layer: Any, new: Any, counterpart: Callable[[Any], Any]) -> None:
+    """Give a copy what the constructor was given, of which Keras makes a config."""
+    given = _inside(layer, "_auto_config", "save a copy of a layer")
+    if given is not None:
+        config = _inside(given, "config", "save a copy of a layer")
+        new.__dict__["_auto_config"] = type(given)(**counterpart(config))
+
+
+def finish_like(layer: Any, new: Any, counterpart: Callable[[Any], Any]) -> None:
+    """Make a copy own the counterparts of what a layer owns, in the same order."""
+    theirs, ours = (_inside(one, "_tracker", "copy a layer") for one in (layer, new))
+    for name, (_, items) in theirs.config.items():
+        copies = [counterpart(item) for item in items]
+        ours.config[name][1][:] = copies
+        ours.stored_ids[name] = set(map(id, copies))
+    if layer.built:
+        _inside(new, "_post_build", "copy a layer")()
+        _inside(new, "_lock_state", "copy a layer")()
+
+
+def operation_like(operation: Any, attribute: Callable[[Any], Any] = lambda x: x) -> Any:
+    """A copy of an operation that is not a layer, called nowhere yet."""
+    kind: Any = type(operation)
+    new = kind.__new__(kind)
+    for name, value in vars(operation).items():
+        new.__dict__[name] = [] if name.endswith("bound_nodes") else attribute(value)
+    return new
+
+
+def autocasts(variable: Any) -> bool:
+    """Whether a variable is read in the dtype of the layer that computes with it."""
+    return _inside(variable, "_autocast", "copy a variable")
 
 
 # --- compile and fit ---------------------------------------------------------------------------
 
 
+def is_compiled(model: Any) -> bool:
+    """Whether ``compile`` was called."""
+    return bool(_inside(model, "compiled", "see whether a model is compiled"))
+
+
 def compile_arguments(model: Any) -> Mapping[str, Any] | None:
     """What a model was compiled with; None if it was not."""
-    if not model.compiled:
-        return None
-    return _inside(model, "_compile_config", "compile a model as another one is").config
+    purpose = "compile a model as another one is"
+    return _inside(compilation(model), "config", purpose) if is_compiled(model) else None
 
 
 def compilation(model: Any) -> Any:
     """What changes with each ``compile``: compare by identity."""
-    purpose = "see that a model was compiled again"
-    return _inside(model, "_compile_config", purpose) if model.compiled else None
+    purpose = "see with what a model was compiled"
+    return _inside(model, "_compile_config", purpose) if is_compiled(model) else None
 
 
 def trainable_when_compiled(model: Any) -> dict[Any, bool]:
     """``trainable`` of every layer as it was at ``compile``: the model's own record of it."""
-    if not getattr(model, "compiled", False):
+    if not is_compiled(model):
         return {}
     return _inside(model, "_compiled_trainable_state", "see what changed since a model's compile")
 
 
-EAGER = {"_run_eagerly": True, "_jit_compile": False}
-"""A model's attributes that make ``fit`` run uncompiled, set without ``compile``."""
+STEPS = {
+    "train_function": "train_step",
+    "test_function": "test_step",
+    "predict_function": "predict_step",
+}
+"""The attributes that hold what a model has compiled, and of which of its methods."""
+
+_RENEW = "make a model's compiled functions again"
 
 
-def eager_flags(model: Any) -> dict[str, Any]:
-    """The attributes of :data:`EAGER` as they are."""
-    return {name: _inside(model, name, "run a model uncompiled for a while") for name in EAGER}
+def compiled_functions(model: Any) -> dict[str, Any]:
+    """What a model holds as :data:`STEPS`; None where it was not used yet."""
+    return {name: _inside(model, name, _RENEW) for name in STEPS}
+
+
+def make_function(model: Any, name: str) -> None:
+    """Make one of the :data:`STEPS` again."""
+    old = _inside(model, name, _RENEW)
+    _inside(model, f"make_{name}", _RENEW, ("force",))(force=True)
+    if _inside(model, name, _RENEW) is old:
+        raise _lacking(f"a {type(model).__name__}.make_{name}(force=True) that obeys", _RENEW)
 
 
 # --- optimizers --------------------------------------------------------------------------------
+
+
+def is_built(optimizer: Any) -> bool:
+    """Whether an optimizer has its variables."""
+    return bool(_inside(optimizer, "built", "see whether an optimizer has its variables"))
+
+
+def inner_optimizer(optimizer: Any) -> Any | None:
+    """The optimizer inside one that scales the loss; None in others."""
+    if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return None
+    return _inside(optimizer, "inner_optimizer", "reach the optimizer behind the loss scaling")
 
 
 def updated_variables(optimizer: Any) -> list[Any]:
@@ -180,6 +297,13 @@ def in_stateless_scope() -> bool:
     return _member(module, "in_stateless_scope", "leave variables alone in a stateless scope")()
 
 
+def stateless_scope() -> Any:
+    """The innermost stateless scope."""
+    module = "keras.src.backend.common.stateless_scope"
+    purpose = "run layers with statistics that are not theirs"
+    return _member(module, "get_stateless_scope", purpose)()
+
+
 def in_safe_mode() -> bool | None:
     """Whether loading is safe in this process; None if nobody has said anything."""
     module = "keras.src.saving.serialization_lib"
@@ -189,10 +313,37 @@ def in_safe_mode() -> bool | None:
 # --- the layer ---------------------------------------------------------------------------------
 
 
+@cache
+def require_watchable() -> None:
+    """Refuse a Keras whose layers cannot be watched, before anything runs.
+
+    Such a Keras would fail in silence: where it does not run the ``call`` that is set on an
+    instance, every layer would be "not called". So it is tried out once.
+    """
+    moments_method()
+    in_symbolic_scope()
+    layer, seen = keras.layers.Identity(name="probe"), list[Any]()
+    layer.__dict__["call"] = lambda x: seen.append(x) or x
+    layer(keras.ops.ones((1, 1)))
+    if not seen:
+        raise _lacking("the look-up of Layer.call on the instance", "watch what layers do")
+
+
+@cache
 def moments_method() -> str:
-    """The method of ``keras.layers.BatchNormalization`` that takes a batch's statistics."""
-    _inside(keras.layers.BatchNormalization, "_moments", "see which statistics a layer used")
-    return "_moments"
+    """The method with which ``keras.layers.BatchNormalization`` takes a batch's statistics.
+
+    Tried out once: it must be called exactly when the batch's statistics normalise.
+    """
+    name, purpose = "_moments", "see which statistics a layer used"
+    original = _inside(keras.layers.BatchNormalization, name, purpose)
+    layer, seen = keras.layers.BatchNormalization(name="probe"), list[bool]()
+    layer.__dict__[name] = lambda *args: seen.append(training) or original(layer, *args)
+    for training in (True, False):
+        layer(keras.ops.ones((2, 1)), training=training)
+    if seen != [True]:
+        raise _lacking(f"a use of BatchNormalization.{name} in training mode only", purpose)
+    return name
 
 
 @cache

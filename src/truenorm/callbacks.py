@@ -6,15 +6,15 @@ from typing import Any
 
 import keras
 
-from truenorm._errors import OptionError
+from truenorm._checks import check_integer
 from truenorm._layer.arguments import FreezePolicy
-from truenorm._model.data import require_positive
-from truenorm._modes.freeze import Layers, freeze
+from truenorm._model.sites import Layers
+from truenorm._modes.freeze import freeze
 from truenorm._records.freezing import Freezing
 from truenorm._records.recalibration import Recalibration
-from truenorm._statistics.collect import collected, collector_of
-from truenorm._statistics.collector import Collector
+from truenorm._statistics.collect import Collection, runner_of
 from truenorm._statistics.recalibrate import recalibrate
+from truenorm._statistics.runner import Runner
 
 
 class FreezeStatistics(keras.callbacks.Callback):
@@ -32,7 +32,7 @@ class FreezeStatistics(keras.callbacks.Callback):
         layers: As in :func:`truenorm.freeze`; None for every BatchNormalization.
 
     Raises:
-        OptionError: ``after_epoch`` is not a number of epochs.
+        OptionError: ``after_epoch`` is not 0 or a positive integer.
         ModelError: When ``fit`` begins, not at that epoch: the model has no BatchNormalization, or
             one of Keras's that cannot be frozen in part.
 
@@ -55,14 +55,7 @@ class FreezeStatistics(keras.callbacks.Callback):
         self, after_epoch: int, policy: FreezePolicy = "statistics", layers: Layers = None
     ) -> None:
         super().__init__()
-        if type(after_epoch) is not int or after_epoch < 0:
-            raise OptionError(
-                "The number of epochs before freezing is not one",
-                where="after_epoch",
-                expected="an integer of 0 or more",
-                received=repr(after_epoch),
-            )
-        self.after_epoch = after_epoch
+        self.after_epoch = check_integer("after_epoch", after_epoch, least=0)
         self.policy: FreezePolicy = policy
         self.layers = layers
         self._frozen: Freezing | None = None
@@ -104,7 +97,7 @@ class Recalibrate(keras.callbacks.Callback):
         last: The last :class:`truenorm.Recalibration`; None before the first.
 
     Raises:
-        OptionError: ``every`` is not a number of epochs.
+        OptionError: ``every`` is not a positive integer.
 
     Example:
         >>> import keras, numpy as np, truenorm as tn
@@ -124,10 +117,10 @@ class Recalibrate(keras.callbacks.Callback):
 
     def __init__(self, data: Any, every: int = 1, **options: Any) -> None:
         super().__init__()
-        require_positive("every", every)
-        self.data, self.every, self.options = data, every, options
+        self.data, self.every, self.options = data, check_integer("every", every), options
+        self.layers: Layers = options.pop("layers", None)
         self.last: Recalibration | None = None
-        self._collector: Collector | None = None
+        self._runner: Runner | None = None
         self._due = False
         self._fitting = False
 
@@ -156,7 +149,7 @@ class Recalibrate(keras.callbacks.Callback):
 
     def _recalibrate(self) -> None:
         self._due = False
-        if self._collector is None or self._collector.model is not self.model:
-            self._collector = collector_of(self.model)  # compiled once, not at each call
-        population = collected(self._collector, self.data, **self.options)
+        if self._runner is None or self._runner.model is not self.model:
+            self._runner = runner_of(self.model, self.layers)  # compiled once, not at each call
+        population = Collection(self._runner, self.data, **self.options).population()
         self.last = recalibrate(self.model, population)

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import models
 import numpy as np
 import pytest
+import small_models as models
 
 import truenorm as tn
 import truenorm._cli
 from truenorm import archive
+from truenorm._backends import Backend
 from truenorm._cli.data import read_data
+from truenorm._cli.shell import _backend_name
 
 EVIL_JSON = rb'"name": "<b>\u001b[31m[i]\n"'
 EVIL_SHOWN = "<b>\\x1b[31m[i]\\x0a"
@@ -59,8 +61,9 @@ def command(
 ) -> Callable[..., tuple[int, str, str]]:
     """The command in this process: exit code, output, errors."""
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["truenorm", *map(str, arguments)])
+    def run(name: str, *arguments: object) -> tuple[int, str, str]:
+        here = [] if name == "demo" else ["--no-isolate"]
+        monkeypatch.setattr(sys, "argv", ["truenorm", name, *map(str, arguments), *here])
         monkeypatch.setenv("KERAS_BACKEND", keras.backend.backend())
         monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
         monkeypatch.setattr(sys, "path", [*sys.path])
@@ -124,7 +127,8 @@ def test_an_unknown_backend_in_the_environment_is_one_line() -> None:
     assert done.returncode == 2
     assert done.stderr == (
         "truenorm: truenorm does not work on this Keras backend (at 'KERAS_BACKEND'). "
-        "Expected: jax, tensorflow, torch. Received: openvino.\n"
+        "Expected: jax, tensorflow, torch. Received: openvino. "
+        "Remedy: give --backend, or set KERAS_BACKEND to one of these.\n"
     )
 
 
@@ -176,6 +180,7 @@ def test_a_model_is_inspected_in_each_mode(command: Command, file: Path) -> None
     assert (observed["fit"], observed["predict"]) == ("batch", "moving")
 
 
+@pytest.mark.other_packages
 def test_a_file_saved_on_one_backend_is_used_on_another(file: Path, tmp_path: Path) -> None:
     other = {"jax": "torch", "tensorflow": "torch", "torch": "tensorflow"}[keras.backend.backend()]
     out = tmp_path / "out.keras"
@@ -191,20 +196,84 @@ def test_a_file_saved_on_one_backend_is_used_on_another(file: Path, tmp_path: Pa
     )
 
 
-@pytest.mark.parametrize("name", ["inspect", "fold"])
-def test_the_backend_is_not_that_of_keras_configuration(
-    name: str, file: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("option", "variable", "configured", "installed", "expected"),
+    [
+        ("torch", "jax", "tensorflow", ["jax", "tensorflow", "torch"], "torch"),
+        (None, "jax", "tensorflow", ["jax", "tensorflow", "torch"], "jax"),
+        (None, None, "torch", ["jax", "tensorflow", "torch"], "torch"),
+        (None, "", "torch", ["jax", "tensorflow", "torch"], "torch"),
+        (None, None, "tensorflow", ["torch"], "torch"),  # as Keras writes it, unasked
+        (None, None, "openvino", ["tensorflow"], "tensorflow"),
+        (None, None, None, ["jax", "tensorflow", "torch"], "jax"),
+        (None, None, None, ["torch"], "torch"),
+    ],
+)
+def test_the_backend_is_the_one_asked_for_or_one_that_is_installed(
+    option: str | None,
+    variable: str | None,
+    configured: str | None,
+    installed: list[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """``--backend`` decides, or KERAS_BACKEND, or JAX: whatever ``~/.keras/keras.json`` has."""
-    ours = keras.backend.backend()
-    other = "torch" if ours == "tensorflow" else "tensorflow"
-    (tmp_path / ".keras").mkdir()
-    (tmp_path / ".keras/keras.json").write_text(json.dumps({"backend": other}))
-    out = ["--out", str(tmp_path / "out.keras")] if name == "fold" else []
-    done = truenorm_command(
-        name, str(file), *out, "--backend", ours, HOME=str(tmp_path), KERAS_BACKEND=""
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: name if name in installed else None
     )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.delenv("KERAS_HOME", raising=False)
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if variable is not None:
+        monkeypatch.setenv("KERAS_BACKEND", variable)
+    if configured is not None:
+        (tmp_path / ".keras").mkdir()
+        (tmp_path / ".keras/keras.json").write_text(json.dumps({"backend": configured}))
+    asked = None if option is None else Backend(option)
+    assert _backend_name(asked) == expected
+    if configured is not None:  # the other place where Keras looks for it
+        monkeypatch.setenv("KERAS_HOME", str(tmp_path / ".keras"))
+        monkeypatch.setenv("HOME", "/nowhere")
+        assert _backend_name(asked) == expected
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"floatx": "float32"}', '{"backend": 3}'])
+def test_a_configuration_without_a_backend_decides_nothing(
+    text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "keras.json").write_text(text)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.delenv("KERAS_BACKEND")
+    assert _backend_name(None) == "jax"
+
+
+def test_without_any_backend_the_remedy_is_to_install_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.delenv("KERAS_BACKEND")
+    with pytest.raises(tn.MissingDependencyError) as caught:
+        _backend_name(None)
+    assert str(caught.value) == (
+        "No backend of Keras is installed. Expected: jax, tensorflow, torch. Remedy: pip install "
+        '"truenorm[jax]", or [tensorflow], or [torch].'
+    )
+
+
+@pytest.mark.other_packages
+def test_keras_configuration_decides_in_a_fresh_process(file: Path, tmp_path: Path) -> None:
+    other = {"jax": "torch", "tensorflow": "torch", "torch": "tensorflow"}[keras.backend.backend()]
+    (tmp_path / "keras.json").write_text(json.dumps({"backend": other}))
+    code = (
+        "import sys; from truenorm._cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop:\n"
+        "    import keras; print(stop.code, keras.backend.backend(), file=sys.stderr)"
+    )
+    environment = {**os.environ, "KERAS_HOME": str(tmp_path), "KERAS_BACKEND": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", str(file), "--json"],
+        capture_output=True, text=True, check=True, env=environment,
+    )  # fmt: skip
+    assert done.stderr.splitlines()[-1] == f"0 {other}"
 
 
 def test_a_rewrite_is_printed_and_saved(command: Command, file: Path, tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def test_a_file_is_no_folder_and_both_options_are_none(tmp_path: Path) -> None:
     with pytest.raises(OptionError) as caught:
         _prepare(tmp_path, force=True, resume=True)
     assert str(caught.value) == (
-        "--force begins anew, --resume goes on: both at once mean nothing. Expected: one of them. "
+        "--force starts again and --resume continues: they exclude each other. "
+        "Expected: at most one of them. "
         "Received: --force and --resume."
     )
 

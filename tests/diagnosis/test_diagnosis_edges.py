@@ -7,8 +7,8 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import precision
-from models import dense, shake
+from layer_cases import precision
+from small_models import dense, shake, subclassed
 
 import truenorm as tn
 
@@ -129,7 +129,7 @@ def far(layer: Any, mean: float, variance: float = 1.0) -> Any:
 
 def test_digits_are_lost_by_stock_layers_below_float64_only() -> None:
     (lost,) = tn.diagnose(far(L.BatchNormalization(), 5e3), select="TN106").findings
-    assert lost.remedy == 'tn.replace(model, to="truenorm")'
+    assert lost.remedy == 'model = tn.replace(model, to="truenorm").model'
     assert not tn.diagnose(far(tn.BatchNormalization(), 5e3), select="TN106").findings
     with precision("float64"):
         wide = L.BatchNormalization(dtype="float64")
@@ -158,3 +158,90 @@ def test_behind_what_works_in_training_only_the_data_is_not_to_blame(noise: Any)
     data = np.repeat(DATA[:, None], 3, axis=1)
     found = tn.diagnose(model, data, select=["TN103", "TN104"], batch_size=32).findings
     assert [f.code for f in found] == ["TN103"]
+
+
+# --- what the user holds -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [dense, subclassed])
+def test_arrays_that_the_user_holds_are_left(build: Any) -> None:
+    """JAX deletes what is given away to a compiled program."""
+    model = build()
+    model.compile("sgd", "mse")
+    width = 5 if build is dense else 3
+    x = keras.ops.convert_to_tensor(np.random.default_rng(0).normal(size=(64, width)), "float32")
+    y = keras.ops.convert_to_tensor(np.zeros((64, 3)), "float32")
+    held = [x, y, *(variable.value for variable in model.variables)]
+    before = [np.array(keras.ops.convert_to_numpy(array)) for array in held]
+    tn.diagnose(model, x, y, batch_size=8)
+    tn.recalibrate(model, x, upstream="population").undo()
+    for array, value in zip(held, before, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(array), value)
+
+
+# --- what cannot be run ------------------------------------------------------------------------
+
+
+class Classifier(keras.Model):
+    """A subclassed model: inspect runs it itself."""
+
+    def __init__(self) -> None:
+        super().__init__(name="classifier")
+        self.first, self.bn, self.head = L.Dense(8), L.BatchNormalization(name="bn"), L.Dense(3)
+
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        return self.head(self.bn(self.first(x), training=training))
+
+
+class OwnStep(Classifier):
+    """Its training wants other data than inputs and targets."""
+
+    def train_step(self, *arguments: Any) -> Any:
+        raise NotImplementedError("give me triplets\nand nothing else")
+
+
+LABELS = np.arange(64) % 3
+
+
+def classifier(kind: type[Classifier] = Classifier) -> Any:
+    model = kind()
+    model(DATA)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss, metrics=["accuracy"])
+    return model
+
+
+def test_a_classifier_with_integer_labels_is_diagnosed_whole() -> None:
+    diagnosis = tn.diagnose(classifier(), DATA, LABELS, batch_size=8)
+    (skipped,) = diagnosis.skipped
+    assert skipped.reason == "the model is subclassed, so its graph cannot be read"
+    assert {"TN101", "TN107", "TN110", "TN401", "TN409"} <= set(diagnosis.checked)
+
+
+def test_a_training_step_that_wants_other_data_costs_the_rules_about_modes() -> None:
+    model = classifier(OwnStep)
+    before = [np.array(w) for w in model.get_weights()]
+    diagnosis = tn.diagnose(model, DATA, LABELS, batch_size=8)
+    reasons = {s.reason: s.codes for s in diagnosis.skipped}
+    (reason,) = [r for r in reasons if r.startswith("inspect could not run the model")]
+    assert reason.endswith("(NotImplementedError: give me triplets)")
+    assert reasons[reason] == ("TN107", *(f"TN40{i}" for i in range(1, 10)))
+    assert {"TN101", "TN108", "TN110"} <= set(diagnosis.checked)
+    assert "TN101" in {f.code for f in diagnosis.findings}
+    assert all(map(np.array_equal, model.get_weights(), before))
+    # What the modes are is not known, and neither whether the statistics are what it learned with.
+    (unsure,) = tn.diagnose(model, DATA, select="TN101", batch_size=8).findings
+    assert unsure.remedy == "tn.diagnose(model, data, y)"
+    (sure,) = tn.diagnose(model, DATA, LABELS, select="TN101", batch_size=8).findings
+    assert sure.remedy == "tn.recalibrate(model, data)"
+    model.compile("sgd", metrics=["accuracy"])  # no loss to judge by
+    (careful,) = tn.diagnose(model, DATA, LABELS, select="TN101", batch_size=8).findings
+    assert careful.remedy == (
+        "tn.recalibrate(model, data); and its undo(), if the model does worse"
+    )
+
+
+def test_a_frozen_layer_holds_its_statistics_also_where_nothing_can_be_run() -> None:
+    model = classifier(OwnStep)
+    model.bn.trainable = False
+    assert not tn.diagnose(model, DATA, select="TN1", batch_size=8, ignore="TN107").findings

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import dense, nested, residual, shake, subclassed, two_towers
+from small_models import dense, nested, residual, shake, subclassed, two_towers
 
 import truenorm as tn
 from truenorm._diagnosis.table import RULES
@@ -152,6 +152,27 @@ def test_ghost_batches_too_small() -> None:
 def test_sorted_data_has_the_batches_of_training() -> None:
     ordered = DATA[np.argsort(DATA[:, 0])]
     assert not tn.diagnose(chain(), ordered, select="TN108", batch_size=32).findings
+
+
+def in_batches(data: np.ndarray, size: int) -> list[np.ndarray]:
+    return [data[i : i + size] for i in range(0, len(data), size)]
+
+
+def test_batches_that_are_no_random_samples() -> None:
+    ordered = DATA[np.argsort(DATA[:, 0])]
+    finding = only(tn.diagnose(chain(), in_batches(ordered, 32), select="TN111"))
+    assert finding.site == "bn1"
+    assert finding.remedy.startswith("shuffle the samples")
+    # One channel of four is sorted: its batch means vary as its values do, the others by 1 / 32.
+    assert finding.evidence["batch_means_vary_by_std"] == pytest.approx(0.52, rel=0.1)
+    assert finding.evidence["mixed_they_would_by"] == pytest.approx(32**-0.5, rel=0.3)
+
+
+@pytest.mark.parametrize("size", [2, 4, 32])
+def test_batches_that_are_random_samples_are_no_finding(size: int) -> None:
+    assert not tn.diagnose(chain(), in_batches(DATA, size), select="TN111").findings
+    ordered = DATA[np.argsort(DATA[:, 0])]  # as arrays fit shuffles them
+    assert not tn.diagnose(chain(), ordered, select="TN111", batch_size=size).findings
 
 
 def test_another_input_and_other_answers_in_inference() -> None:

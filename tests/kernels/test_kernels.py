@@ -12,7 +12,7 @@ from unittest import mock
 import keras
 import numpy as np
 import pytest
-from helpers import CASES, EPSILON, Case, array, error, gradients, precision, tensor
+from layer_cases import CASES, EPSILON, Case, array, error, gradients, precision, tensor
 
 from truenorm import _kernels as kernels
 from truenorm._kernels import composite, library, reference

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import EPSILON, array, error, gradients, tensor
+from layer_cases import EPSILON, array, error, gradients, tensor
 
 from truenorm import BatchNormalization
 from truenorm import _kernels as kernels

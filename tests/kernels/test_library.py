@@ -8,12 +8,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import error
+from layer_cases import error
 
 from truenorm._kernels import library, reference
 
@@ -53,6 +55,10 @@ def guarded(shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, np.ndarray]
     return memory[GUARD:-GUARD].view(dtype).reshape(shape), memory
 
 
+def address(array: Any) -> int:
+    return 0 if array is None else array.ctypes.data
+
+
 def step(
     x: Any,
     dy: Any,
@@ -68,25 +74,26 @@ def step(
     wide = np.float64 if name == "float64" else np.float32
     (y, around_y), (d_x, around_d_x) = (guarded(x.shape, x.dtype) for _ in range(2))
     rows, around_rows = guarded((6, x.shape[1]), wide)
-    given = [None if a is None else np.ascontiguousarray(a, wide) for a in (gamma, beta)]
-    how = (*x.shape, library.DTYPES[name], relu, threads, 0, 1e-3, 0.0, library.own_threads())
-    counts = 0 if mask is None else mask.ctypes.data
-    held = [0 if a is None else a.ctypes.data for a in given]
-    kept, sums = ([row.ctypes.data for row in part] for part in (rows[:4], rows[4:]))
-    library.run(
-        "tn_forward", *how, x.ctypes.data, 0, *held, *kept, 0, 0, y.ctypes.data, *[0] * 4, counts
+    mean, variance, low, rstd, dgamma, dbeta = map(address, rows)
+    gamma, beta = (None if a is None else np.ascontiguousarray(a, wide) for a in (gamma, beta))
+    both = library.Call(
+        *(*x.shape, library.DTYPES[name]),
+        relu=relu,
+        threads=threads,
+        epsilon=1e-3,
+        parallel=library.own_threads(),
+        x=address(x),
+        gamma=address(gamma),
+        beta=address(beta),
+        mean=mean,
+        variance=variance,
+        low=low,
+        rstd=rstd,
+        mask=address(mask),
     )
-    addresses = (
-        x.ctypes.data,
-        dy.ctypes.data,
-        *held,
-        *kept,
-        *sums,
-        d_x.ctypes.data,
-        *[0] * 4,
-        counts,
-    )
-    library.run("tn_backward", *how, *addresses)
+    library.run("tn_forward", both._replace(y=address(y)))
+    backward = both._replace(dy=address(dy), dgamma=dgamma, dbeta=dbeta, y=address(d_x))
+    library.run("tn_backward", backward)
     for memory in (around_y, around_d_x, around_rows):
         assert (memory[:GUARD] == 0xA5).all()
         assert (memory[-GUARD:] == 0xA5).all()
@@ -220,9 +227,25 @@ def test_a_step_of_the_moving_statistics(
     moved[:] = old if in_place else 0
     given = moved if in_place else old
     before, count = old.copy(), shape[0] * shape[2]
-    how = (*shape, library.DTYPES[dtype], False, 2, unbiased, 1e-3, 0.9, library.own_threads())
-    rows = [row.ctypes.data for part in (kept, given, moved) for row in part]
-    library.run("tn_forward", *how, x.ctypes.data, *[0] * 3, *rows[:4], *[0] * 3, *rows[4:], 0)
+    mean, variance, low, rstd = map(address, kept)
+    call = library.Call(
+        *(*shape, library.DTYPES[dtype]),
+        threads=2,
+        unbiased=unbiased,
+        epsilon=1e-3,
+        momentum=0.9,
+        parallel=library.own_threads(),
+        x=address(x),
+        mean=mean,
+        variance=variance,
+        low=low,
+        rstd=rstd,
+        moving_mean=address(given[0]),
+        moving_variance=address(given[1]),
+        moved_mean=address(moved[0]),
+        moved_variance=address(moved[1]),
+    )
+    library.run("tn_forward", call)
     assert (around[:GUARD] == 0xA5).all()
     assert (around[-GUARD:] == 0xA5).all()
     with np.errstate(invalid="ignore"):
@@ -261,16 +284,64 @@ def test_a_mask(shape: tuple[int, ...], kept: str, dtype: str, relu: bool) -> No
     assert error(have.d_beta, want.beta) < 32 * wide
 
 
+@pytest.mark.parametrize("name", ["tn_forward", "tn_backward", "tn_infer"])
+@pytest.mark.parametrize("dtype", [-1, 4, 2**31 - 1])
+def test_an_unknown_dtype_is_an_error_and_nothing_is_written(name: str, dtype: int) -> None:
+    x, rows = np.ones((6, 2), np.float32), np.zeros((8, 2), np.float32)
+    call = library.Call(6, 2, 1, dtype, x=address(x), dy=address(x), y=address(rows))
+    places = ("mean", "variance", "low", "rstd", "dgamma", "dbeta")
+    call = call._replace(**dict(zip(places, map(address, rows), strict=False)))
+    message = f"the compiled passes of BatchNormalization have no dtype {dtype}"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        library.run(name, call)
+    assert not rows.any()
+
+
+@pytest.mark.parametrize("name", ["tn_forward", "tn_backward", "tn_infer"])
+def test_more_channels_than_memory_is_an_error(name: str) -> None:
+    with pytest.raises(MemoryError, match=r"^no memory for the sums of BatchNormalization$"):
+        library.run(name, library.Call(outer=1, channels=1 << 45, inner=1, dtype=0))
+
+
+def test_without_threads_to_call_one_does_all() -> None:
+    drawn = draw((8003, 37, 1), "float32")
+    with mock.patch.object(library, "own_threads", return_value=0):
+        alone = step(*drawn, threads=8)
+    assert alone.d_x.tobytes() == step(*drawn, threads=8).d_x.tobytes()
+
+
+def run_apart(program: str, **environment: str) -> str:
+    """What a program prints that has the names of this module."""
+    names = "import sys; sys.path[:0] = ['tests', 'tests/kernels']; from test_library import *\n"
+    line = [sys.executable, "-W", "ignore", "-c", names + program]
+    environment = {**os.environ, **environment}
+    found = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300)
+    assert found.returncode == 0, found.stderr
+    return found.stdout.split()[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the processor")
+def test_the_code_for_any_processor_gives_the_oracles_numbers() -> None:
+    program = (
+        "for shape in SHAPES:\n"
+        "    for dtype in TYPES:\n"
+        "        for relu in (False, True):\n"
+        "            test_a_step_is_the_oracles(shape, dtype, relu)\n"
+        "print(step(*draw((300, 600, 1), 'float32')).d_x.tobytes().hex())\n"
+    )
+    plain = run_apart(program, TRUENORM_LEVEL="v1")
+    has_more = {"avx2", "fma", "f16c"} <= set(Path("/proc/cpuinfo").read_text().split())
+    uses_more = has_more and os.environ.get("TRUENORM_LEVEL") != "v1"
+    here = step(*draw((300, 600, 1), "float32")).d_x.tobytes().hex()
+    assert (plain != here) == uses_more
+
+
 def test_a_forked_child_has_threads_of_its_own() -> None:
     program = (
-        "import os, numpy as np, sys; sys.path[:0] = ['tests', 'tests/kernels']\n"
-        "from test_library import draw, step\n"
         "drawn = draw((8003, 37, 1), 'float32'); before = step(*drawn).y.tobytes()\n"
         "child = os.fork()\n"
         "if child == 0:\n"
         "    os._exit(0 if step(*drawn).y.tobytes() == before else 1)\n"
-        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
     )
-    line = [sys.executable, "-W", "ignore", "-c", program]
-    found = subprocess.run(line, capture_output=True, text=True, env=dict(os.environ), timeout=100)
-    assert found.returncode == 0, found.stderr
+    assert run_apart(program) == "0"

@@ -17,7 +17,7 @@ from unittest import mock
 import keras
 import numpy as np
 import pytest
-from helpers import Drawn, error, train, truth
+from layer_cases import Drawn, error, train, truth
 
 from truenorm import BatchNormalization
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import KERAS_MASKS, MASKS, PARAMETERS, SHAPES, Case
+from layer_cases import KERAS_MASKS, MASKS, PARAMETERS, SHAPES, Case
 
 from truenorm._kernels import reference
 

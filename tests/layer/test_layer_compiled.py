@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import array, error, tensor
+from layer_cases import array, error, tensor
 
 from truenorm import BatchNormalization
 from truenorm._kernels import reference
@@ -201,6 +201,7 @@ EXPORTS: dict[str, list[Callable[..., Any]]] = {
 }
 
 
+@pytest.mark.other_packages
 @pytest.mark.parametrize("export", EXPORTS[BACKEND])
 def test_what_is_exported_gives_what_predict_gives(
     trained: Any, tmp_path: pathlib.Path, export: Callable[..., Any]
@@ -209,6 +210,7 @@ def test_what_is_exported_gives_what_predict_gives(
     np.testing.assert_allclose(np.asarray(export(network, x, tmp_path)), expected, atol=1e-5)
 
 
+@pytest.mark.other_packages
 @pytest.mark.skipif(BACKEND == "torch", reason="PyTorch's exporters see the composite's operations")
 def test_a_call_in_training_mode_is_exported_without_the_compiled_passes(
     tmp_path: pathlib.Path,

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import (
+from layer_cases import (
     DTYPES,
     EPSILON,
     HARD,
@@ -33,7 +33,7 @@ def statistics(drawn: Drawn, axis: int) -> list[Any]:
     """Mean and variance as a model stores them: in 32 bits, and near those of the input."""
     reduced = tuple(a for a in range(drawn.x.ndim) if a != axis % drawn.x.ndim)
     found = [drawn.x.mean(reduced), 1.1 * drawn.x.var(reduced)]
-    return [np.float64(np.float32(value)) for value in found]
+    return [value.astype("float32").astype("float64") for value in found]
 
 
 def expected(drawn: Drawn, axis: int) -> list[Any]:

@@ -7,8 +7,9 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import Drawn, array, error, precision, tensor, train
+from layer_cases import Drawn, array, error, precision, tensor, train
 
+import truenorm as tn
 from truenorm import BatchNormalization, DataError
 from truenorm._kernels import reference, sums
 
@@ -220,3 +221,47 @@ def test_sizes_that_are_known_at_run_time_only(keras_meaning: bool) -> None:
     assert known.tolist() == [True, True, not keras_meaning]
     np.testing.assert_allclose(mean[known], expected.mean[known], rtol=1e-5)
     np.testing.assert_allclose(variance[known], expected.variance[known], rtol=1e-5)
+
+
+def test_recalibration_sees_each_channel_as_training_does() -> None:
+    """Channels first: one of them has values in one of two batches only, one in none."""
+    x = np.concatenate([X, X + 1]).astype("float32")
+    x[:4, 1], x[:, 2] = 0.0, 0.0
+    inputs = keras.Input((3, 5))
+    first = BatchNormalization(axis=1, beta_initializer="ones", name="first")
+    second = BatchNormalization(axis=1, name="second")
+    network = keras.Model(inputs, second(first(keras.layers.Masking()(inputs))))
+
+    population = tn.collect(network, x, batch_size=4, upstream="batch")
+
+    of_first, of_second = (population.sites[name] for name in ("first", "second"))
+    assert of_first.count.tolist() == of_second.count.tolist() == [40, 20, 0]
+    np.testing.assert_allclose(of_first.mean[:2], [x[:, 0].mean(), x[4:, 1].mean()], rtol=1e-6)
+    np.testing.assert_allclose(of_second.mean[:2], 1, rtol=1e-5)
+    parts = [x[:4, 0], x[4:, 0]]
+    shrunk = [part.var() / (part.var() + first.epsilon) for part in parts]
+    np.testing.assert_allclose(of_second.variance[0], np.mean(shrunk), rtol=1e-5)
+
+    tn.recalibrate(network, x, batch_size=4, upstream="batch")
+    np.testing.assert_allclose(array(first.moving_mean), [*of_first.mean[:2], 0], rtol=1e-6)
+    assert array(first.moving_variance)[2] == 1
+
+
+def test_what_normalises_after_a_channel_without_values() -> None:
+    """In training it gives beta: what is collected behind it says so."""
+    x = X.astype("float32")
+    inputs, mask = keras.Input((3, 5)), keras.Input((3,), dtype="bool")
+    first = BatchNormalization(axis=1, beta_initializer="ones", name="first")
+    unmasked = first(inputs, mask=mask) * 1.0  # the mask ends here
+    outputs = BatchNormalization(axis=1, name="second")(unmasked)
+    network = keras.Model([inputs, mask], outputs)
+    given = [x, MASK]
+
+    behind = tn.collect(network, given, batch_size=4, upstream="batch").sites["second"]
+    assert (behind.mean[2], behind.variance[2]) == pytest.approx((1, 0), abs=1e-6)
+    trained = array(first(tensor(x), training=True, mask=tensor(MASK, "bool")))
+    np.testing.assert_allclose(behind.mean, trained.mean((0, 2)), atol=1e-6)
+
+    nothing = [x, np.zeros_like(MASK)]
+    moving = tn.collect(network, nothing, batch_size=4, upstream="batch").sites["second"]
+    np.testing.assert_allclose(moving.mean, array(first(tensor(x))).mean((0, 2)), rtol=1e-5)

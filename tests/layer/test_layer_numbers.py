@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import CASES, Case, array, error, precision, tensor, train, truth
+from layer_cases import CASES, Case, array, error, precision, tensor, train, truth
 
 from truenorm import BatchNormalization, OptionError
 from truenorm._kernels import reference
@@ -169,7 +169,7 @@ def test_a_keras_mask_from_an_embedding_reaches_the_statistics() -> None:
     [
         (
             {"momentum": 1.5},
-            "The momentum of BatchNormalization is the weight of the old moving statistics. "
+            "`momentum` must be the weight of the old moving statistics of BatchNormalization. "
             "Expected: a number from 0 to 1, or None for the mean over all batches. Received: 1.5.",
         ),
         (

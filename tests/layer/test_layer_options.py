@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import EPSILON, Drawn, array, error, precision, tensor, train
+from layer_cases import EPSILON, Drawn, array, error, precision, tensor, train
 
 from truenorm import BatchNormalization, OptionError, replace
 from truenorm._kernels import reference
@@ -220,8 +220,7 @@ def test_replace_leaves_what_keras_cannot_express(options: dict[str, Any]) -> No
     [
         (
             {"virtual_batch_size": 0},
-            "The virtual_batch_size of BatchNormalization is a number of samples. "
-            "Expected: an integer of 1 or more, or None. Received: 0.",
+            "virtual_batch_size must be a positive integer. Received: 0.",
         ),
         (
             {"virtual_batch_size": 8, "renorm": True},

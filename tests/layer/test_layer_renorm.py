@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import array, tensor
+from layer_cases import array, tensor
 
 from truenorm import BatchNormalization, OptionError
 

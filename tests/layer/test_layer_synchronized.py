@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import EPSILON, array, error, tensor
+from layer_cases import EPSILON, array, error, tensor
 
 from truenorm import BatchNormalization
 from truenorm._kernels import reference
@@ -26,7 +26,7 @@ def run(folder: pathlib.Path, cases: list[dict[str, Any]]) -> list[list[dict[str
     given = [folder / f"given{i}.npz" for i in range(len(cases))]
     for path, case in zip(given, cases, strict=True):
         np.savez(path, **case)
-    program = pathlib.Path(__file__).parents[1] / "replicas.py"
+    program = pathlib.Path(__file__).parents[1] / "training_replica.py"
     environment = {**os.environ, "KERAS_BACKEND": BACKEND, "GLOO_SOCKET_IFNAME": "lo"}
     started = [
         subprocess.Popen(

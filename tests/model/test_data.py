@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import dense, subclassed, two_towers
+from small_models import dense, subclassed, two_towers
 
 import truenorm as tn
 
@@ -43,6 +43,22 @@ class Loader:
             yield [part[start : start + 4] for part in self.parts]
 
 
+class Frame:
+    """As pandas's: rows by slices, an array if asked for one, no dtype of its own."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows, self.shape, self.iloc = rows, rows.shape, None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: slice) -> Frame:
+        return Frame(self.rows[rows])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return self.rows
+
+
 class Sequence(keras.utils.PyDataset):
     def __len__(self) -> int:
         return 3
@@ -72,12 +88,21 @@ ONE_INPUT: dict[str, Callable[[], Any]] = {
     "list of arrays": lambda: [X[:4], X[4:8], X[8:]],
     "generator": lambda: (batch for batch in Loader(X, Y)),
     "PyDataset": lambda: Sequence(),
+    "by name": lambda: {"x": X},
+    "by name, with another column": lambda: {"a": TEXT, "x": X},
+    "batches by name, with another column": lambda: [
+        ({"a": w, "x": x}, y, w) for x, y, w in Loader(X, Y, W)
+    ],
+    "one more axis": lambda: X[..., None],
+    "frame": lambda: Frame(X),
 }
 
 
 @pytest.mark.parametrize("form", ONE_INPUT)
 def test_the_data_of_one_input(form: str) -> None:
-    model = keras.Sequential([keras.Input((5,)), keras.layers.BatchNormalization(name="bn")])
+    model = keras.Sequential(
+        [keras.Input((5,), name="x"), keras.layers.BatchNormalization(name="bn")]
+    )
     np.testing.assert_allclose(mean(model, ONE_INPUT[form](), batch_size=4), X.mean(0), atol=1e-6)
 
 
@@ -98,6 +123,9 @@ def test_tensorflows_own_dataset() -> None:
 
 
 NAMED = {"a_large": LARGE, "z_small": SMALL}
+TEXT = np.array(["a"] * 10)
+MORE = {"b": TEXT, "a": W, **NAMED}
+"""With columns that the model does not have, before and between its own."""
 TWO_INPUTS: dict[str, Callable[[], Any]] = {
     "[x1, x2]": lambda: [SMALL, LARGE],
     "(x1, x2)": lambda: (SMALL, LARGE),
@@ -109,6 +137,11 @@ TWO_INPUTS: dict[str, Callable[[], Any]] = {
     "batches ([x1, x2], y)": lambda: [([a, b], y) for a, b, y in Loader(SMALL, LARGE, Y)],
     "batches (by name, y)": lambda: [
         ({"a_large": b, "z_small": a}, y) for a, b, y in Loader(SMALL, LARGE, Y)
+    ],
+    "by name, with other columns": lambda: MORE,
+    "(by name, with other columns, y, w)": lambda: (MORE, Y, W),
+    "batches by name, with other columns": lambda: [
+        ({"a": w, "a_large": b, "z_small": a}, y, w) for a, b, y, w in Loader(SMALL, LARGE, Y, W)
     ],
 }
 
@@ -133,14 +166,49 @@ def test_the_inputs_of_a_dict_are_a_dict() -> None:
     both = tn.collect(two_towers(), ({"left": x, "right": x}, Y), batch_size=4)
     assert both.samples == 10
     expected = np.concatenate([SMALL, LARGE], axis=1).mean(0)
-    found = mean(two_inputs(dict), NAMED, batch_size=np.int64(4))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    for data in (NAMED, MORE, (MORE, Y, W)):
+        found = mean(two_inputs(dict), data, batch_size=np.int64(4))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_a_subclassed_model_takes_the_first_of_a_batch() -> None:
     x = X[:, :3]
     for data in (x, (x, Y), Loader(x, Y), [x[:4], x[4:8], x[8:]]):
         np.testing.assert_allclose(mean(subclassed(), data, batch_size=4), x.mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("form", [list, tuple])
+def test_a_subclassed_model_that_was_built_with_several_arrays_takes_several(form: type) -> None:
+    class Own(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = keras.layers.BatchNormalization(name="bn")
+
+        def call(self, x: Any, training: bool | None = None) -> Any:
+            return self.bn(keras.ops.concatenate(list(x), axis=1), training=training)
+
+    model = Own()
+    model(form([SMALL, LARGE]))
+    expected = np.concatenate([SMALL, LARGE], axis=1).mean(0)
+    for data in (form([SMALL, LARGE]), (form([SMALL, LARGE]), Y), [(form([SMALL, LARGE]), Y, W)]):
+        population = tn.collect(model, data)
+        np.testing.assert_allclose(population.sites["bn"].mean, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", [list, dict])
+def test_every_tool_leaves_out_the_columns_that_the_model_does_not_have(form: type) -> None:
+    """As fit does (which warns where the inputs are a dict)."""
+    model = two_inputs(form)
+    model = keras.Model(model.input, keras.layers.Dense(3)(model.output))
+    data = {**NAMED, "z_weight": W}
+    model.compile("sgd", "mse")
+    if form is list:
+        callback = tn.callbacks.Recalibrate(data, batch_size=4)
+        model.fit(data, Y, sample_weight=W, batch_size=4, verbose=0, callbacks=[callback])
+        assert callback.last is not None
+    assert tn.recalibrate(model, (data, Y, W), batch_size=4).population.samples == 10
+    assert tn.inspect(model, data, Y).modes["predict"][0].statistics == "moving"
+    assert not tn.diagnose(model, (data, Y, W), batch_size=4, select=["TN101"]).findings
 
 
 def test_a_model_of_a_fixed_batch_size_reads_all_samples() -> None:
@@ -157,7 +225,6 @@ def test_a_model_of_a_fixed_batch_size_reads_all_samples() -> None:
         (X[:, :4], "[(10, 4)]"),
         ([X[:, :4], Y], "[(10, 4)]"),
         (Loader(X[:, :4], Y), "[(4, 4), (4, 3)]"),
-        ({"a": X, "b": X}, "[(10, 5), (10, 5)]"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(data: Any, received: str) -> None:
@@ -170,6 +237,21 @@ def test_data_that_does_not_fit_is_refused(data: Any, received: str) -> None:
     )
 
 
+def test_an_input_that_is_not_there_by_name_is_named() -> None:
+    with pytest.raises(tn.DataError) as caught:
+        tn.collect(identical_inputs(), {"a": SMALL, "b": SMALL})
+    assert str(caught.value) == (
+        "The data lacks an input of the model (at 'data'). Expected: the names ['z', 'a']. "
+        "Received: ['a', 'b']. Remedy: name the columns as the model names its inputs."
+    )
+
+
+@pytest.mark.parametrize("model", [dense, subclassed])
+def test_python_lists_are_refused_as_keras_refuses_them(model: Callable[[], Any]) -> None:
+    with pytest.raises(tn.DataError, match=r"not made of arrays .* Received: float\. Remedy: make"):
+        tn.collect(model(), X.tolist())
+
+
 def test_arrays_of_different_lengths_are_refused() -> None:
     with pytest.raises(tn.DataError, match="different numbers of samples"):
         tn.collect(two_inputs(), [SMALL, LARGE[:9]])
@@ -179,7 +261,4 @@ def test_arrays_of_different_lengths_are_refused() -> None:
 def test_a_batch_size_that_is_no_number_of_samples_is_refused(size: Any) -> None:
     with pytest.raises(tn.OptionError) as caught:
         tn.collect(dense(), X, batch_size=size)
-    assert str(caught.value) == (
-        "The batch size is not a number of samples (at 'batch_size'). "
-        f"Expected: an integer of 1 or more. Received: {size!r}."
-    )
+    assert str(caught.value) == f"batch_size must be a positive integer. Received: {size!r}."

@@ -9,8 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from families import FAMILIES, error, images_for, model_of, quick_initial_values
-from models import predict
+from keras_architectures import FAMILIES, error, images_for, model_of, quick_initial_values
+from small_models import predict
 
 import truenorm as tn
 

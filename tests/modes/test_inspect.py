@@ -9,7 +9,16 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import dense, inputs_for, nested, residual, shake, snapshot, subclassed, two_towers
+from small_models import (
+    dense,
+    inputs_for,
+    nested,
+    residual,
+    shake,
+    snapshot,
+    subclassed,
+    two_towers,
+)
 
 import truenorm as tn
 
@@ -243,8 +252,11 @@ def test_a_subclassed_model_that_forgets_training(forgetful: Any) -> None:
     x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
     inspection = tn.inspect(forgetful, x)
     assert {e: m[0].describe() for e, m in inspection.modes.items()} == {
-        **dict.fromkeys(HEALTHY, "moving"), "fit": "moving + learns"
-    }  # fmt: skip
+        **dict.fromkeys(HEALTHY, "moving"),
+        "fit": "moving + learns",
+        # Keras takes training= although call() does not, and hands it on to the layers inside.
+        "model(x, training=True)": "batch + updates",
+    }
     (surprise,) = inspection.surprises
     assert surprise.code == "call_without_training"
     assert "call() of Forgetful takes no argument 'training'" in surprise.explanation
@@ -298,3 +310,83 @@ def test_inside_a_wrapper_it_is_watched_too() -> None:
     layer = keras.layers.BatchNormalization(name="in")
     model = keras.Model(inputs, keras.layers.TimeDistributed(layer, name="steps")(inputs))
     assert modes_of(model, "steps/in") == HEALTHY
+
+
+# --- entry points that cannot be run -----------------------------------------------------------
+
+
+class Unusual(keras.Model):
+    """Its call demands training; its training step, if it has one of its own, other data."""
+
+    def __init__(self, own_step: bool = False) -> None:
+        super().__init__(name="unusual")
+        self.own_step = own_step
+        self.bn = keras.layers.BatchNormalization(name="bn")
+        self.head = keras.layers.Dense(4, name="head")
+
+    def call(self, x: Any, training: Any) -> Any:
+        return self.head(self.bn(x, training=training))
+
+    def train_step(self, *arguments: Any) -> Any:
+        if self.own_step:
+            raise TypeError("this step wants a dictionary of images\nand nothing else")
+        return super().train_step(*arguments)
+
+
+X = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+LABELS = np.arange(8) % 4
+CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def unusual(own_step: bool = False) -> Any:
+    model = Unusual(own_step)
+    model(X, training=False)
+    model.compile("adam", CROSS_ENTROPY, metrics=["accuracy"])
+    return model
+
+
+@pytest.mark.parametrize("data", [(X,), (X, LABELS)], ids=["made-up targets", "labels"])
+def test_metrics_of_the_model_do_not_matter_and_a_call_may_demand_training(data: Any) -> None:
+    inspection = tn.inspect(unusual(), *data)
+    missing = "TypeError: missing a required argument: 'training'"
+    assert inspection.not_run == {"model(x)": missing}
+    assert {entry: mode.describe() for entry, (mode,) in inspection.modes.items()} == {
+        entry: mode for entry, mode in HEALTHY.items() if entry != "model(x)"
+    }
+    assert inspection.surprises == ()
+
+
+def test_a_training_step_that_wants_other_data_costs_its_column_only() -> None:
+    model = unusual(own_step=True)
+    before = snapshot(model)[:5]
+    inspection = tn.inspect(model, X, LABELS)
+    assert snapshot(model)[:5] == before
+    reason = "TypeError: this step wants a dictionary of images"
+    assert inspection.not_run["fit"] == inspection.to_dict()["not_run"]["fit"] == reason
+    assert inspection.modes.keys() == HEALTHY.keys() - {"fit", "model(x)"}
+    table = inspection.tables()[1]
+    assert table.columns == ("sites", *HEALTHY)
+    assert table.rows == (("bn", "not run", "moving", "moving", "not run", "batch + updates"),)
+    assert f"fit was not run: {reason}" in table.notes
+
+
+def test_targets_that_the_loss_does_not_take_cost_two_columns() -> None:
+    model = dense()
+    model.compile("sgd", CROSS_ENTROPY)
+    inspection = tn.inspect(model, inputs_for(model), np.zeros((8, 7)))
+    assert inspection.not_run.keys() == {"fit", "evaluate"}
+    assert inspection.modes["predict"][0].describe() == "moving"
+
+
+def test_a_model_that_cannot_be_run_at_all_is_refused() -> None:
+    class Broken(Unusual):
+        def call(self, x: Any, training: Any = None) -> Any:
+            if self.built and self.own_step:
+                raise ValueError("no call at all")
+            return super().call(x, training)
+
+    model = Broken()
+    model(X)
+    model.own_step = True
+    with pytest.raises(tn.ModelError, match=r"^The model could not be run in any way.*no call at"):
+        tn.inspect(model, X)

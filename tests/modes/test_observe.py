@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import LAYERS, inputs_for, nested, residual, snapshot, two_towers
+from small_models import LAYERS, inputs_for, nested, residual, snapshot, two_towers
 
 import truenorm as tn
 from truenorm._model.graph import layer_paths

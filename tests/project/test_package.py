@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import doctest
 import importlib
+import importlib.metadata
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +40,19 @@ def test_every_public_name_is_in_the_readme_or_the_docs() -> None:
     assert not missing
 
 
+def test_the_installed_version_is_the_packages_own() -> None:
+    assert importlib.metadata.version("truenorm") == tn.__version__
+
+
+def test_public_modules_need_no_import_of_their_own() -> None:
+    shown = run(
+        "import truenorm as tn; print(tn.archive.load.__name__, tn.callbacks.Recalibrate.__name__,"
+        " tn.cluster.collect.__name__, tn.report.save.__name__); from truenorm import *;"
+        " print(fold.__name__, archive.__name__)"
+    )
+    assert shown == "load Recalibrate collect save\nfold truenorm.archive"
+
+
 def test_importing_truenorm_does_not_import_keras_or_a_framework() -> None:
     heavy = "{'keras', 'jax', 'torch', 'tensorflow', 'matplotlib', 'scipy', 'sklearn', 'typer'}"
     assert run(f"import sys, truenorm; print({heavy} & set(sys.modules))") == "set()"
@@ -69,26 +81,3 @@ def test_the_examples_in_the_documentation_run(module: str) -> None:
     results = doctest.testmod(importlib.import_module(module))
     assert results.failed == 0
     assert results.attempted > 0
-
-
-def test_errors_are_one_tree_and_name_all_parts() -> None:
-    error = tn.ModelError("It is bad", where="a/b", expected="x", received="y", remedy="do z")
-    assert str(error) == "It is bad (at 'a/b'). Expected: x. Received: y. Remedy: do z."
-    assert isinstance(error, ValueError)
-    errors = [getattr(tn, name) for name in tn.__all__ if name.endswith("Error")]
-    assert all(issubclass(error, tn.TruenormError) for error in errors)
-
-
-def code_of(readme: str) -> list[str]:
-    """The Python blocks of a README without their comments."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text("utf-8"), flags=re.DOTALL)
-    return [ast.unparse(ast.parse(block)) for block in blocks]
-
-
-def test_both_readmes_show_the_same_code_of_public_names() -> None:
-    english = code_of("README.md")
-    assert len(english) == 4
-    assert code_of("README.zh-CN.md") == english
-    names = set(re.findall(r"\btn\.(\w+)", "\n".join(english)))
-    assert names
-    assert names <= set(tn.__all__)

@@ -19,7 +19,7 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, NEEDS_CHROMIUM, visit
+from chromium import CHROMIUM, NEEDS_CHROMIUM, visit
 
 from truenorm._errors import MissingDependencyError, OptionError, OutputError
 from truenorm._records.inspection import Inspection

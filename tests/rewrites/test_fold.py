@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import inputs_for, predict, shake, snapshot
+from small_models import inputs_for, predict, shake, snapshot
 
 import truenorm as tn
 

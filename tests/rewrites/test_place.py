@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import inputs_for, predict, shake, snapshot, two_towers
+from small_models import inputs_for, predict, shake, snapshot, two_towers
 
 import truenorm as tn
 from truenorm._model.graph import calls

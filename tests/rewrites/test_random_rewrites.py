@@ -15,8 +15,8 @@ import keras
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, event, given, reject, settings
-from models import inputs_for, predict, snapshot
 from random_models import Description, build, descriptions
+from small_models import inputs_for, predict, snapshot
 
 import truenorm as tn
 from truenorm._model.graph import calls, is_batch_normalization

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import dense, inputs_for, nested, predict, shake, snapshot
+from small_models import dense, inputs_for, nested, predict, shake, snapshot
 
 import truenorm as tn
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import dense, shake
+from small_models import dense, shake
 
 import truenorm as tn
 from truenorm import cluster

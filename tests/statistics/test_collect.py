@@ -8,7 +8,16 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from models import dense, inputs_for, nested, residual, shake, snapshot, subclassed, two_towers
+from small_models import (
+    dense,
+    inputs_for,
+    nested,
+    residual,
+    shake,
+    snapshot,
+    subclassed,
+    two_towers,
+)
 
 import truenorm as tn
 import truenorm._statistics.recalibrate

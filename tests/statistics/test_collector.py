@@ -11,8 +11,8 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from helpers import Case
-from models import dense, shake, snapshot
+from layer_cases import Case
+from small_models import dense, shake, snapshot
 
 import truenorm as tn
 from truenorm._model.values import numbers
@@ -215,7 +215,7 @@ def test_data_known_to_be_endless_wants_a_limit() -> None:
 
     with pytest.raises(tn.DataError, match=r"^This data has no end \(at 'data'\)\. Remedy:"):
         tn.collect(dense(), Endless())
-    with pytest.raises(tn.OptionError, match=r"\(at 'max_batches'\).*: 0\."):
+    with pytest.raises(tn.OptionError, match="max_batches must be a positive integer"):
         tn.collect(dense(), Endless(), max_batches=0)
 
 

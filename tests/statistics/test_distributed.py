@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import collecting_process as processes
 import numpy as np
-import processes
 import pytest
 
 import truenorm as tn
 
-WORKER = Path(__file__).parents[1] / "processes.py"
+WORKER = Path(__file__).parents[1] / "collecting_process.py"
 
 
 def free_ports() -> list[str]:

@@ -131,6 +131,8 @@ def test_verdict_with_a_winner() -> None:
         "after_activation is best: its validation accuracy (94.80%, 5 seeds) is 1.20 points "
         "[1.00, 1.40] above before_activation's, shown at the 5% level (in brackets: 95% "
         "intervals).",
+        "The exact sign-flip test, which does not assume normal noise, gives for before_activation "
+        "and after_activation p = 0.062 (with 5 seeds it cannot be below 0.062).",
         "A note.",
     )
     assert "before_activation − after_activation" in str(study)
@@ -144,7 +146,8 @@ def test_verdict_without_a_difference() -> None:
         "shown to differ from every other position.",
         "No difference shown between before_activation and after_activation in validation "
         "accuracy: before_activation minus after_activation is 0.17 points [-2.42, 2.75]; with 3 "
-        "seeds a difference smaller than about 2.59 points would go unseen.",
+        "seeds a true difference must be 3.40 points or more to be shown in 4 of 5 studies; to "
+        "show a difference as large as this one, a new study needs more than 1,000 seeds.",
     )
 
 

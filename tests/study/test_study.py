@@ -29,9 +29,9 @@ from truenorm._records.files import replacing
 from truenorm._records.study import Study
 from truenorm._study import trial as worker
 from truenorm._study.checks import check_momentum, check_placement
+from truenorm._study.experiment import study
 from truenorm._study.folder import Spec, open_folder, read_result, write_result
-from truenorm._study.pool import Progress
-from truenorm._study.runner import study
+from truenorm._study.progress import Progress
 
 POSITIONS = ("before_activation", "after_activation")
 SPEC = Spec("hash", "none", 3, 2, 4, False, False, keras.config.backend(), "float32", "float32")
@@ -415,7 +415,7 @@ X, Y = arrays()[0]
         (((X, Y), (X * np.nan, Y)), "This array has NaN or infinity in it (at 'data: x_val')."),
         (((X, Y), (X[:, :4], Y)), "The training and validation inputs have different shapes"),
         (((X[:, :4], Y), (X[:, :4], Y)), "The data does not fit the model's inputs (at 'data')."),
-        (((X[..., None], Y), (X[..., None], Y)), "The data does not fit the model's inputs"),
+        (((np.stack([X, X], -1), Y),) * 2, "The data does not fit the model's inputs"),
     ],
 )
 def test_bad_data(data: Any, message: str) -> None:
@@ -435,15 +435,17 @@ def test_bad_data(data: Any, message: str) -> None:
         ({"positions": "none"}, "A study compares two or more positions"),
         ({"positions": ("none", "none")}, "A study compares two or more positions"),
         ({"positions": ("none", "elsewhere")}, "There is no such position"),
-        ({"seeds": 0}, "The seeds are not usable"),
-        ({"seeds": (1, 1)}, "The seeds are not usable"),
-        ({"seeds": (-1,)}, "The seeds are not usable"),
-        ({"seeds": True}, "The seeds are not usable"),
-        ({"epochs": 0}, "This is not a number of things (at 'epochs')"),
-        ({"batch_size": 2.5}, "This is not a number of things (at 'batch_size')"),
-        ({"workers": 0}, "This is not a number of things (at 'workers')"),
-        ({"timeout": -1}, "This is not a time"),
-        ({"backend": "numpy"}, "This backend is not one that trains"),
+        ({"seeds": 0}, "seeds must be a positive integer. Received: 0."),
+        ({"seeds": (1, 1)}, "seeds must be a positive integer, or different integers from 0 to"),
+        ({"seeds": ()}, "seeds must be a positive integer, or different integers from 0 to"),
+        ({"seeds": (2**32,)}, "seeds must be a positive integer, or different integers from 0 to"),
+        ({"seeds": (-1,)}, "every seed must be 0 or a positive integer. Received: -1."),
+        ({"seeds": True}, "seeds must be a positive integer. Received: True."),
+        ({"epochs": 0}, "epochs must be a positive integer. Received: 0."),
+        ({"batch_size": 2.5}, "batch_size must be a positive integer. Received: 2.5."),
+        ({"workers": 0}, "workers must be a positive integer. Received: 0."),
+        ({"timeout": -1}, "timeout must be a positive number of seconds, or None for no limit."),
+        ({"backend": "numpy"}, "This backend cannot train models"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

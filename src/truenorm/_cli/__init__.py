@@ -7,6 +7,7 @@ answer at once; and the backend is chosen before Keras is imported, which fixes 
 from __future__ import annotations
 
 import sys
+from typing import Any, NoReturn
 
 from truenorm._errors import TruenormError
 from truenorm._records.tables import printable
@@ -19,6 +20,7 @@ except ImportError:
     )
 
 from truenorm._cli.demo import demo
+from truenorm._cli.isolation import is_apart, isolated
 from truenorm._cli.models import diagnose, fold, inspect, place, recalibrate, replace
 
 app = typer.Typer(
@@ -29,19 +31,48 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (inspect, diagnose, place, fold, replace, recalibrate, demo):
-    app.command()(command)
+for command in (inspect, diagnose, place, fold, replace, recalibrate):
+    app.command()(isolated(command))
+app.command()(demo)
+
+
+REFUSED: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"
+)
+"""What Typer raises about arguments; it has no public name."""
 
 
 def main() -> None:
-    """Run the command; an error that is truenorm's own becomes one line, Ctrl-C exit code 130."""
+    """Run the command; an error becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        sys.stdout = None  # nothing is flushed at exit
+        sys.exit(1)
     except MemoryError:
-        print("truenorm: There is not enough memory to run this model.", file=sys.stderr)
-        sys.exit(2)
+        if is_apart():
+            raise  # it says which limit was reached
+        _refuse("There is not enough memory to run this model.")
     except TruenormError as error:
-        print(f"truenorm: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+    except REFUSED as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help was shown
+            sys.exit(2)
+        _refuse(_in_our_form(error))
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"truenorm: {printable(message)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _in_our_form(error: Any) -> str:
+    """What Typer says about an argument, and where to read on."""
+    context = getattr(error, "ctx", None)
+    command = context.info_name if context and context.parent else ""
+    remedy = " ".join(filter(None, ("truenorm", command, "--help")))
+    problem = " ".join(str(error.format_message()).split()).replace("Value error, ", "")
+    end = "" if problem.endswith((".", "?")) else "."
+    return f"{problem}{end} Remedy: {remedy} shows what there is."

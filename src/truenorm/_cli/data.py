@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -13,14 +12,12 @@ from typing import Any, cast
 import numpy as np
 
 from truenorm._errors import DataError
+from truenorm._records.files import UNREADABLE
 from truenorm._records.moments import Array
-
-_UNREADABLE = (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
-"""What NumPy raises on a file that is damaged, or declares more than is in it."""
 
 
 def read_data(path: Path) -> Any:
-    """The arrays of a file, as the tools take them; nothing in it is run.
+    """The arrays of a file, as the tools take them; no code in it is run.
 
     ``.npy``: one array. ``.npz``: one array, ``x`` and ``y``, or one array per input of the model,
     under its name. ``.csv``: one sample per line, numbers only, with or without a line of names.
@@ -41,17 +38,18 @@ def read_data(path: Path) -> Any:
 
 def _npy(path: Path) -> Array:
     try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except _UNREADABLE as error:
+        values = np.lib.format.open_memmap(path, mode="r")
+    except UNREADABLE as error:
         raise _unreadable(path, error) from error
     return _checked(values, str(path))
 
 
 def _npz(path: Path) -> Any:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
-            arrays = {name: members[name] for name in members.files}
-    except _UNREADABLE as error:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".npy")]
+            arrays = {name.removesuffix(".npy"): _member(archive, name) for name in names}
+    except UNREADABLE as error:
         raise _unreadable(path, error) from error
     checked = {name: _checked(values, f"{path}: {name}") for name, values in arrays.items()}
     if not checked:
@@ -61,12 +59,19 @@ def _npz(path: Path) -> Any:
     return (checked["x"], checked["y"]) if set(checked) == {"x", "y"} else checked
 
 
+def _member(archive: zipfile.ZipFile, name: str) -> Array:
+    with archive.open(name) as member:
+        return np.lib.format.read_array(member, allow_pickle=False)
+
+
 def _csv(path: Path) -> Array:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = csv.reader(file, strict=True)
             rows = list(_numbers(path, ((lines.line_num, cells) for cells in lines if cells)))
-    except (csv.Error, UnicodeDecodeError) as error:
+    except DataError:
+        raise
+    except (csv.Error, *UNREADABLE) as error:
         raise _unreadable(path, error) from error
     if not rows:
         raise DataError("There are no numbers in this file", where=str(path))
@@ -118,6 +123,9 @@ def _checked(values: Any, where: str) -> Array:
             expected="real numbers",
             received=values.dtype.name,
         )
+    plain = values.dtype.newbyteorder("=") if values.dtype.itemsize <= 8 else np.dtype("f8")
+    with np.errstate(over="ignore"):  # infinity is refused below
+        values = values.astype(plain, copy=False)  # long doubles, and another machine's byte order
     finite = np.isfinite(values)
     if not finite.all():
         first = tuple(int(i) for i in np.argwhere(~finite)[0])
@@ -132,5 +140,7 @@ def _checked(values: Any, where: str) -> Array:
 
 def _unreadable(path: Path, error: BaseException) -> DataError:
     return DataError(
-        "The data file cannot be read", where=str(path), received=str(error)[:300].rstrip(".")
+        "The data file cannot be read",
+        where=str(path),
+        received=(str(error) or type(error).__name__)[:300].rstrip("."),
     )

@@ -19,12 +19,16 @@ class Data(StrEnum):
 
 
 def demo(
-    data: Annotated[Data, typer.Option(help="What to learn.")] = Data.digits,
+    data: Annotated[Data, typer.Option(help="The data set.")] = Data.digits,
     backend: OnBackend = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of each position.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="How often each position is trained.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("truenorm-demo"),
-    force: Annotated[bool, typer.Option("--force", help="Replace earlier results.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the results of an earlier demo.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run that was stopped.")
+    ] = False,
 ) -> None:
     """Show on real data where BatchNormalization goes, what it does, and how to deploy it."""
     choose_backend(backend)

@@ -36,7 +36,7 @@ class Position(StrEnum):
 
 
 class Layer(StrEnum):
-    """Whose BatchNormalization."""
+    """Which BatchNormalization: truenorm's or Keras's."""
 
     truenorm = "truenorm"
     keras = "keras"
@@ -50,13 +50,18 @@ class Upstream(StrEnum):
     moving = "moving"
 
 
-Where = Annotated[str | None, typer.Option(help="Only sites whose path matches: 'block1/*'.")]
+Where = Annotated[
+    str | None, typer.Option(help="Only layers whose path matches a pattern such as 'block1/*'.")
+]
 
 
 def inspect(
     file: File,
     static: Annotated[
-        bool, typer.Option("--static", help="Read the file only: no Keras, no model, no code.")
+        bool,
+        typer.Option(
+            "--static", help="Only read the file: no Keras, no model, no code of the file."
+        ),
     ] = False,
     as_json: AsJson = False,
     backend: OnBackend = None,
@@ -74,13 +79,18 @@ def inspect(
 def diagnose(
     file: File,
     data: Annotated[
-        Path | None, typer.Option(help="Training inputs, or x and y: .npy, .npz or .csv.")
+        Path | None,
+        typer.Option(help="Training data: a .npy or .csv file of inputs, or .npz with x and y."),
     ] = None,
     select: Annotated[
-        list[str] | None, typer.Option(help="Only rules whose code begins so: TN1; repeatable.")
+        list[str] | None,
+        typer.Option(help="Only rules whose code begins with this, such as TN1; may be repeated."),
     ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option(help="No rule whose code begins so: TN302; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Leave out rules whose code begins with this, such as TN302; may be repeated."
+        ),
     ] = None,
     batch_size: BatchSize = 32,
     as_json: AsJson = False,
@@ -88,7 +98,7 @@ def diagnose(
     max_parameters: MaxParameters = MOST_PARAMETERS,
     imports: Imports = None,
 ) -> None:
-    """Look for what is wrong with BatchNormalization; exit code 1 if more than notes is found."""
+    """Find what is wrong with BatchNormalization; exit code 1 if there are warnings or errors."""
     arrays = None if data is None else read_data(data)
     model = model_of(file, backend, max_parameters, imports)
     found = tn.diagnose(model, arrays, select=select, ignore=ignore, batch_size=batch_size)
@@ -98,11 +108,12 @@ def diagnose(
 
 def place(
     file: File,
-    position: Annotated[Position, typer.Argument(help="Where to.", show_default=False)],
+    position: Annotated[Position, typer.Argument(help="Where to put it.", show_default=False)],
     out: Out,
     where: Where = None,
     insert: Annotated[
-        bool, typer.Option("--insert", help="Also put one where a layer has none.")
+        bool,
+        typer.Option("--insert", help="Also add one for each convolution or dense layer without."),
     ] = False,
     as_json: AsJson = False,
     backend: OnBackend = None,
@@ -131,14 +142,14 @@ def fold(
 
 def replace(
     file: File,
-    to: Annotated[Layer, typer.Option(help="Whose layer to put in.", show_default=False)],
+    to: Annotated[Layer, typer.Option(help="Which layer to use instead.", show_default=False)],
     out: Out,
     as_json: AsJson = False,
     backend: OnBackend = None,
     max_parameters: MaxParameters = MOST_PARAMETERS,
     imports: Imports = None,
 ) -> None:
-    """Swap every BatchNormalization for truenorm's or Keras's, weights and outputs kept."""
+    """Replace every BatchNormalization by truenorm's or Keras's, keeping weights and outputs."""
     model = model_of(file, backend, max_parameters, imports)
     _finish(tn.replace(model, to=to.value), out, as_json=as_json)
 
@@ -150,7 +161,8 @@ def recalibrate(
     ],
     out: Out,
     upstream: Annotated[
-        Upstream, typer.Option(help="Statistics of the layers before each layer meanwhile.")
+        Upstream,
+        typer.Option(help="Which statistics earlier layers use while a layer's are taken."),
     ] = Upstream.batch,
     batch_size: BatchSize = 32,
     as_json: AsJson = False,

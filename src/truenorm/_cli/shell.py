@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,16 +12,21 @@ from typing import Annotated, Any
 import typer
 
 from truenorm._backends import Backend
+from truenorm._cli import isolation
 from truenorm._errors import MissingDependencyError
 from truenorm._records.tables import Record, printable
 from truenorm.archive import load, save
+from truenorm.archive._loading import check_name, load_here
 
-File = Annotated[Path, typer.Argument(help="A .keras file.", show_default=False)]
+File = Annotated[Path, typer.Argument(help="A .keras file, or an old .h5 one.", show_default=False)]
 Out = Annotated[
-    Path, typer.Option(help="The .keras file to write; may be the one read.", show_default=False)
+    Path, typer.Option(help="The .keras file to write; may be the input file.", show_default=False)
 ]
 OnBackend = Annotated[
-    Backend | None, typer.Option(help="Keras backend; else KERAS_BACKEND, else jax.")
+    Backend | None,
+    typer.Option(
+        help="Keras backend; else KERAS_BACKEND, Keras's configuration file, or what is installed."
+    ),
 ]
 MaxParameters = Annotated[
     int, typer.Option(min=1, help="Refuse a model with more parameters than this.")
@@ -35,25 +41,14 @@ Imports = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int, typer.Option(min=1, help="Samples per batch; that of training is right.")
+    int, typer.Option(min=1, help="Samples per batch; best the size used in training.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def choose_backend(backend: Backend | None) -> None:
     """Set Keras's backend for this process, before Keras is imported."""
-    name = backend.value if backend else os.environ.get("KERAS_BACKEND") or Backend.jax.value
-    if name not in list(Backend):
-        raise MissingDependencyError(
-            "truenorm does not work on this Keras backend",
-            where="KERAS_BACKEND",
-            expected=", ".join(Backend),
-            received=name,
-        )
-    if importlib.util.find_spec(name) is None:
-        raise MissingDependencyError(
-            f"The backend {name} is not installed", remedy=f'pip install "truenorm[{name}]"'
-        )
+    name = _backend_name(backend)
     keras = sys.modules.get("keras")
     if keras is not None and keras.backend.backend() != name:
         raise MissingDependencyError(
@@ -62,21 +57,64 @@ def choose_backend(backend: Backend | None) -> None:
             received=keras.backend.backend(),
         )
     os.environ["KERAS_BACKEND"] = name
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's greetings
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's start-up messages
+
+
+def _backend_name(option: Backend | None) -> str:
+    """The option, else KERAS_BACKEND, else Keras's configuration file, else what is installed.
+
+    A file that names a backend which is not installed decides nothing: Keras writes TensorFlow
+    into it without being asked.
+    """
+    asked = option or os.environ.get("KERAS_BACKEND")
+    if asked and asked not in list(Backend):
+        raise MissingDependencyError(
+            "truenorm does not work on this Keras backend",
+            where="KERAS_BACKEND",
+            expected=", ".join(Backend),
+            received=asked,
+            remedy="give --backend, or set KERAS_BACKEND to one of these",
+        )
+    candidates = [Backend(asked)] if asked else [*_configured_backend(), *Backend]
+    for name in candidates:
+        if importlib.util.find_spec(name) is not None:
+            return name.value
+    if asked:
+        raise MissingDependencyError(
+            f"The backend {asked} is not installed", remedy=f'pip install "truenorm[{asked}]"'
+        )
+    raise MissingDependencyError(
+        "No backend of Keras is installed",
+        expected=", ".join(Backend),
+        remedy='pip install "truenorm[jax]", or [tensorflow], or [torch]',
+    )
+
+
+def _configured_backend() -> list[Backend]:
+    """The backend that Keras's configuration file names, if there is one that truenorm works on."""
+    try:
+        folder = os.environ.get("KERAS_HOME") or Path.home() / ".keras"
+        content = json.loads(Path(folder, "keras.json").read_text("utf-8"))
+        return [Backend(content["backend"])]
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError):
+        return []  # no file, not JSON, another backend
 
 
 def model_of(
     file: Path, backend: Backend | None, max_parameters: int, imports: list[str] | None
 ) -> Any:
-    """The model in a file, loaded with care on the backend asked for."""
+    """The model in a file, loaded with checks and limits on the chosen backend."""
     choose_backend(backend)
     if imports:
         sys.path.append(str(Path.cwd()))  # a module of the user's is most often there
-    return load(file, max_parameters=max_parameters, imports=imports or ())
+    opening = load_here if isolation.is_apart() else load
+    model = opening(file, max_parameters=max_parameters, imports=imports or ())
+    isolation.loaded()
+    return model
 
 
 def show(record: Record, *, as_json: bool) -> None:
-    """Print a record. The pipe may be closed by its reader: the flush makes it show here."""
+    """Print a record, and flush: if the reader has closed the pipe, the error is raised here."""
     if as_json:
         print(record.to_json())
     else:
@@ -89,7 +127,9 @@ def show(record: Record, *, as_json: bool) -> None:
 
 def write(model: Any, out: Path, *, as_json: bool) -> None:
     """Save a model, and say so if the output is for people."""
-    save(model, out)
-    if not as_json:
+    check_name(out)
+    elsewhere = isolation.handed_over()
+    save(model, elsewhere or out)
+    if not as_json and elsewhere is None:
         print(f"Saved as {printable(str(out))}")
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The demo: one journey over all of truenorm on real data, told in plain sentences.
+"""The demo: all of truenorm on one real data set, step by step, with explanations.
 
 It asks the three questions in turn: where BatchNormalization goes (a study), which mode it is in
 (inspect), whether its statistics are true (recalibrate); then it folds the winner for deployment
@@ -31,8 +31,8 @@ from truenorm._rewrites.replace import replace
 from truenorm._statistics.collect import collect
 from truenorm._statistics.recalibrate import gaps, recalibrate
 from truenorm._study.analysis import lower_is_better
-from truenorm._study.pool import Progress as Event
-from truenorm._study.runner import POSITIONS, study
+from truenorm._study.experiment import POSITIONS, study
+from truenorm._study.progress import Progress as Event
 from truenorm.report import Chart, Section, comparison, learning_curves, report, save
 from truenorm.report import gaps as gaps_chart
 
@@ -250,8 +250,8 @@ def _prepare(out: Path, *, force: bool, resume: bool) -> None:
     """Make the folder ready; what it holds is replaced only if asked, and only the demo's own."""
     if force and resume:
         raise OptionError(
-            "--force begins anew, --resume goes on: both at once mean nothing",
-            expected="one of them",
+            "--force starts again and --resume continues: they exclude each other",
+            expected="at most one of them",
             received="--force and --resume",
         )
     if out.exists() and not out.is_dir():

@@ -9,6 +9,8 @@ from truenorm._diagnosis.rule import Fault
 from truenorm._model.sites import position
 from truenorm._rewrites.fold import why_not_folded
 
+BEFORE = 'model = tn.place(model, "before_activation").model, trained anew'
+
 
 def not_foldable(facts: Facts) -> Iterator[Fault]:
     """TN501."""
@@ -20,7 +22,5 @@ def not_foldable(facts: Facts) -> Iterator[Fault]:
                 if call is not None:  # a class is enough here: many sites share the reason then
                     reason = reason.replace(call.label(), type(call.operation).__name__)
             behind = position(site) == "after_activation"
-            remedy = (
-                'tn.place(model, "before_activation")' if behind else "tn.fold(model): the rest"
-            )
+            remedy = BEFORE if behind else "none for it; tn.fold(model) folds the others"
             yield Fault(site.path, {"reason": reason}, remedy)

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import keras
 import numpy as np
 
-from truenorm._diagnosis.measuring import Answers, Runner, Seen, ask, judge_of, look, no_data
-from truenorm._model.data import labelled_batches
-from truenorm._model.graph import Call, calls, graph_of, is_batch_normalization
-from truenorm._model.sites import batch_normalizations, is_own_class, site_calls
+from truenorm._diagnosis.judge import Judge
+from truenorm._diagnosis.measuring import Answers, Scores, Seen, When, ask, look, no_data
+from truenorm._errors import KerasVersionError
+from truenorm._keras_internals import inner_optimizer, is_compiled
+from truenorm._model.data import comes_in_batches, labelled_batches
+from truenorm._model.graph import Call, Graph, graph_of, read_graph
+from truenorm._model.sites import batch_normalizations, is_own_class, policy_of, spots
+from truenorm._model.values import numbers
 from truenorm._modes.inspect import inspect
 from truenorm._records.inspection import Inspection
+from truenorm._records.moments import Spread
 from truenorm._records.recalibration import Gap
 from truenorm._statistics.recalibrate import gaps
+from truenorm._statistics.runner import Runner, Use
 
-Need = Literal["graph", "data", "batches", "inputs"]
+Need = Literal["graph", "data", "batches", "modes"]
 
 FEWEST_BATCHES = 8
 """Of how many batch means a variance is taken at least: it is then known within a factor of two
 (95 % of a chi-squared variable with 7 degrees of freedom is between 0.24 and 2.3 of its mean), and
 the mean over the channels much better."""
 
+MIXED_BATCHES = 16
+"""Batches of mixed samples that batches as they come are compared with."""
 
 FEW = 4
 """Samples that ``inspect`` gets: modes do not depend on the data."""
@@ -51,9 +59,9 @@ class Facts:
         """Why a rule that needs this cannot run; None if it can."""
         if need == "graph":
             return None if self.graph else "the model is subclassed, so its graph cannot be read"
-        if need == "inputs":
-            known = self.graph or self.data is not None
-            return None if known else "a subclassed model does not say what its inputs are"
+        if need == "modes":
+            found = self._inspected
+            return None if isinstance(found, Inspection) else found
         if self.data is None:
             return "no data was given"
         own = [path for layer, path in self.layers.items() if is_own_class(layer)]
@@ -62,14 +70,16 @@ class Facts:
         for path, moments in self.seen.training.sites.items():
             if not np.isfinite(moments.m2).all():
                 return f"the data makes values at '{path}' that are not finite numbers"
-        if need == "batches" and self.seen.full_batches < FEWEST_BATCHES:
-            count = self.seen.full_batches
-            return f"{FEWEST_BATCHES} whole batches show how batches vary, and there are {count}"
+        count = self.seen.training.batches
+        if need == "batches" and count < FEWEST_BATCHES:
+            return f"{FEWEST_BATCHES} batches show how batches vary, and there are {count}"
         return None
 
     def batches(self) -> Iterator[tuple[Any, Any]]:
         """The data once more; arrays shuffled, so that a sorted set has the batches of training."""
         return labelled_batches(self.model, self.data, self.batch_size, y=self.y, shuffle=True)
+
+    # --- the model -----------------------------------------------------------------------------
 
     @cached_property
     def layers(self) -> Mapping[Any, str]:
@@ -77,45 +87,96 @@ class Facts:
         return batch_normalizations(self.model)
 
     @cached_property
-    def graph(self) -> bool:
-        """Whether the calls can be read."""
-        return graph_of(self.model) is not None
+    def graph(self) -> Graph | None:
+        """The calls, where they can be read."""
+        return None if graph_of(self.model) is None else read_graph(self.model)
 
-    @cached_property
-    def calls(self) -> list[Call]:
+    @property
+    def calls(self) -> tuple[Call, ...]:
         """Every call of the model's graph."""
-        return calls(self.model)
+        return self.graph.calls if self.graph else ()
 
-    @cached_property
-    def sites(self) -> list[Call]:
+    @property
+    def sites(self) -> tuple[Call, ...]:
         """The calls that are a BatchNormalization."""
-        return site_calls(self.model)[0]
+        return self.graph.sites if self.graph else ()
 
     @cached_property
     def optimizer(self) -> Any | None:
         """What the model is trained with, without the loss scaling around it."""
         optimizer = getattr(self.model, "optimizer", None)
-        return getattr(optimizer, "inner_optimizer", optimizer)
+        return optimizer and (inner_optimizer(optimizer) or optimizer)
 
     @cached_property
     def steps(self) -> int:
         """How often the optimizer has stepped; 0 if there is none."""
-        return 0 if self.optimizer is None else int(self.optimizer.iterations)
+        return 0 if self.optimizer is None else int(numbers(self.optimizer.iterations))
+
+    # --- modes ---------------------------------------------------------------------------------
+
+    @property
+    def inspection(self) -> Inspection:
+        """What every site does in each entry point; there where :meth:`lacks` says nothing."""
+        found = self._inspected
+        if isinstance(found, Inspection):
+            return found
+        raise ValueError(found)
 
     @cached_property
-    def inspection(self) -> Inspection:
-        """What every site does in each entry point."""
-        if self.data is None:
-            return inspect(self.model)
-        inputs, _ = self._first_batch
-        fixed = any(tensor.shape[0] for tensor in getattr(self.model, "inputs", None) or ())
-        few = inputs if fixed else keras.tree.map_structure(lambda x: x[:FEW], inputs)
-        return inspect(self.model, few)
+    def held(self) -> frozenset[Any]:
+        """The layers that normalise with their moving statistics in ``fit``: it learned with them.
+
+        As observed; where that cannot be, those that are frozen.
+        """
+        found = self._inspected
+        if not isinstance(found, Inspection):
+            return frozenset(k for k in self.layers if policy_of(k) in ("all", "statistics"))
+        did = zip(spots(self.model), found.modes.get("fit", ()), strict=False)
+        used: dict[Any, set[str | None]] = {}
+        for spot, mode in did:
+            used.setdefault(spot.layer, set()).add(mode.statistics)
+        return frozenset(layer for layer, of in used.items() if of == {"moving"})
+
+    @cached_property
+    def _inspected(self) -> Inspection | str:
+        """The inspection, or why there is none."""
+        if self.data is None and not self.graph:
+            return "a subclassed model does not say what its inputs are"
+        attempts: list[tuple[Any, ...]] = [()]
+        if self.data is not None:
+            inputs, labels = self._first_batch
+            fixed = any(tensor.shape[0] for tensor in getattr(self.model, "inputs", None) or ())
+            few = slice(None if fixed else FEW)
+            attempts = [(keras.tree.map_structure(lambda x: x[few], inputs),)]
+            if labels is not None and is_compiled(self.model):
+                with_labels = (*attempts[0], keras.tree.map_structure(lambda x: x[few], labels))
+                attempts.insert(0, with_labels)
+        reason = ""
+        for arguments in attempts:
+            try:
+                inspection = inspect(self.model, *arguments)
+                if "fit" in inspection.modes:
+                    return inspection
+                reason = f"inspect could not run the model ({inspection.not_run['fit']})"
+            except KerasVersionError:
+                raise
+            except Exception as error:  # what a train_step or a metric of the user's own may do
+                first, *_ = [*str(error).strip().splitlines(), ""]
+                reason = f"inspect could not run the model ({type(error).__name__}: {first})"
+        return reason
+
+    # --- the data ------------------------------------------------------------------------------
 
     @cached_property
     def seen(self) -> Seen:
-        """What every site sees of the data."""
-        return look(self._runner, self.batches)
+        """What every site sees of the data in training."""
+        mixed = MIXED_BATCHES if comes_in_batches(self.model, self.data) else 0
+        return look(self._runner, self._training, self.batches, self._judge, mixed)
+
+    @property
+    def spread(self) -> Mapping[str, Spread]:
+        """How much batches of samples drawn at random differ, per layer path."""
+        return (self.seen.shuffled or self.seen.training).spread
 
     @cached_property
     def gaps(self) -> Mapping[str, Gap]:
@@ -124,12 +185,50 @@ class Facts:
 
     @cached_property
     def answers(self) -> Answers:
-        """What the model gives in training and in inference."""
-        return ask(self._runner, self.batches, self.seen.training, self._judge)
+        """What the model gives in inference, and would once recalibrated."""
+        runner, population = self._runner, self.seen.training
+        learning = {p: m for p, m in population.sites.items() if p not in self._held_paths}
+        uses: dict[When, Use] = {
+            "in_inference": runner.moving(),
+            "recalibrated": runner.given(replace(population, sites=learning)),
+        }
+        return ask(runner, uses, self.batches, self._judge)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are labels."""
+        return self.data is not None and self._first_batch[1] is not None
+
+    @property
+    def scored(self) -> bool:
+        """Whether the model's own loss could be computed, each way to normalise."""
+        return bool(self.seen.scores and all(self.answers.scores.values()))
+
+    def scores(self, when: When) -> Scores:
+        """The loss and the metrics, one value per batch."""
+        return self.seen.scores if when == "in_training" else self.answers.scores[when]
+
+    def score(self, when: When, name: str) -> float:
+        """The loss or a metric over all the data."""
+        return float(np.average(self.scores(when)[name], weights=self.answers.sizes))
+
+    @cached_property
+    def _held_paths(self) -> frozenset[str]:
+        return frozenset(self.layers[layer] for layer in self.held)
+
+    @cached_property
+    def _training(self) -> Use:
+        """What every layer normalises with in training."""
+        use, moving = self._runner.own(), self._runner.moving()
+        for path in self._held_paths:
+            part = self._runner.slices[path]
+            use.given[part] = True
+            use.mean[part], use.variance[part] = moving.mean[part], moving.variance[part]
+        return use
 
     @cached_property
     def _runner(self) -> Runner:
-        return Runner(self.model, self.layers)
+        return Runner(self.model, self.layers, outputs=True)
 
     @cached_property
     def _first_batch(self) -> tuple[Any, Any]:
@@ -140,26 +239,8 @@ class Facts:
         raise no_data()
 
     @cached_property
-    def _judge(self) -> Any | None:
-        labelled = self._first_batch[1] is not None
-        return judge_of(self.model) if labelled and self.model.compiled else None
-
-
-def nearby(
-    call: Call, *, back: bool = True, stop: Callable[[Call], bool] = lambda _: False
-) -> Iterator[Call]:
-    """Every call before (or after) this one, the nearest first; none beyond one that stops."""
-    queue, seen = [call], {id(call)}
-    while queue:
-        one = queue.pop(0)
-        for other in one.producers if back else one.consumers:
-            if other is not None and id(other) not in seen:
-                seen.add(id(other))
-                yield other
-                if not stop(other):
-                    queue.append(other)
-
-
-def is_site(call: Call) -> bool:
-    """Whether this call is a BatchNormalization."""
-    return is_batch_normalization(call.operation)
+    def _judge(self) -> Judge | None:
+        if self._first_batch[1] is None or not is_compiled(self.model):
+            return None
+        judge = Judge(self.model)
+        return judge if judge.able else None

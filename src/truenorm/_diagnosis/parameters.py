@@ -8,6 +8,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from truenorm._diagnosis import remedies
+from truenorm._diagnosis.batches import recalibration_harms
 from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Fault
 from truenorm._keras_internals import decays
@@ -66,16 +68,21 @@ def constant_input(facts: Facts) -> Iterator[Fault]:
                 "largest_std_of_these": float(np.sqrt(variance[constant].max())),
                 "epsilon": float(layer.epsilon),
             }
-            yield Fault(path, evidence, "keras.layers.BatchNormalization(epsilon=1e-5)")
+            yield Fault(path, evidence, _against_epsilon(variance[constant]))
+
+
+def _against_epsilon(variance: Array) -> str:
+    """An epsilon below all variances; there is none for a channel that does not vary at all."""
+    if not variance.all():
+        return "leave out the channels that never vary: columns of the data, filters before it"
+    epsilon = 10.0 ** np.floor(np.log10(variance.min() * (1 - CONSTANT) / CONSTANT))
+    return f"train with keras.layers.BatchNormalization(epsilon={epsilon:.0e})"
 
 
 def exploding_scale(facts: Facts) -> Iterator[Fault]:
     """TN203."""
     for layer, path in facts.layers.items():
-        with np.errstate(invalid="ignore", divide="ignore"):
-            scale = np.abs(_gamma(layer)) / np.sqrt(
-                as_float64(layer.moving_variance) + layer.epsilon
-            )
+        scale = _scale(layer, as_float64(layer.moving_variance))
         large = scale > LARGEST_SCALE
         if large.any():
             evidence = {
@@ -84,7 +91,24 @@ def exploding_scale(facts: Facts) -> Iterator[Fault]:
                 "largest_scale": float(scale[large].max()),
                 "median_scale": float(np.nanmedian(scale)),
             }
-            yield Fault(path, evidence, "tn.recalibrate(model, data)")
+            yield Fault(path, evidence, _against_the_scale(facts, layer, path))
+
+
+def _scale(layer: Any, variance: Array) -> Array:
+    with np.errstate(invalid="ignore", divide="ignore"):  # stored variances may be anything
+        return np.abs(_gamma(layer)) / np.sqrt(variance + layer.epsilon)
+
+
+def _against_the_scale(facts: Facts, layer: Any, path: str) -> str:
+    """Other statistics, if it is these; where the data itself hardly varies, a smaller gamma."""
+    if facts.lacks("data"):
+        return remedies.ASK
+    sites = facts.seen.training.sites
+    right = path in sites and (_scale(layer, sites[path].variance) <= LARGEST_SCALE).all()
+    if right and layer not in facts.held and not recalibration_harms(facts):
+        return remedies.recalibrate(facts)
+    constraint = "gamma_constraint=keras.constraints.MaxNorm(…)"
+    return f"train with keras.layers.BatchNormalization({constraint})"
 
 
 def weight_decay(facts: Facts) -> Iterator[Fault]:
@@ -99,11 +123,17 @@ def weight_decay(facts: Facts) -> Iterator[Fault]:
             yield Fault(path, evidence, f"keras.layers.BatchNormalization({remedy})")
         decayed = [n for n in names if decay and decays(facts.optimizer, getattr(layer, n))]
         if decayed:
-            yield Fault(
-                path,
-                {"decay_of": " and ".join(decayed), "weight_decay": decay},
-                'optimizer.exclude_from_weight_decay(var_names=["gamma", "beta"])',
-            )
+            evidence = {"decay_of": " and ".join(decayed), "weight_decay": decay}
+            yield Fault(path, evidence, _spare(facts))
+
+
+def _spare(facts: Facts) -> str:
+    """Keras's optimizers take exclusions until they are built."""
+    exclude = 'exclude_from_weight_decay(var_names=["gamma", "beta"])'
+    if getattr(facts.optimizer, "built", False):
+        return f"a new optimizer, with optimizer.{exclude} before its first step"
+    around = ".inner_optimizer" if facts.optimizer is not facts.model.optimizer else ""
+    return f"model.optimizer{around}.{exclude}"
 
 
 def zero_gamma(facts: Facts) -> Iterator[Fault]:

@@ -8,11 +8,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from truenorm._diagnosis.facts import Facts, is_site, nearby
+from truenorm._diagnosis import remedies
+from truenorm._diagnosis.averages import output_error
+from truenorm._diagnosis.batches import SKEW
+from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Fault
-from truenorm._diagnosis.statistics import SKEW, output_error
-from truenorm._model.graph import Call
-from truenorm._model.sites import channel_axis, is_activation, is_linear, position
+from truenorm._model.graph import Call, is_site, nearby
+from truenorm._model.sites import channel_axis, channel_axis_of, is_activation, is_linear, position
 from truenorm._records.moments import Moments
 
 MOST = 0.5
@@ -52,10 +54,7 @@ def twice(facts: Facts) -> Iterator[Fault]:
     for site in facts.sites:
         before = site.only_producer
         if before is not None and is_site(before):
-            name = before.path
-            yield Fault(
-                site.path, {"follows": name}, f'tn.place(model, "none", where="{site.path}")'
-            )
+            yield Fault(site.path, {"follows": before.path}, remedies.remove(facts, site.path))
 
 
 def on_output(facts: Facts) -> Iterator[Fault]:
@@ -65,7 +64,7 @@ def on_output(facts: Facts) -> Iterator[Fault]:
         squashed = last is not None and last.is_output and _activation(last) in _SQUASHING
         if site.is_output or squashed:
             evidence = {"output": "its own" if last is None else f"{_activation(last)} of it"}
-            yield Fault(site.path, evidence, _remove(site))
+            yield Fault(site.path, evidence, remedies.remove(facts, site.path))
 
 
 _SQUASHING = ("softmax", "sigmoid")
@@ -79,7 +78,8 @@ def wrong_axis(facts: Facts) -> Iterator[Fault]:
             _neighbour(site, lambda c: c.only_producer),
             _neighbour(site, lambda c: c.only_consumer),
         )
-        expected = {_channel_axis_of(n, site) for n in neighbours if n is not None} - {None}
+        rank = site.operation.input_spec.ndim
+        expected = {channel_axis_of(n.operation, rank) for n in neighbours if n is not None}
         if expected and axis not in expected:
             right = sorted(expected)[0]
             evidence = {"axis": axis, "channel_axis": right}
@@ -104,7 +104,7 @@ def shared_by_unlike(facts: Facts) -> Iterator[Fault]:
         errors = [output_error(layer, merged.mean, merged.variance, one) for one in calls]
         if len(calls) > 1 and max(errors) > SKEW:
             evidence = {"calls": len(calls), "output_error": max(errors)}
-            yield Fault(path, evidence, "keras.layers.BatchNormalization() for each use")
+            yield Fault(path, evidence, remedies.apart(facts, layer))
 
 
 def gradient_accumulation(facts: Facts) -> Iterator[Fault]:
@@ -116,7 +116,8 @@ def gradient_accumulation(facts: Facts) -> Iterator[Fault]:
             "batches_per_step": steps,
             "momentum_per_step": min((float(np.power(m, steps)) for m in momentum), default=0.0),
         }
-        yield Fault(facts.model.name, evidence, "model.fit(x, y, batch_size=…) with larger batches")
+        remedy = f"gradient_accumulation_steps=None, and batches {steps} times as large"
+        yield Fault(facts.model.name, evidence, remedy)
 
 
 def mixed_positions(facts: Facts) -> Iterator[Fault]:
@@ -125,7 +126,7 @@ def mixed_positions(facts: Facts) -> Iterator[Fault]:
     counts = {p: positions.count(p) for p in ("before_activation", "after_activation")}
     if all(counts.values()):
         more = max(counts, key=lambda p: counts[p])
-        yield Fault(facts.model.name, counts, f'tn.place(model, "{more}")')
+        yield Fault(facts.model.name, counts, f'model = tn.place(model, "{more}").model')
 
 
 # --- walking -----------------------------------------------------------------------------------
@@ -145,10 +146,6 @@ def _is_gate(call: Call) -> bool:
     """Whether it makes a factor for something else, as in squeeze-and-excitation: left without."""
     onward = nearby(call, back=False, stop=is_site)
     return any(type(one.operation).__name__ == "Multiply" for one in onward)
-
-
-def _remove(site: Call) -> str:
-    return f'tn.place(model, "none", where="{site.path}")'
 
 
 def _rate(layer: Any) -> float:
@@ -171,11 +168,6 @@ def _neighbour(site: Call, step: Callable[[Call], Call | None]) -> Call | None:
     while call is not None and (is_activation(call) or isinstance(call.operation, _DROPOUT)):
         call = step(call)
     return call if is_linear(call) else None
-
-
-def _channel_axis_of(neighbour: Call, site: Call) -> int:
-    first = getattr(neighbour.operation, "data_format", None) == "channels_first"
-    return 1 if first else site.operation.input_spec.ndim - 1
 
 
 def _shared(facts: Facts) -> dict[Any, list[Call]]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from truenorm._diagnosis import deployment, modes, parameters, statistics, structure
+from truenorm._diagnosis import batches, deployment, modes, parameters, statistics, structure
 from truenorm._diagnosis.rule import Rule
-
-_FREEZE = 'tn.freeze(model, "statistics")'
 
 RULES: tuple[Rule, ...] = (
     # statistics
@@ -17,7 +15,13 @@ RULES: tuple[Rule, ...] = (
         statistics.warming_up,
         ("data",),
     ),
-    Rule("TN103", "warning", "moving statistics are stale", statistics.stale, ("data",)),
+    Rule(
+        "TN103",
+        "warning",
+        "moving statistics are not those of the data",
+        statistics.not_of_the_data,
+        ("data",),
+    ),
     Rule(
         "TN104",
         "warning",
@@ -32,23 +36,24 @@ RULES: tuple[Rule, ...] = (
         "warning",
         "moving statistics change though frozen or told not to",
         statistics.updated_while_frozen,
-        ("inputs",),
+        ("modes",),
     ),
-    Rule("TN108", "warning", "batches too small", statistics.batch_too_small, ("batches",)),
+    Rule("TN108", "warning", "batches too small", batches.batch_too_small, ("batches",)),
     Rule(
         "TN109",
         "warning",
         "another input in inference than in training",
-        statistics.skew,
+        batches.skew,
         ("data",),
     ),
     Rule(
         "TN110",
         "warning",
         "the model does otherwise in inference than in training mode",
-        statistics.otherwise_in_inference,
+        batches.otherwise_in_inference,
         ("data",),
     ),
+    Rule("TN111", "warning", "batches are no random samples", batches.not_random, ("batches",)),
     # parameters
     Rule("TN201", "note", "dead channels: gamma near zero", parameters.dead_gamma),
     Rule("TN202", "warning", "dead channels: constant input", parameters.constant_input),
@@ -78,57 +83,59 @@ RULES: tuple[Rule, ...] = (
         "error",
         "never in training mode",
         modes.surprise("call_without_training", "def call(self, inputs, training=None)"),
-        ("inputs",),
+        ("modes",),
     ),
     Rule(
         "TN402",
         "warning",
         "trainable changed after compile",
-        modes.surprise("changed_after_compile", "model.compile(…)"),
-        ("inputs",),
+        modes.surprise(
+            "changed_after_compile", "trainable as it was at compile, or tn.freeze, tn.unfreeze"
+        ),
+        ("modes",),
     ),
     Rule(
         "TN403",
         "note",
         "inside a frozen layer",
-        modes.surprise("frozen_parent", "tn.unfreeze(model)"),
-        ("inputs",),
+        modes.surprise("frozen_parent", modes.thaw_parent),
+        ("modes",),
     ),
-    Rule("TN404", "note", "frozen", modes.surprise("frozen", "tn.unfreeze(model)"), ("inputs",)),
+    Rule("TN404", "note", "frozen", modes.surprise("frozen", modes.unfreeze), ("modes",)),
     Rule(
         "TN405",
         "warning",
         "training=True written into the model",
         modes.surprise("baked_true", "layer(x) without training="),
-        ("inputs",),
+        ("modes",),
     ),
     Rule(
         "TN406",
         "note",
         "training=False written into the model",
-        modes.surprise("baked_false", _FREEZE),
-        ("inputs",),
+        modes.surprise("baked_false", modes.hold),
+        ("modes",),
     ),
     Rule(
         "TN407",
         "warning",
         "a bare call trains",
         modes.surprise("bare_call_trains", "model(x, training=False)"),
-        ("inputs",),
+        ("modes",),
     ),
     Rule(
         "TN408",
         "note",
         "held by a freeze policy",
-        modes.surprise("policy", "tn.unfreeze(model)"),
-        ("inputs",),
+        modes.surprise("policy", modes.unfreeze),
+        ("modes",),
     ),
     Rule(
         "TN409",
         "note",
         "no gradient reaches gamma and beta",
         modes.surprise("no_gradient", "tn.inspect(model, x, y)"),
-        ("inputs",),
+        ("modes",),
     ),
     # deployment
     Rule("TN501", "note", "cannot be folded", deployment.not_foldable, ("graph",)),

@@ -1,8 +1,9 @@
 """The compiled passes over the data (``native/``), where they could be built.
 
 An array is seen as (outer, channels, inner), contiguous; see ``native/batchnorm.h``. What is
-computed, and how its sums are kept right, stands in ``native/passes.h``. The shared library needs
-no framework: those that use it pass addresses.
+computed for each value stands in ``native/passes.h``; what for each channel, and how sums are kept
+right, in ``native/statistics.h``. The shared library needs no framework: those that use it pass
+addresses.
 """
 
 from __future__ import annotations
@@ -12,37 +13,94 @@ import os
 import struct
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 PATH = Path(__file__).parent / "native" / "libtruenorm.so"
+INTERFACE = 1
+"""``TN_INTERFACE`` of ``native/batchnorm.h``; to be raised there and here together."""
+
+
+class Call(NamedTuple):
+    """The fields of ``tn_call`` in ``native/batchnorm.h``, where their meaning stands.
+
+    From ``parallel`` on they are addresses, 0 where there is nothing.
+    """
+
+    outer: int
+    channels: int
+    inner: int
+    dtype: int
+    relu: int = 0
+    threads: int = 1
+    unbiased: int = 0
+    epsilon: float = 0.0
+    momentum: float = 0.0
+    parallel: int = 0
+    x: int = 0
+    dy: int = 0
+    gamma: int = 0
+    beta: int = 0
+    mean: int = 0
+    variance: int = 0
+    low: int = 0
+    rstd: int = 0
+    dgamma: int = 0
+    dbeta: int = 0
+    y: int = 0
+    moving_mean: int = 0
+    moving_variance: int = 0
+    moved_mean: int = 0
+    moved_variance: int = 0
+    mask: int = 0
 
 
 CALL = struct.Struct("@3q4i2d17P")
-"""The call in C: outer, channels, inner; dtype, relu, threads, unbiased; epsilon, momentum; and
-addresses, 0 for none: parallel, x, dy, gamma, beta, mean, variance, low, rstd, d_gamma, d_beta, y,
-moving mean and variance, these moved, mask.
-"""
+"""A :class:`Call` as C lays it out."""
 
 
 @cache
 def loaded() -> Any | None:
-    """The shared library, or None where it was not built for this machine, or from other code."""
+    """The shared library; None where it is missing, broken, or not for this machine or code."""
+    if not is_whole():
+        return None
     try:
         found = ctypes.CDLL(str(PATH))
-        if ctypes.c_int.in_dll(found, "tn_call_size").value != CALL.size:
-            return None
+        numbers = [ctypes.c_int.in_dll(found, n).value for n in ("tn_interface", "tn_call_size")]
     except (OSError, ValueError):
+        return None
+    if numbers != [INTERFACE, CALL.size]:
         return None
     for function in (found.tn_forward, found.tn_backward, found.tn_infer):
         function.argtypes = (ctypes.c_char_p,)
     return found
 
 
-def run(name: str, *call: float) -> None:
-    """Call one of the library's functions with the numbers of :data:`CALL`."""
-    if getattr(loaded(), name)(CALL.pack(*call)) < 0:
+def is_whole() -> bool:
+    """Whether the library's file is there and has its end: loading half a file kills the process.
+
+    An ELF file ends with its table of sections, and its head says where. Of any other file the
+    system's loader finds out by itself that it is no library.
+    """
+    try:
+        with PATH.open("rb") as file:
+            head, size = file.read(64), PATH.stat().st_size
+    except OSError:
+        return False
+    if len(head) < 64 or not head.startswith(b"\x7fELF\x02"):
+        return True
+    (table,) = struct.unpack_from("=Q", head, 40)
+    entry, entries = struct.unpack_from("=HH", head, 58)
+    return table + entry * entries <= size
+
+
+def run(name: str, call: Call) -> None:
+    """Call one of the library's functions."""
+    status = getattr(loaded(), name)(CALL.pack(*call))
+    if status == -1:
         raise MemoryError("no memory for the sums of BatchNormalization")
+    if status != 0:
+        raise ValueError(f"the compiled passes of BatchNormalization have no dtype {call.dtype}")
 
 
 def processors() -> int:

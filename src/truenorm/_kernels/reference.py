@@ -72,7 +72,8 @@ def forward(
 ) -> Forward:
     """Normalise with the batch's statistics, or with ``fallback`` if no value counts.
 
-    A mask is Keras's, or in the shape of ``x`` without its channel axis: see ``masks.py``.
+    A mask is Keras's, or in the shape of ``x`` without its channel axis, or in that of ``x``: see
+    ``masks.py``.
     """
     rows, weights = _rows(x, axis, mask)
     count = weights.sum(axis=0)
@@ -152,7 +153,9 @@ def _rows(x: Any, axis: int, mask: Any) -> tuple[Array, Array]:
     weights = np.ones_like(values)
     if mask is not None:
         counts = np.asarray(mask, bool)
-        weights *= np.expand_dims(counts, lacking(counts.shape, values.shape, axis)[0])
+        if counts.ndim < values.ndim:
+            counts = np.expand_dims(counts, lacking(counts.shape, values.shape, axis)[0])
+        weights *= counts
     last = (np.moveaxis(array, axis, -1) for array in (values, weights))
     rows, weights = (array.reshape(-1, array.shape[-1]) for array in last)
     return rows, weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from truenorm._checks import check_integer
 from truenorm._errors import OptionError
 
 FreezePolicy = Literal["none", "all", "statistics", "affine"]
@@ -16,7 +17,7 @@ def check_average(momentum: Any, epsilon: Any) -> None:
     """Refuse a momentum that is no weight, and an epsilon below 0."""
     if momentum is not None and not 0 <= momentum <= 1:
         raise OptionError(
-            "The momentum of BatchNormalization is the weight of the old moving statistics",
+            "`momentum` must be the weight of the old moving statistics of BatchNormalization",
             expected="a number from 0 to 1, or None for the mean over all batches",
             received=repr(momentum),
         )
@@ -52,12 +53,7 @@ def check_ghosts(size: Any, others: Mapping[str, bool]) -> None:
     """Refuse a size that is none, and options that ask for other statistics than ghost batches."""
     if size is None:
         return
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise OptionError(
-            "The virtual_batch_size of BatchNormalization is a number of samples",
-            expected="an integer of 1 or more, or None",
-            received=repr(size),
-        )
+    check_integer("virtual_batch_size", size)
     for name, chosen in others.items():
         if chosen:
             raise OptionError(

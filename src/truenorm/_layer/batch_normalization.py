@@ -234,7 +234,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     @property
     def trainable(self) -> bool:
         """As ``keras.layers.Layer.trainable``; True does not thaw gamma and beta under "affine"."""
-        return bool(self._trainable)
+        return bool(super().trainable)
 
     @trainable.setter
     def trainable(self, value: bool) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from numbers import Integral
 from typing import Any, cast
 
 import keras
 import numpy as np
 
-from truenorm._errors import DataError, OptionError
+from truenorm._checks import check_integer
+from truenorm._errors import DataError
+from truenorm._model.graph import input_specification
 
 
 def input_batches(model: Any, data: Any, batch_size: int) -> Iterator[Any]:
@@ -39,7 +40,7 @@ def check_limits(data: Any, max_batches: int | None, max_samples: int | None) ->
     """Refuse limits that are no numbers, and endless data without one."""
     for name, limit in (("max_batches", max_batches), ("max_samples", max_samples)):
         if limit is not None:
-            require_positive(name, limit)
+            check_integer(name, limit)
     # What a tf.data.Dataset and a PyDataset say of themselves; others cannot.
     cardinality: Any = getattr(data, "cardinality", None)
     endless = callable(cardinality) and int(cast(Any, cardinality())) == -1
@@ -50,17 +51,6 @@ def check_limits(data: Any, max_batches: int | None, max_samples: int | None) ->
             "This data has no end",
             where="data",
             remedy="say how much of it: max_batches or max_samples; or until='converged'",
-        )
-
-
-def require_positive(name: str, value: Any) -> None:
-    """Refuse an option that is not an integer of 1 or more."""
-    if type(value) is bool or not isinstance(value, Integral) or value < 1:
-        raise OptionError(
-            "This option is a number of batches or samples",
-            where=name,
-            expected="an integer of 1 or more",
-            received=repr(value),
         )
 
 
@@ -75,13 +65,7 @@ def labelled_batches(
     may be, and its tuple may be a list, as PyTorch's are. ``y`` are the labels of arrays that come
     without them; ``shuffle`` mixes the samples of arrays, each time in the same way.
     """
-    if type(batch_size) is bool or not isinstance(batch_size, Integral) or batch_size < 1:
-        raise OptionError(
-            "The batch size is not a number of samples",
-            where="batch_size",
-            expected="an integer of 1 or more",
-            received=repr(batch_size),
-        )
+    check_integer("batch_size", batch_size)
     arrays = _arrays(model, data)
     if arrays is not None:
         labels = y if y is not None or arrays is data else _parts(model, data)[1]
@@ -103,22 +87,45 @@ def labelled_batches(
         )
     for batch in cast(Iterable[Any], data):
         inputs, labels = _parts(model, batch)
-        check(model, inputs)
-        inputs = _arranged(model, inputs)
+        inputs = check(model, inputs)
         yield keras.tree.map_structure(_native, inputs), keras.tree.map_structure(_native, labels)
 
 
-def check(model: Any, inputs: Any) -> None:
-    """Refuse inputs that the model cannot take, before anything runs."""
-    expected, received = _shapes(_inputs(model)), _shapes(_arranged(model, inputs))
+def comes_in_batches(model: Any, data: Any) -> bool:
+    """Whether the data is batches already; ``fit`` mixes what is not."""
+    return _arrays(model, data) is None
+
+
+def check(model: Any, inputs: Any) -> Any:
+    """Refuse inputs that the model cannot take, before anything runs; what it takes of them."""
+    inputs, expected = _arranged(model, inputs), _inputs(model)
+    leaves = keras.tree.flatten(inputs)
+    if not leaves or not all(hasattr(leaf, "shape") for leaf in leaves):
+        raise DataError(
+            "The data is not made of arrays",
+            where="data",
+            expected="NumPy arrays or tensors",
+            received=", ".join(dict.fromkeys(type(leaf).__name__ for leaf in leaves)) or "nothing",
+            remedy="make an array of a list: numpy.asarray(data)",
+        )
+    by_name = expected and isinstance(input_specification(model), Mapping)
+    if expected and isinstance(inputs, Mapping) and not by_name:
+        raise DataError(
+            "The data lacks an input of the model",
+            where="data",
+            expected=f"the names {[tensor.name for tensor in expected]}",
+            received=f"{[*cast(Mapping[str, Any], inputs)]}",
+            remedy="name the columns as the model names its inputs",
+        )
     if not _takes(model, inputs):
         raise DataError(
             "The data does not fit the model's inputs",
             where="data",
-            expected=f"shapes {expected}",
-            received=f"{received}",
+            expected=f"shapes {_shapes(expected)}",
+            received=f"{_shapes(inputs)}",
             remedy="give batches of the model's own input shape, optionally with labels: (x, y)",
         )
+    return inputs
 
 
 def _parts(model: Any, data: Any) -> tuple[Any, Any]:
@@ -133,22 +140,26 @@ def _parts(model: Any, data: Any) -> tuple[Any, Any]:
 def _arrays(model: Any, data: Any) -> Any:
     """The inputs' arrays of all samples; None if the data is batches, as most lists are."""
     inputs = _parts(model, data)[0] if isinstance(data, tuple) else data
-    several = len(_inputs(model)) > 1 and _takes(model, inputs)
+    several = _number_of_inputs(model) > 1 and _takes(model, inputs)
     if inputs is data and isinstance(data, list | tuple) and not several:
         return None
-    leaves = keras.tree.flatten(inputs)
-    needed = ("shape", "dtype", "__getitem__")
-    is_arrays = bool(leaves) and all(hasattr(leaf, name) for leaf in leaves for name in needed)
-    return inputs if is_arrays else None
+    leaves = keras.tree.flatten(_arranged(model, inputs))
+    return inputs if leaves and all(map(_is_array, leaves)) else None
+
+
+def _is_array(leaf: Any) -> bool:
+    """Whether this has rows that can be taken out, as pandas's frames have, which have no dtype."""
+    has_numbers = hasattr(leaf, "dtype") or hasattr(leaf, "__array__")
+    return has_numbers and hasattr(leaf, "shape") and hasattr(leaf, "__getitem__")
 
 
 def _slices(
     model: Any, inputs: Any, labels: Any, batch_size: int, shuffle: bool
 ) -> Iterator[tuple[Any, Any]]:
-    check(model, inputs)
+    inputs = check(model, inputs)
     if isinstance(labels, list) and not any(hasattr(a, "shape") for a in cast(list[Any], labels)):
         labels = np.asarray(labels)
-    arrays: Any = (_arranged(model, inputs), labels)[: 1 if labels is None else 2]
+    arrays: Any = (inputs, labels)[: 1 if labels is None else 2]
     lengths = {len(array) for array in keras.tree.flatten(arrays)}
     if len(lengths) != 1:
         raise DataError(
@@ -183,23 +194,47 @@ def _inputs(model: Any) -> list[Any]:
     return list(getattr(model, "inputs", None) or ())
 
 
+def _number_of_inputs(model: Any) -> int:
+    """How many arrays a list of inputs has: of a subclassed model, when it was built."""
+    if _inputs(model) or not model.built:
+        return len(_inputs(model))
+    shape: Any = (model.get_build_config() or {}).get("input_shape")
+    several = isinstance(shape, list | tuple) and all(
+        isinstance(one, list | tuple) for one in cast(Any, shape)
+    )
+    return len(shape) if several else 1
+
+
 def _arranged(model: Any, inputs: Any) -> Any:
-    """Inputs given by name, in the order of a model whose inputs are a list (as Keras does it)."""
+    """Inputs given by name as the model's inputs are, other columns left out, as Keras does it."""
     expected = _inputs(model)
-    if isinstance(inputs, Mapping) and len(expected) > 1 and not isinstance(model.input, Mapping):
-        named = cast(Mapping[str, Any], inputs)
-        if all(tensor.name in named for tensor in expected):
-            return [named[tensor.name] for tensor in expected]
-    return inputs
+    if not expected or not isinstance(inputs, Mapping):
+        return inputs
+    named, structure = cast(Mapping[str, Any], inputs), input_specification(model)
+    if isinstance(structure, Mapping):
+        keys = cast(Mapping[str, Any], structure)
+        return {key: named[key] for key in keys} if all(key in named for key in keys) else inputs
+    if not all(tensor.name in named for tensor in expected):
+        return inputs
+    arranged = [named[tensor.name] for tensor in expected]
+    return arranged if len(arranged) > 1 else arranged[0]
 
 
 def _takes(model: Any, inputs: Any) -> bool:
     """Whether shapes fit in everything but the number of samples."""
     expected, received = _shapes(_inputs(model)), _shapes(_arranged(model, inputs))
-    return not expected or (len(expected) == len(received) and all(map(_fits, expected, received)))
+    if expected:
+        return len(expected) == len(received) and all(map(_fits, expected, received))
+    number = _number_of_inputs(model)
+    return number < 2 or (isinstance(inputs, list | tuple) and len(cast(Any, inputs)) == number)
 
 
 def _fits(expected: tuple[int | None, ...], received: tuple[int, ...]) -> bool:
+    """Whether one shape is the other; Keras adds a last axis of length one, or takes it away."""
+    if len(received) == len(expected) + 1 and received[-1] == 1:
+        received = received[:-1]
+    elif len(received) == len(expected) - 1 and expected[-1] == 1:
+        expected = expected[:-1]
     return len(expected) == len(received) and all(
         e in (None, r) for e, r in zip(expected[1:], received[1:], strict=True)
     )

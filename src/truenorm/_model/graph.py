@@ -6,15 +6,24 @@ the calls that make its inputs and to those that take its output.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import keras
 
 from truenorm._errors import ModelError
 from truenorm._keras_internals import functional_class, functional_twin, layers_in, nodes
+
+
+class Source(NamedTuple):
+    """Where a tensor comes from: an output of a call, or an input of the model, and which one."""
+
+    call: Call | None
+    number: int
 
 
 @dataclass(eq=False)
@@ -25,29 +34,50 @@ class Call:
         path: Names of the enclosing models and of the layer, joined by ``/``; the second and later
             calls of a shared layer end in ``#2``, ``#3``…
         operation: The layer, or the ``keras.ops`` operation.
+        node: Keras's own record of the call: its arguments and its symbolic outputs.
         training: The ``training`` value written into the graph at this call, if any.
         inherited: Path of the nearest enclosing model whose call has a ``training`` value written
             into the graph, and that value; None if there is none.
-        extras: Names of the other arguments written there, ``mask`` for one.
-        producers: The calls that make its inputs; None stands for an input of the model.
-        input_shapes: Their shapes, batch axis first; None is a length that is not fixed.
-        input_dtypes: Their dtypes.
+        extras: Names of the arguments written there besides the first and ``training``: ``mask``
+            for one.
+        sources: Where its inputs come from.
         consumers: The calls that take its output.
         is_output: Whether its output is one of the model's outputs.
-        shared: Whether the layer is called more than once in the model.
+        shared: Whether the layer is called more than once in the model, or is inside another layer
+            too.
     """
 
     path: str
     operation: Any
+    node: Any = field(repr=False)
     training: bool | None
     inherited: tuple[str, bool] | None
     extras: tuple[str, ...]
-    producers: tuple[Call | None, ...]
-    input_shapes: tuple[tuple[int | None, ...], ...]
-    input_dtypes: tuple[str, ...]
-    consumers: list[Call] = field(default_factory=list["Call"])
+    sources: tuple[Source, ...] = field(repr=False)
+    consumers: list[Call] = field(default_factory=list["Call"], repr=False)
     is_output: bool = False
     shared: bool = False
+
+    @property
+    def producers(self) -> tuple[Call | None, ...]:
+        """The calls that make its inputs; None stands for an input of the model."""
+        return tuple(source.call for source in self.sources)
+
+    @property
+    def input_shapes(self) -> tuple[tuple[int | None, ...], ...]:
+        """Their shapes, batch axis first; None is a length that is not fixed."""
+        return tuple(tuple(tensor.shape) for tensor in self.node.input_tensors)
+
+    @property
+    def input_dtypes(self) -> tuple[str, ...]:
+        """Their dtypes."""
+        return tuple(str(tensor.dtype) for tensor in self.node.input_tensors)
+
+    @property
+    def constants(self) -> list[str]:
+        """What it is given besides tensors, as text."""
+        given = keras.tree.flatten([list(self.node.arguments.args), self.node.arguments.kwargs])
+        return [repr(value) for value in given if not isinstance(value, keras.KerasTensor)]
 
     @property
     def written(self) -> tuple[str, bool] | None:
@@ -62,11 +92,29 @@ class Call:
     @property
     def only_producer(self) -> Call | None:
         """The single call that makes the input, or None."""
-        return self.producers[0] if len(self.producers) == 1 else None
+        return self.producers[0] if len(self.sources) == 1 else None
 
     def label(self) -> str:
         """Class and name, for tables and messages."""
         return f"{type(self.operation).__name__} {self.operation.name}"
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """The calls of a functional or built Sequential model.
+
+    Args:
+        model: The model.
+        calls: Every leaf call in the order of execution, nested models entered.
+    """
+
+    model: Any
+    calls: tuple[Call, ...]
+
+    @cached_property
+    def sites(self) -> tuple[Call, ...]:
+        """The calls that are a BatchNormalization."""
+        return tuple(call for call in self.calls if is_batch_normalization(call.operation))
 
 
 def graph_of(model: Any) -> Any | None:
@@ -96,71 +144,93 @@ def require_graph(model: Any) -> None:
     )
 
 
-def calls(model: Any) -> list[Call]:
-    """Every leaf call of the model in the order of execution, nested models entered."""
+def input_specification(model: Any) -> Any:
+    """The symbolic inputs of such a model, in the structure that its call takes."""
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+
+
+def read_graph(model: Any) -> Graph:
+    """Read the calls of a functional or built Sequential model."""
     require_graph(model)
     found: list[Call] = []
-    seen: dict[str, int] = {}
-    inputs: list[Call | None] = [None] * len(model.inputs)
-    for source in _run(graph_of(model), inputs, "", None, found, seen):
-        if source is not None:
-            source.is_output = True
+    inputs = [Source(None, number) for number in range(len(model.inputs))]
+    for source in _run(graph_of(model), inputs, "", None, found, Counter()):
+        if source.call is not None:
+            source.call.is_output = True
     times = Counter(call.operation for call in found)
+    layers = [one for one in times if isinstance(one, keras.Layer)]
+    times.update(inner for layer in layers for inner in layers_in(layer, itself=False))
     for call in found:
         call.shared = times[call.operation] > 1
-    return found
+    return Graph(model, tuple(found))
+
+
+def calls(model: Any) -> list[Call]:
+    """Every leaf call of the model in the order of execution, nested models entered."""
+    return list(read_graph(model).calls)
 
 
 def _run(
     graph: Any,
-    inputs: Sequence[Call | None],
+    inputs: Sequence[Source],
     prefix: str,
     inherited: tuple[str, bool] | None,
     found: list[Call],
-    seen: dict[str, int],
-) -> list[Call | None]:
-    source_of: dict[int, Call | None] = {
-        id(tensor): source for tensor, source in zip(graph.inputs, inputs, strict=True)
-    }
+    times: Counter[str],
+) -> list[Source]:
+    """Add the calls of one model to those found; where its outputs come from."""
+    source_of = {id(tensor): source for tensor, source in zip(graph.inputs, inputs, strict=True)}
     for node in nodes(graph):
         operation = node.operation
         if any(id(t) not in source_of for t in node.input_tensors):
             continue  # not reachable from the inputs: Keras skips such nodes too
         sources = [source_of[id(t)] for t in node.input_tensors]
-        given = {k: v for k, v in node.arguments.kwargs.items() if v is not None}
+        given = _given(node)
         training = given.pop("training", None)
         path = prefix + operation.name
         inner = graph_of(operation)
         if inner is not None:
             below = inherited if training is None else (path, training)
-            made = _run(inner, sources, f"{path}/", below, found, seen)
+            made = _run(inner, sources, f"{path}/", below, found, times)
         else:
-            seen[path] = seen.get(path, 0) + 1
-            if seen[path] > 1:
-                path = f"{path}#{seen[path]}"
-            extras = tuple(given) if node.arguments.args else tuple(given)[1:]
-            shapes = tuple(tuple(t.shape) for t in node.input_tensors)
-            dtypes = tuple(str(t.dtype) for t in node.input_tensors)
-            call = Call(
-                path, operation, training, inherited, extras, tuple(sources), shapes, dtypes
-            )
-            for source in dict.fromkeys(s for s in sources if s is not None):
-                source.consumers.append(call)
+            times[path] += 1
+            if times[path] > 1:
+                path = f"{path}#{times[path]}"
+            extras = tuple(given)[1:]
+            call = Call(path, operation, node, training, inherited, extras, tuple(sources))
+            for producer in dict.fromkeys(source.call for source in sources if source.call):
+                producer.consumers.append(call)
             found.append(call)
-            made = [call] * len(node.outputs)
+            made = [Source(call, number) for number in range(len(node.outputs))]
         source_of.update({id(t): s for t, s in zip(node.outputs, made, strict=True)})
     return [source_of[id(t)] for t in graph.outputs]
 
 
-def constants(model: Any) -> list[Any]:
-    """What the calls of a model are given besides tensors, nested models entered, as text."""
-    found: list[Any] = []
-    for node in nodes(graph_of(model)):
-        given = keras.tree.flatten([list(node.arguments.args), dict(node.arguments.kwargs)])
-        found.append([repr(value) for value in given if not isinstance(value, keras.KerasTensor)])
-        if graph_of(node.operation) is not None:
-            found += constants(node.operation)
-    return found
+def _given(node: Any) -> dict[str, Any]:
+    """The arguments of a call by their names, those that are None left out."""
+    names = inspect.signature(node.operation.call).parameters
+    named = dict(zip(names, node.arguments.args, strict=False)) | node.arguments.kwargs
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def nearby(
+    call: Call, *, back: bool = True, stop: Callable[[Call], bool] = lambda _: False
+) -> Iterator[Call]:
+    """Every call before (or after) this one, the nearest first; none beyond one that stops."""
+    queue, seen = [call], {id(call)}
+    while queue:
+        one = queue.pop(0)
+        for other in one.producers if back else one.consumers:
+            if other is not None and id(other) not in seen:
+                seen.add(id(other))
+                yield other
+                if not stop(other):
+                    queue.append(other)
+
+
+def is_site(call: Call) -> bool:
+    """Whether this call is a BatchNormalization."""
+    return is_batch_normalization(call.operation)
 
 
 def layer_paths(model: Any) -> dict[Any, str]:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import keras
 
 from truenorm._errors import ModelError, OptionError
-from truenorm._keras_internals import activation_operations
+from truenorm._keras_internals import activation_operations, layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.graph import (
     Call,
-    calls,
+    Graph,
     graph_of,
     is_batch_normalization,
     layer_paths,
+    read_graph,
     require_graph,
 )
 from truenorm._records.rewrite import Change, Left
@@ -76,18 +77,19 @@ def is_own_class(layer: Any) -> bool:
 
 
 def site_calls(model: Any) -> tuple[list[Call], list[Left]]:
-    """The calls that are a BatchNormalization, and the layers that no such call can be seen of.
+    """The calls that are a BatchNormalization, and the layers that no such call can be seen of."""
+    graph = read_graph(model)
+    return list(graph.sites), hidden(graph)
 
-    The latter are inside another layer, a wrapper or a subclass, whose call is not a graph.
-    """
-    sites = [call for call in calls(model) if is_batch_normalization(call.operation)]
-    seen = {call.operation for call in sites}
-    hidden = [
+
+def hidden(graph: Graph) -> list[Left]:
+    """The BatchNormalization layers inside another layer, whose call is not a graph."""
+    seen = {call.operation for call in graph.sites}
+    return [
         Left(path, "inside a layer whose call is not a graph (a wrapper or a subclass)")
-        for layer, path in batch_normalizations(model).items()
+        for layer, path in batch_normalizations(graph.model).items()
         if layer not in seen
     ]
-    return sites, hidden
 
 
 @dataclass(eq=False, frozen=True)
@@ -109,7 +111,7 @@ class Spot:
 def spots(model: Any) -> list[Spot]:
     """Every BatchNormalization call of any model, as far as a graph tells them apart."""
     paths = batch_normalizations(model)
-    sites = [] if graph_of(model) is None else site_calls(model)[0]
+    sites = () if graph_of(model) is None else read_graph(model).sites
     seen = {call.operation for call in sites}
     in_graph = [Spot(call.path, call.operation, call) for call in sites]
     return in_graph + [Spot(p, layer, None) for layer, p in paths.items() if layer not in seen]
@@ -137,14 +139,47 @@ def batch_normalizations(model: Any) -> dict[Any, str]:
     return layers
 
 
-Rule = Callable[[Call], Change | Left]
+Layers = str | Callable[[Any], bool] | Iterable[Any] | None
+"""Which layers: a path pattern, a predicate on the layer, a list of both and of layers, or all."""
+
+
+def chosen_layers(model: Any, layers: Layers) -> dict[Any, str]:
+    """Path of every BatchNormalization that is meant; none is an error."""
+    single = layers is None or isinstance(layers, str) or callable(layers)
+    wanted = [layers] if single else list(cast(Iterable[Any], layers))
+    chosen = {
+        layer: path
+        for layer, path in batch_normalizations(model).items()
+        if any(_is_meant(one, layer, path) for one in wanted)
+    }
+    if not chosen:
+        raise OptionError(
+            "No BatchNormalization of the model is meant by this",
+            where="layers",
+            expected="a path pattern, a predicate on the layer, or a list of patterns and layers",
+            received=repr(layers),
+            remedy="look the paths up with truenorm.inspect(model)",
+        )
+    return chosen
+
+
+def _is_meant(wanted: Any, layer: Any, path: str) -> bool:
+    if wanted is None:
+        return True
+    if isinstance(wanted, str):
+        return fnmatchcase(path, wanted)
+    if isinstance(wanted, keras.Layer):  # callable too
+        return layer in layers_in(wanted)
+    return callable(wanted) and bool(wanted(layer))
+
+
+Check = Callable[[Call], Change | Left]
 """Looks at one site: changes it (in an edit that it fills), or says why it is left."""
 
 
-def apply(rule: Rule, model: Any) -> tuple[tuple[Change, ...], tuple[Left, ...]]:
-    """What the rule does at every site of the model: the receipt of a rewrite."""
-    sites, hidden = site_calls(model)
-    results = [*map(rule, sites), *hidden]
+def check_all(graph: Graph, check: Check) -> tuple[tuple[Change, ...], tuple[Left, ...]]:
+    """What the check does at every site of the model: the receipt of a rewrite."""
+    results = [*map(check, graph.sites), *hidden(graph)]
     changed = tuple(result for result in results if isinstance(result, Change))
     return changed, tuple(result for result in results if isinstance(result, Left))
 
@@ -202,6 +237,11 @@ def describe_spot(spot: Spot) -> Site:
 def policy_of(layer: Any) -> str:
     """The freeze policy that is in effect: ``none``, ``all``, ``statistics`` or ``affine``."""
     return getattr(layer, "freeze", None) or ("none" if layer.trainable else "all")
+
+
+def channel_axis_of(layer: Any, rank: int) -> int:
+    """The axis that a layer takes for that of the channels, of an input of so many axes."""
+    return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
 
 
 def channel_axis(layer: Any) -> int:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import keras
 import numpy as np
 
+from truenorm._kernels.run_time import is_value
 from truenorm._model.values import numbers
 
 
@@ -45,6 +46,29 @@ def remember(objects: Iterable[Any], variables: Iterable[Any] = ()) -> Callable[
             buffer.copy_(value)
 
     return restore
+
+
+@contextmanager
+def lasting(variables: Iterable[Any]) -> Generator[None]:
+    """Variables that have lost their value by the end get back the one of the start.
+
+    It happens on JAX: one that is assigned to inside a loop, a conditional or the like holds what
+    is a value only there; and a ``fit`` that fails in its first step leaves nothing in any.
+    """
+    held = [(variable, variable.value) for variable in variables]
+    try:
+        yield
+    finally:
+        for variable, value in held:
+            if not _has_value(variable) and is_value(value):  # else fit has given it away
+                variable.assign(value)
+
+
+def _has_value(variable: Any) -> bool:
+    try:
+        return is_value(variable.value)
+    except TypeError:  # Keras has emptied it, and then does not find its initializer either
+        return False
 
 
 def _with_all_inside(objects: Iterable[Any]) -> tuple[list[Any], list[Any]]:

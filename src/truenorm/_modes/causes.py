@@ -12,11 +12,20 @@ import keras
 from truenorm._keras_internals import layers_in
 from truenorm._model.graph import calls, graph_of
 from truenorm._model.sites import Spot, policy_of
-from truenorm._model.trainer import changed_after_compile
-from truenorm._records.inspection import Surprise
+from truenorm._model.trainer import changed_after_compile, fit_after_change
+from truenorm._modes.evidence import has_own_call
+from truenorm._records.inspection import ENTRY_POINTS, Surprise
 from truenorm._records.observation import Mode
 
 INFERENCE = ("evaluate", "predict", "model(x)")
+
+
+IF_CHANGED = (
+    "If the change is meant for this model, make it with truenorm's freeze or unfreeze. If it is "
+    "meant only for a model that contains this one (a GAN's, which freezes the discriminator), set "
+    "trainable back before each step of this model, and do not compile it again"
+)
+"""What to do about a ``trainable`` that was changed after ``compile``."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +52,12 @@ def surprises(
     """The causes, site by site; ``model`` is the user's, whose sites were watched in ``modes``."""
     found: list[Surprise] = []
     for index, spot in enumerate(places):
-        did = {entry: of_sites[index] for entry, of_sites in modes.items()}
+        did = dict.fromkeys(ENTRY_POINTS, Mode((), updated=False, learned=False))
+        did |= {entry: of_sites[index] for entry, of_sites in modes.items()}
         case = _Case(model, spot, did, _parents(model, spot.layer))
-        for code, explanation in (*_learning(case), *_written(case), *_inference(case)):
+        own = [*_own_call(case)]
+        others = [] if own else [*_written(case), *_inference(case)]
+        for code, explanation in (*_learning(case), *own, *others):
             found.append(Surprise(spot.path, code, explanation))
     return tuple(found)
 
@@ -54,12 +66,12 @@ def _learning(case: _Case) -> Iterator[tuple[str, str]]:
     """Where fit did not use the batch, did not move the statistics, or did not learn."""
     layer, parent, fit = case.spot.layer, case.frozen_parent, case.modes["fit"]
     policy = policy_of(layer)
-    if layer in changed_after_compile(case.model):
+    changed = changed_after_compile(case.model)
+    if layer in changed:
         yield (
             "changed_after_compile",
-            f"trainable is {layer.trainable}, and was not when the model was compiled: torch "
-            "obeys, TensorFlow goes on as compiled, JAX raises an error. Compile again, or use "
-            "truenorm's freeze and unfreeze",
+            f"trainable is {layer.trainable}, and was {changed[layer]} when the model was "
+            f"compiled: fit {fit_after_change(case.model)}. {IF_CHANGED}",
         )
     if policy in ("statistics", "affine"):
         kept = "the moving statistics" if policy == "statistics" else "gamma and beta"
@@ -70,7 +82,8 @@ def _learning(case: _Case) -> Iterator[tuple[str, str]]:
             f"'{parent.name}', which it is in, is frozen (trainable=False), and with it all inside",
         )
     elif policy == "all":
-        yield "frozen", "it is frozen (trainable=False): so it also runs in inference mode"
+        so = "" if fit.statistics == "batch" else ": so it also runs in inference mode"
+        yield "frozen", f"it is frozen (trainable=False){so}"
     elif parent is not None:
         yield (
             "parent_frozen_child_updates",
@@ -91,6 +104,33 @@ def _learning(case: _Case) -> Iterator[tuple[str, str]]:
         )
     elif fit.statistics == "batch" and not fit.learned and layer.trainable_variables:
         yield "no_gradient", "gamma and beta did not change in fit: no gradient reached them"
+
+
+def _own_call(case: _Case) -> Iterator[tuple[str, str]]:
+    """Where a custom subclass decides by itself what normalises."""
+    if not has_own_call(case.spot.layer):
+        return
+    entries: dict[str, list[str]] = {}
+    for entry, mode in case.modes.items():
+        for one in mode.calls:
+            trains = one.training is True and one.policy in ("none", "affine")
+            asked = "batch" if trains else "moving"
+            if one.training != "a tensor" and one.statistics not in ("unknown", asked):
+                entries.setdefault(one.statistics, []).append(entry)
+    if entries:
+        uses = "; ".join(f"{_USED[s]} in {', '.join(dict.fromkeys(e))}" for s, e in entries.items())
+        yield (
+            "own_call",
+            f"its class {type(case.spot.layer).__name__} has a call() of its own, which normalises "
+            f"with {uses}, whatever training= and trainable ask for",
+        )
+
+
+_USED = {
+    "batch": "the batch's own statistics",
+    "moving": "the moving statistics",
+    "neither": "something else than the batch's own or the moving statistics",
+}
 
 
 def _written(case: _Case) -> Iterator[tuple[str, str]]:

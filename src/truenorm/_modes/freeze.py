@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from fnmatch import fnmatchcase
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 
-from truenorm._errors import ModelError, OptionError
+from truenorm._errors import ModelError
 from truenorm._keras_internals import layers_in
 from truenorm._layer.arguments import FreezePolicy, check_policy
 from truenorm._layer.batch_normalization import BatchNormalization
-from truenorm._model.sites import batch_normalizations, policy_of
-from truenorm._modes.optimizer import follow, is_built, state_of
+from truenorm._model.sites import Layers, chosen_layers, policy_of
+from truenorm._model.trainer import has_optimizer
+from truenorm._modes.optimizer import follow, state_of
 from truenorm._records.freezing import Freezing, Frozen
-
-Layers = str | Callable[[Any], bool] | Iterable[Any] | None
-"""Which layers: a path pattern, a predicate on the layer, a list of both and of layers, or all."""
 
 
 def freeze(model: Any, policy: FreezePolicy = "all", *, layers: Layers = None) -> Freezing:
@@ -67,16 +64,18 @@ def freeze(model: Any, policy: FreezePolicy = "all", *, layers: Layers = None) -
         'batch + updates + learns'
 
     Where frameworks differ:
-        Keras wants ``compile`` after every change of ``trainable``: without it TensorFlow goes on
-        as before, JAX raises an error, PyTorch obeys. PyTorch's layer has the three parts apart:
-        ``eval()``, ``track_running_stats`` and ``requires_grad``.
+        Keras wants ``compile`` after every change of ``trainable``. Without it ``fit`` obeys as
+        long as it has made no step. After one, TensorFlow goes on as compiled; JAX raises an error
+        (or goes on, if the layer has neither gamma nor beta); PyTorch obeys a layer that was
+        frozen, and raises an error for one that was thawed. PyTorch's own layer has the three parts
+        apart: ``eval()``, ``track_running_stats`` and ``requires_grad``.
     """
-    chosen = _chosen(model, layers)
+    chosen = chosen_layers(model, layers)
     _require_able(chosen, policy)
     before = {layer: policy_of(layer) for layer in chosen}
     restore_flags = [_remember_flags(layer) for layer in chosen]
     models = [one for one in layers_in(model) if isinstance(one, keras.Model)]
-    learned = {one: state_of(one.optimizer) for one in models if is_built(one)}
+    learned = {one: state_of(one.optimizer) for one in models if has_optimizer(one)}
 
     def undo() -> None:
         for restore in restore_flags:
@@ -126,39 +125,6 @@ def unfreeze(model: Any, *, layers: Layers = None) -> Freezing:
     return freeze(model, "none", layers=layers)
 
 
-# --- which layers ------------------------------------------------------------------------------
-
-
-def _chosen(model: Any, layers: Layers) -> dict[Any, str]:
-    paths = batch_normalizations(model)
-    single = layers is None or isinstance(layers, str) or callable(layers)
-    wanted = [layers] if single else list(cast(Iterable[Any], layers))
-    chosen = {
-        layer: path
-        for layer, path in paths.items()
-        if any(_is_meant(one, layer, path) for one in wanted)
-    }
-    if not chosen:
-        raise OptionError(
-            "No BatchNormalization of the model is meant by this",
-            where="layers",
-            expected="a path pattern, a predicate on the layer, or a list of patterns and layers",
-            received=repr(layers),
-            remedy="look the paths up with truenorm.inspect(model)",
-        )
-    return chosen
-
-
-def _is_meant(wanted: Any, layer: Any, path: str) -> bool:
-    if wanted is None:
-        return True
-    if isinstance(wanted, str):
-        return fnmatchcase(path, wanted)
-    if isinstance(wanted, keras.Layer):  # callable too
-        return layer in layers_in(wanted)
-    return callable(wanted) and bool(wanted(layer))
-
-
 def _require_able(chosen: dict[Any, str], policy: str) -> None:
     """Refuse before anything is changed."""
     check_policy(policy)
@@ -198,6 +164,3 @@ def _notes(model: Any, chosen: dict[Any, str]) -> Iterator[str]:
                 f"'{one.name}' is frozen: gamma and beta of the {len(awake)} layers inside are not "
                 "learned, whatever their own policy."
             )
-
-
-# --- what was compiled -------------------------------------------------------------------------

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import keras
 import numpy as np
 
-from truenorm._errors import DataError, ModelError
-from truenorm._keras_internals import call_parameters, compile_arguments, layers_in
+from truenorm._errors import (
+    DataError,
+    KerasVersionError,
+    ModelError,
+    TruenormError,
+    is_out_of_memory,
+)
+from truenorm._keras_internals import STEPS, compile_arguments, is_compiled, layers_in
 from truenorm._model.data import check
 from truenorm._model.graph import graph_of
 from truenorm._model.probe import make_inputs
 from truenorm._model.rebuild import rebuild
 from truenorm._model.sites import describe_spot, spots
-from truenorm._model.snapshot import remember, same_randomness
-from truenorm._model.trainer import STEPS
+from truenorm._model.snapshot import lasting, remember, same_randomness
+from truenorm._model.trainer import variables_of
 from truenorm._model.values import numbers
 from truenorm._modes.causes import surprises
 from truenorm._modes.observe import watched
-from truenorm._records.inspection import Inspection
+from truenorm._records.inspection import ENTRY_POINTS, Inspection
 from truenorm._records.observation import Mode
+
+_RUNS_EAGERLY = keras.config.backend() == "tensorflow"
+"""A graph would show what is traced, both branches of a conditional for one, not what runs."""
 
 
 def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
@@ -39,6 +49,9 @@ def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
     subclassed one) is run itself, and everything of it is put back: weights, optimizer, metrics,
     compiled functions, flags, random state.
 
+    An entry point that cannot be run (a training step of your own that wants other data, a loss
+    that does not take the targets) is listed with the reason, and the others are run all the same.
+
     Args:
         model: Any built ``keras.Model``, nested ones included. It is unchanged afterwards.
         x: Inputs of one batch; made from the input specification where none are given. A
@@ -49,7 +62,7 @@ def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
         The sites, their observed modes, and the causes of surprises; prints as tables.
 
     Raises:
-        ModelError: The model is not built, or has no BatchNormalization.
+        ModelError: The model is not built, has no BatchNormalization, or cannot be run at all.
         DataError: ``x`` does not fit the model, or is missing for a subclassed one; or ``y`` is
             given for a model without a loss.
 
@@ -68,12 +81,17 @@ def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
             where=model.name,
             remedy="give inspect a batch: inspect(model, x)",
         )
-    inputs = make_inputs(model) if x is None else x
-    check(model, inputs)
+    inputs = check(model, make_inputs(model) if x is None else x)
     with same_randomness(), _disposable(model) as copy:
-        modes = _run_all(copy, inputs, y)
+        if y is not None and not is_compiled(copy):  # one with metrics of unknown class is not
+            raise DataError(
+                "Targets are given, but the model has no loss to use them with",
+                where=model.name,
+                remedy="compile the model first, or call inspect without y",
+            )
+        modes, not_run = _run_all(copy, inputs, y)
     sites = tuple(map(describe_spot, places))
-    return Inspection(model.name, sites, modes, surprises(model, places, modes))
+    return Inspection(model.name, sites, modes, surprises(model, places, modes), not_run)
 
 
 @contextmanager
@@ -86,9 +104,10 @@ def _disposable(model: Any) -> Generator[Any]:
     if copy is not None:
         yield copy
         return
-    metrics = [variable for metric in model.metrics for variable in metric.variables]
-    restore = remember(layers_in(model), [*model.variables, *metrics])
+    restore = remember(layers_in(model), variables_of(model))
     try:
+        for variable in variables_of(model):
+            variable.assign(numbers(variable))  # JAX's fit gives arrays away: not what others hold
         # JAX would find the model's own programs again, which were traced without a look inside.
         model.__dict__.update({step: partial(getattr(model, step)) for step in STEPS.values()})
         yield model
@@ -96,53 +115,78 @@ def _disposable(model: Any) -> Generator[Any]:
         restore()
 
 
-def _run_all(model: Any, inputs: Any, y: Any) -> dict[str, tuple[Mode, ...]]:
-    """The modes of every site in each entry point."""
+def _run_all(model: Any, inputs: Any, y: Any) -> tuple[dict[str, tuple[Mode, ...]], dict[str, str]]:
+    """The modes of every site in each entry point; and why an entry point could not be run."""
     places = spots(model)
-    targets = _compile(model, inputs, y)
-    saved = [(v, numbers(v)) for v in model.variables]
     size = len(keras.tree.flatten(inputs)[0])
-    runs: dict[str, Callable[[], Any]] = {
-        "fit": lambda: model.fit(inputs, targets, batch_size=size, shuffle=False, verbose=0),
-        "evaluate": lambda: model.evaluate(inputs, targets, batch_size=size, verbose=0),
-        "predict": lambda: model.predict(inputs, batch_size=size, verbose=0),
-        "model(x)": lambda: model(inputs),
-        "model(x, training=True)": lambda: model(inputs, **_training(model)),
-    }
+    prepare = cache(partial(_prepare, model, inputs, y))
+    runs: tuple[Callable[[Any], Any], ...] = (
+        lambda targets: model.fit(inputs, targets, batch_size=size, shuffle=False, verbose=0),
+        lambda targets: model.evaluate(inputs, targets, batch_size=size, verbose=0),
+        lambda _: model.predict(inputs, batch_size=size, verbose=0),
+        lambda _: model(inputs),
+        lambda _: model(inputs, training=True),
+    )
     modes: dict[str, tuple[Mode, ...]] = {}
-    for entry, run in runs.items():
-        with watched(model, places) as result:
-            run()
-            modes[entry] = result()
+    not_run: dict[str, str] = {}
+    model.run_eagerly = _RUNS_EAGERLY
+    saved = [(v, numbers(v)) for v in model.variables]
+    for entry, run in zip(ENTRY_POINTS, runs, strict=True):
+        try:
+            targets = prepare() if entry in ("fit", "evaluate") else None
+            with watched(model, places) as watch, lasting(variables_of(model)):
+                run(targets)
+            modes[entry] = watch.modes()
+        except KerasVersionError:
+            raise
+        except Exception as error:  # a step, a loss or a call of the user's own may do anything
+            if is_out_of_memory(error):
+                raise  # TensorFlow waits for memory ten seconds at every attempt
+            not_run[entry] = _reason(error)
         for variable, value in saved:
             variable.assign(value)
-    return modes
-
-
-def _training(model: Any) -> dict[str, bool]:
-    """``training=True``, if the model's ``call`` takes it at all."""
-    return {"training": True} if "training" in call_parameters(model) else {}
-
-
-def _compile(model: Any, inputs: Any, y: Any) -> Any:
-    """Make the model ready for fit, and give its targets."""
-    arguments = compile_arguments(model)
-    if y is not None and arguments is None:  # nor is a copy of one with metrics of unknown class
-        raise DataError(
-            "Targets are given, but the model has no loss to use them with",
+    if not modes:
+        raise ModelError(
+            "The model could not be run in any way",
             where=model.name,
-            remedy="compile the model first, or call inspect without y",
+            received="; ".join(f"{entry}: {why}" for entry, why in not_run.items()),
+            remedy="give inspect data that the model takes: inspect(model, x, y)",
         )
+    return modes, not_run
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, on one line, without what Keras and TensorFlow put around it."""
+    if isinstance(error, TruenormError):
+        return str(error)
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).split("Arguments received by")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
+    if lines[0].startswith("Exception encountered when calling"):
+        lines = lines[1:] or lines
+    said = lines[-1 if lines[0].startswith("in user code:") else 0]
+    name = type(error).__name__
+    return said if said.startswith(f"{name}: ") else f"{name}: {said}"
+
+
+def _prepare(model: Any, inputs: Any, y: Any) -> Any:
+    """Make the model ready for fit and evaluate, and give its targets."""
+    arguments = compile_arguments(model)
     if y is None or arguments is None:
         generator = np.random.default_rng(1)
-        made = model(inputs, **({"training": False} if _training(model) else {}))
+        made = model(inputs, training=False)
         targets = keras.tree.map_structure(
             lambda t: generator.normal(size=tuple(t.shape)).astype("float32"), made
         )
         losses = keras.tree.map_structure(lambda _: "mean_squared_error", made)
     else:
         targets, losses = y, arguments["loss"]
-    # No loss scaling: under mixed_float16 it would skip the one step that is looked at.
-    keras.Model.compile(model, keras.optimizers.SGD(1e-2), losses, auto_scale_loss=False)
+    keras.Model.compile(
+        model,
+        keras.optimizers.SGD(1e-2),
+        losses,
+        metrics=[],  # else those of an earlier compile stay, which may not take these targets
+        auto_scale_loss=False,  # under mixed_float16 it would skip the one step that is looked at
+        run_eagerly=_RUNS_EAGERLY,
+    )
     model.optimizer.build(model.trainable_variables)
     return targets

@@ -1,23 +1,34 @@
 """What every BatchNormalization call really did: observed, not inferred from flags.
 
-Three facts are recorded, each in its own way: which statistics normalised (which of the layer's own
-methods ran), whether the moving statistics changed and whether gamma or beta changed (their values
-before and after).
+Three facts are recorded, each in its own way: which statistics normalised (see ``evidence.py``),
+whether the moving statistics changed and whether gamma or beta changed (their values before and
+after).
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
-from truenorm._keras_internals import in_symbolic_scope, layers_in, moments_method
-from truenorm._model.hooks import enclosed, intercepted, noted
+from truenorm._errors import ModelError
+from truenorm._keras_internals import in_symbolic_scope, layers_in, require_watchable
+from truenorm._kernels.run_time import place, settle
+from truenorm._model.hooks import enclosed, intercepted
 from truenorm._model.sites import Spot, policy_of, spots
-from truenorm._model.trainer import changed_after_compile, uncompiled
+from truenorm._model.snapshot import lasting
+from truenorm._model.trainer import (
+    changed_after_compile,
+    fit_after_change,
+    uncompiled,
+    variables_of,
+)
 from truenorm._model.values import numbers
-from truenorm._records.observation import Calls, Mode, Observation
+from truenorm._modes.causes import IF_CHANGED
+from truenorm._modes.evidence import witnessed
+from truenorm._records.observation import Calls, Mode, Observation, Statistics
+from truenorm._records.tables import joined
 
 
 @contextmanager
@@ -59,27 +70,38 @@ def observe(model: Any) -> Generator[Observation]:
     places = spots(model)
     modes: dict[str, Mode] = {}
     observation = Observation(model.name, modes, _notes(model))
-    with watched(model, places) as result, uncompiled(model):
+    with watched(model, places) as watch:
         try:
-            yield observation
+            with uncompiled(model), lasting(variables_of(model)):
+                yield observation
         finally:
-            modes.update({s.path: m for s, m in zip(places, result(), strict=True)})
+            modes.update({s.path: m for s, m in zip(places, watch.modes(), strict=True)})
 
 
 @contextmanager
-def watched(model: Any, places: list[Spot]) -> Generator[Callable[[], tuple[Mode, ...]]]:
-    """Watch these spots while open; gives what makes their modes so far, in the same order."""
-    watch = _Watch(places)
+def watched(model: Any, places: list[Spot]) -> Generator[Watch]:
+    """Watch the calls of these spots while open.
+
+    Raises:
+        ModelError: Statistics were assigned where JAX loses them.
+    """
+    require_watchable()
+    watch = Watch(places)
     containers = [
         one
         for one in layers_in(model)
         if one not in watch.spots_of and not watch.spots_of.keys().isdisjoint(layers_in(one))
     ]
-    with intercepted(watch.spots_of, watch.see), enclosed(containers, watch.forward_pass):
-        yield watch.modes
+    try:
+        with intercepted(watch.spots_of, watch.see), enclosed(containers, watch.forward_pass):
+            yield watch
+    except Exception as error:
+        watch.refuse_escaped(error)
+        raise
+    watch.refuse_escaped()
 
 
-class _Watch:
+class Watch:
     """Counts the calls of each spot."""
 
     def __init__(self, places: Iterable[Spot]) -> None:
@@ -90,10 +112,15 @@ class _Watch:
         self.before = {layer: _values(layer) for layer in self.spots_of}
         self.depth = 0
         self.turn: Counter[Any] = Counter()
+        self.outside: Any = None
+        self.assigned_inside: dict[Any, Any] = {}
+        self.escaped: set[Any] = set()
 
     @contextmanager
     def forward_pass(self) -> Generator[None]:
         """Inside a call of the model: which call of a shared layer it is counts from its start."""
+        if not self.depth:
+            self.outside = place()
         self.depth += 1
         try:
             yield
@@ -101,26 +128,38 @@ class _Watch:
             self.depth -= 1
             if not self.depth:
                 self.turn.clear()
+                for layer, value in self.assigned_inside.items():
+                    if layer.moving_mean.value is value:
+                        self.escaped.add(layer)
+                self.assigned_inside.clear()
 
     def see(self, layer: Any, original: Any, inputs: Any, **arguments: Any) -> Any:
-        batch: list[str] = []
-        with noted(layer, ("_normalize_batch", moments_method()), lambda: batch.append("batch")):
-            outputs = original(inputs, **arguments)
+        """Run a call, and note what it does whenever it is computed."""
         if in_symbolic_scope():  # Keras looks for shapes: nothing is computed
-            return outputs
+            return original(inputs, **arguments)
+        spot = self._next_spot(layer)
+        call = (_plain(arguments.get("training")), bool(layer.trainable), policy_of(layer))
+
+        def note(statistics: Statistics) -> None:
+            self.seen[spot][(*call, statistics)] += 1
+
+        once = self.depth > 0 and place() == self.outside  # it runs as often as the model does
+        inside = self.depth > 0 and not once
+        held = layer.moving_mean.value if inside else None
+        outputs = witnessed(layer, original, inputs, arguments, note, once=once)
+        if inside and layer.moving_mean.value is not held:
+            self.assigned_inside[layer] = layer.moving_mean.value
+        return outputs
+
+    def _next_spot(self, layer: Any) -> Spot:
         its_spots = self.spots_of[layer]
         spot = its_spots[min(self.turn[layer], len(its_spots) - 1)]
         self.turn[layer] += bool(self.depth)
-        kind = (
-            _plain(arguments.get("training")),
-            bool(layer.trainable),
-            policy_of(layer),
-            "batch" if batch else "moving",
-        )
-        self.seen[spot][kind] += 1
-        return outputs
+        return spot
 
     def modes(self) -> tuple[Mode, ...]:
+        """What each spot did so far, in the order of the spots."""
+        settle()
         effects = {layer: _effect(layer, before) for layer, before in self.before.items()}
         return tuple(
             Mode(
@@ -129,6 +168,20 @@ class _Watch:
             )
             for spot, seen in self.seen.items()
         )
+
+    def refuse_escaped(self, error: Exception | None = None) -> None:
+        """Refuse, with the remedy, statistics that were assigned where JAX loses them."""
+        if self.escaped:
+            paths = [spot.path for spot in self.seen if spot.layer in self.escaped]
+            raise ModelError(
+                "JAX loses the statistics of this BatchNormalization: in training mode it runs "
+                "inside something that JAX traces by itself (an RNN, a loop, a conditional, "
+                "keras.remat, a vectorised map), where Keras cannot assign to variables; "
+                "nor can fit train the model",
+                where=joined(paths),
+                remedy="unroll=True at an RNN, a loop or conditional of Python's, no keras.remat "
+                "around this layer; or freeze it",
+            ) from error
 
 
 def _plain(training: Any) -> Any:
@@ -150,13 +203,12 @@ def _values(layer: Any) -> tuple[list[bytes], list[bytes]]:
 
 
 def _notes(model: Any) -> tuple[str, ...]:
-    changed = changed_after_compile(model)
+    changed = [*changed_after_compile(model)]
     if not changed:
         return ()
     names = ", ".join(f"'{layer.name}'" for layer in changed[:3])
     return (
         f"trainable of {names}{' and others' if len(changed) > 3 else ''} was changed after the "
-        "model was compiled. "
-        "Uncompiled, as here, fit obeys; a step that TensorFlow compiled before goes on as it was, "
-        "and JAX raises an error. Compile again, or change it with truenorm's freeze.",
+        f"model was compiled. Uncompiled, as here, fit {fit_after_change(model, compiled=False)}; "
+        f"else fit {fit_after_change(model)}. {IF_CHANGED}.",
     )

@@ -12,6 +12,7 @@ import keras
 from truenorm._errors import ModelError
 from truenorm._keras_internals import (
     LEARNING_RATE,
+    inner_optimizer,
     learning_rate,
     strategy_of,
     trainable_when_compiled,
@@ -19,7 +20,7 @@ from truenorm._keras_internals import (
     weight_averages,
 )
 from truenorm._model.hooks import patched
-from truenorm._model.trainer import make_anew
+from truenorm._model.trainer import has_optimizer, make_anew
 from truenorm._model.values import numbers
 
 OptimizerState = dict[tuple[str, int], Any]
@@ -27,7 +28,7 @@ OptimizerState = dict[tuple[str, int], Any]
 
 def follow(models: Iterable[Any], layers: Iterable[Any], known: dict[Any, OptimizerState]) -> None:
     """Make what was compiled obey the flags as they are now."""
-    built = [one for one in models if is_built(one)]
+    built = [one for one in models if has_optimizer(one)]
     fresh = {one: _fresh_for(one.optimizer, one.trainable_variables) for one in built}
     for model in models:
         noted = trainable_when_compiled(model)
@@ -35,10 +36,6 @@ def follow(models: Iterable[Any], layers: Iterable[Any], known: dict[Any, Optimi
         if fresh.get(model) is not None:
             _renew(model.optimizer, fresh[model], known.get(model, {}))
         make_anew(model)  # also while fit is running
-
-
-def is_built(model: Any) -> bool:
-    return model.compiled and getattr(model.optimizer, "built", False)
 
 
 def _fresh_for(optimizer: Any, variables: list[Any]) -> Any | None:
@@ -54,7 +51,7 @@ def _fresh_for(optimizer: Any, variables: list[Any]) -> Any | None:
 
 def _like(optimizer: Any) -> Any:
     """An optimizer of the same settings; a schedule of the learning rate is the very same."""
-    inner = getattr(optimizer, "inner_optimizer", None)
+    inner = inner_optimizer(optimizer)
     if inner is not None:
         return type(optimizer)(
             _like(inner),
@@ -99,7 +96,7 @@ def _renew(optimizer: Any, fresh: Any, known: OptimizerState) -> None:
 
 def _start_averages(optimizer: Any) -> None:
     """Averages of weights start at the weights: Keras does it in the first iteration only."""
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    optimizer = inner_optimizer(optimizer) or optimizer
     if optimizer.use_ema:
         averages = weight_averages(optimizer)
         for variable, average in zip(updated_variables(optimizer), averages, strict=True):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from truenorm._records.observation import Mode
 from truenorm._records.site import Site
 from truenorm._records.tables import Record, Table, grouped, joined
+
+ENTRY_POINTS = ("fit", "evaluate", "predict", "model(x)", "model(x, training=True)")
+"""What ``inspect`` runs."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,17 @@ class Inspection(Record):
     Args:
         model: The model's name.
         sites: The sites, in the order of their calls.
-        modes: For each entry point, the mode of each site (same order as ``sites``).
+        modes: For each entry point that could be run, the mode of each site (same order as
+            ``sites``).
         surprises: What is not as one would expect of the entry points, with the cause.
+        not_run: For each entry point that could not be run, the reason.
     """
 
     model: str
     sites: tuple[Site, ...]
     modes: Mapping[str, tuple[Mode, ...]]
     surprises: tuple[Surprise, ...] = ()
+    not_run: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def tables(self) -> Sequence[Table]:
         """Where every site is, what every site did, and why where that surprises."""
@@ -48,19 +54,22 @@ class Inspection(Record):
             ("sites", "channels", "position", "from → to", "momentum, epsilon", "frozen"),
             _places(self.sites),
         )
+        entries = [entry for entry in ENTRY_POINTS if {entry} & {*self.modes, *self.not_run}]
         done = (
-            (site.path, tuple(modes[index].describe() for modes in self.modes.values()))
+            (
+                site.path,
+                tuple(
+                    self.modes[entry][index].describe() if entry in self.modes else "not run"
+                    for entry in entries
+                ),
+            )
             for index, site in enumerate(self.sites)
         )
         mode = Table(
             f"BatchNormalization in '{self.model}': the statistics it normalised with, and more",
-            ("sites", *self.modes),
+            ("sites", *entries),
             grouped(done),
-            (
-                "batch: normalised with the batch's own mean and variance; moving: with the "
-                "moving statistics; updates: the moving statistics changed; learns: gamma and "
-                "beta changed.",
-            ),
+            (_LEGEND, *(f"{entry} was not run: {why}" for entry, why in self.not_run.items())),
         )
         if not self.surprises:
             return (place, mode)
@@ -70,6 +79,12 @@ class Inspection(Record):
             grouped((s.path, (s.code, s.explanation)) for s in self.surprises),
         )
         return (place, mode, why)
+
+
+_LEGEND = (
+    "batch: normalised with the batch's own mean and variance; moving: with the moving statistics; "
+    "updates: the moving statistics changed; learns: gamma and beta changed."
+)
 
 
 def _places(sites: Sequence[Site]) -> tuple[tuple[str, ...], ...]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from truenorm._records.tables import Record, Table, grouped
+
+Statistics = Literal["batch", "moving", "neither", "unknown"]
+"""Which statistics normalised: ``neither`` and ``unknown`` are of custom subclasses only."""
 
 
 @dataclass(frozen=True)
@@ -16,14 +20,16 @@ class Calls:
         training: The value of ``training`` that arrived in ``call``; ``"a tensor"`` if it was one.
         trainable: The layer's ``trainable`` at that time.
         policy: Its freeze policy at that time.
-        statistics: Which statistics normalised: ``batch`` or ``moving``.
+        statistics: Which statistics normalised: ``batch`` (the batch's own) or ``moving``. Of a
+            custom subclass with a ``call`` of its own also ``neither``, where its output is neither
+            of the two normalisations, and ``unknown``, where it cannot be told.
         times: How many such calls there were.
     """
 
     training: bool | str | None
     trainable: bool
     policy: str
-    statistics: str
+    statistics: Statistics
     times: int
 
     def describe(self) -> str:
@@ -48,7 +54,7 @@ class Mode(Record):
 
     @property
     def statistics(self) -> str | None:
-        """Which normalised: ``batch``, ``moving``, ``mixed``; None if it was never called."""
+        """As in :class:`Calls`; ``mixed`` if not always the same; None if it was never called."""
         used = {calls.statistics for calls in self.calls}
         return ("mixed" if len(used) > 1 else used.pop()) if used else None
 

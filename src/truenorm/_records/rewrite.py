@@ -29,6 +29,8 @@ class Rewrite(Record):
         max_abs_error: Largest absolute difference of an output on the probe, in the output's
             units; None where the rewrite is not meant to keep the function.
         max_rel_error: The same over the largest magnitude of that output; a plain number.
+        max_site_error: Largest difference at a changed site by itself, on random numbers, over the
+            range that the values of the same channel have there; a plain number.
         notes: What the user must know about the new model.
     """
 
@@ -38,12 +40,19 @@ class Rewrite(Record):
     left: tuple[Left, ...]
     max_abs_error: float | None = None
     max_rel_error: float | None = None
+    max_site_error: float | None = None
     notes: tuple[str, ...] = ()
 
     def tables(self) -> Sequence[Table]:
         """The receipt."""
         total = len(self.changed) + len(self.left)
         notes = list(self.notes)
+        if self.max_site_error is not None:
+            notes.insert(
+                0,
+                "Largest difference at a changed site, by itself on random numbers: "
+                f"{number(self.max_site_error)} of the range of its channel.",
+            )
         if self.max_rel_error is not None:
             notes.insert(
                 0,

@@ -46,6 +46,3 @@ class Site(Record):
                 self.path, ("fact", "value"), tuple((k, str(v)) for k, v in self.to_dict().items())
             ),
         )
-
-
-# --- freezing ----------------------------------------------------------------------------------

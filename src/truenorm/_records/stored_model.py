@@ -11,7 +11,7 @@ from truenorm._records.tables import Record, Table, number
 
 @dataclass(frozen=True)
 class StoredStatistics(Record):
-    """The moving statistics of one layer in short.
+    """A summary of the moving statistics of one layer.
 
     Args:
         initial: Whether all means are 0 and all variances 1, as in a layer never trained.
@@ -30,7 +30,7 @@ class StoredStatistics(Record):
     largest_variance: float | None
 
     def describe(self) -> str:
-        """Them in a few words, faults first, for a table cell."""
+        """The statistics in a few words, faults first, for a table cell."""
         if self.initial:
             return "as initialised"
         faults = [

@@ -71,6 +71,13 @@ class Comparison:
         difference: Mean and interval of the paired difference, in the metric's units.
         p_value: Of the paired t-test, two-sided.
         p_adjusted: The same after Holm's correction for all pairs of positions of this metric.
+        p_flips: Of the exact sign-flip test, two-sided, not corrected.
+        narrow: The 90% interval, which decides about equivalence; None without a margin.
+        p_equivalent: That the difference is not smaller than the margin (two one-sided tests),
+            after Holm's correction; None without a margin.
+        detectable: The true difference that this many seeds show in 80% of all cases.
+        seeds_needed: Seeds in a new study that concludes in 80% of all cases; None if that is more
+            than 1,000 or cannot be said.
     """
 
     metric: str
@@ -79,6 +86,11 @@ class Comparison:
     difference: Interval
     p_value: float | None
     p_adjusted: float | None
+    p_flips: float | None = None
+    narrow: Interval | None = None
+    p_equivalent: float | None = None
+    detectable: float | None = None
+    seeds_needed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,8 @@ class Study(Record):
         best: The position whose mean of that metric is best, shown or not.
         winner: That position if it is shown to differ from each other one, else None.
         verdict: The result in sentences.
+        margin: The smallest difference of interest in that metric, in its units; None if no
+            equivalence was asked for.
     """
 
     name: str
@@ -106,6 +120,7 @@ class Study(Record):
     best: str
     winner: str | None
     verdict: tuple[str, ...]
+    margin: float | None = None
 
     def tables(self) -> Sequence[Table]:
         """The positions, their paired differences, and the verdict."""
@@ -136,7 +151,30 @@ class Study(Record):
                 for c in self.comparisons
             ),
         )
-        return (positions, pairs, Table("Verdict", (), (), self.verdict))
+        return (positions, pairs, self._other_tests(), Table("Verdict", (), (), self.verdict))
+
+    def _other_tests(self) -> Table:
+        """The tests beside the t-test, and what more seeds would show, for the deciding metric."""
+        asked = self.margin is not None
+        return Table(
+            f"{self.name}: other tests of the differences in {self.metric}",
+            (
+                *("difference", "p (sign flips)"),
+                *(("90% interval", "p (equivalent)") if asked else ()),
+                *("shown in 4 of 5 from", "seeds needed"),
+            ),
+            tuple(
+                (
+                    f"{c.first} − {c.second}",
+                    number(c.p_flips, 2),
+                    *((_ends(c.narrow), number(c.p_equivalent, 2)) if asked else ()),
+                    number(c.detectable, 2),
+                    "–" if c.seeds_needed is None else str(c.seeds_needed),
+                )
+                for c in self.comparisons
+                if c.metric == self.metric
+            ),
+        )
 
 
 def interval(value: Interval) -> str:
@@ -144,3 +182,7 @@ def interval(value: Interval) -> str:
     if value.low is None or value.high is None:
         return f"{value.mean:.4f}"
     return f"{value.mean:.4f} [{value.low:.4f}, {value.high:.4f}]"
+
+
+def _ends(value: Interval | None) -> str:
+    return "–" if value is None else f"[{value.low:.4f}, {value.high:.4f}]"

@@ -1,7 +1,7 @@
-"""Tables of text, and the records that print as them: one set of facts, three renderings, JSON.
+"""Records, and the tables of text that they print as: in the terminal, notebooks and reports.
 
-The terminal, notebooks and the report all render :meth:`Record.tables`, so that a fact is worded in
-one place. Text that comes from a model is made printable here: a layer's name may be anything.
+All of them render :meth:`Record.tables`, so that a fact is worded in one place. Text that comes
+from a model is made printable here: a layer's name may hold any characters.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from truenorm._errors import ModelError
 from truenorm._records.moments import Moments
 
 if TYPE_CHECKING:
@@ -52,7 +53,17 @@ class Table:
 
 
 class Record:
-    """Base of all records: one set of tables, three renderings, and JSON."""
+    """Base of all records: renders as text, HTML and JSON.
+
+    A copy, or a record that was pickled, has the facts. An ``undo`` stays with the record that the
+    tool returned; a ``model`` goes along, as Keras pickles models.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(vars(self))
+        if "undo" in state:
+            state["undo"] = _no_undo
+        return state
 
     def tables(self) -> Sequence[Table]:
         """The record as tables of text."""
@@ -79,6 +90,14 @@ class Record:
 
     def _repr_html_(self) -> str:
         return "\n".join(_html(table) for table in self.tables())
+
+
+def _no_undo() -> None:
+    raise ModelError(
+        "This record is a copy, which cannot undo anything",
+        expected="the record that the tool returned, in the process where it ran",
+        remedy="call undo() of that one",
+    )
 
 
 def printable(text: str) -> str:

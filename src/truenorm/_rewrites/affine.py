@@ -25,7 +25,14 @@ import keras
 import numpy as np
 
 from truenorm._model.graph import Call, is_batch_normalization
-from truenorm._model.sites import LINEAR, channel_axis, fused_activation, is_linear, is_own_class
+from truenorm._model.sites import (
+    LINEAR,
+    channel_axis,
+    channel_axis_of,
+    fused_activation,
+    is_linear,
+    is_own_class,
+)
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Array
 
@@ -174,7 +181,7 @@ def _input_of(call: Call, affine: Affine) -> Affine:
     if added or _joined(call, affine.axis) or along not in (None, affine.axis):
         return affine
     if isinstance(layer, _GLOBAL) and not layer.keepdims:
-        affine = Affine(affine.scale, affine.shift, _axis_of(layer, len(shapes[0])))
+        affine = Affine(affine.scale, affine.shift, channel_axis_of(layer, len(shapes[0])))
     _require_passing(call, affine, "its input comes from")
     return affine
 
@@ -277,15 +284,10 @@ def _require_passing(call: Call, affine: Affine, link: str) -> None:
     linear = kind is L.Activation and layer.activation is keras.activations.linear
     if kind in _NOTHING_IN_INFERENCE or linear:
         return
-    if kind not in _BY_POSITION or affine.axis != _axis_of(layer, len(call.input_shapes[0])):
+    if kind not in _BY_POSITION or affine.axis != channel_axis_of(layer, len(call.input_shapes[0])):
         raise CannotBeAbsorbed(reason)
     if kind in _MAXIMA and (affine.scale < 0).any():
         raise CannotBeAbsorbed(f"{reason}, which would pick others where its scale is negative")
-
-
-def _axis_of(layer: Any, rank: int) -> int:
-    """The axis that a layer takes for that of the channels."""
-    return 1 if getattr(layer, "data_format", None) == "channels_first" else rank - 1
 
 
 def _require_neighbour(call: Call, affine: Affine) -> None:
@@ -297,7 +299,7 @@ def _require_neighbour(call: Call, affine: Affine) -> None:
         raise CannotBeAbsorbed(f"{call.label()} is called more than once")
     if layer.quantization_mode is not None or getattr(layer, "lora_enabled", False):
         raise CannotBeAbsorbed(f"{call.label()} is quantised or has LoRA enabled")
-    if affine.axis != _axis_of(layer, len(call.input_shapes[0])):
+    if affine.axis != channel_axis_of(layer, len(call.input_shapes[0])):
         raise CannotBeAbsorbed(f"its axis is not the channel axis of {call.label()}")
 
 

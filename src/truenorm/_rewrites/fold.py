@@ -10,10 +10,11 @@ import numpy as np
 
 from truenorm._keras_internals import layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
-from truenorm._model.graph import Call, is_batch_normalization
-from truenorm._model.probe import make_inputs
-from truenorm._model.rebuild import Piece, copy_of, rebuild
-from truenorm._model.sites import Where, apply, selector, site_calls
+from truenorm._model.edit import Piece, copy_of
+from truenorm._model.graph import Call, Graph, is_batch_normalization, nearby, read_graph
+from truenorm._model.rebuild import rebuild
+from truenorm._model.sites import Where, check_all, selector
+from truenorm._model.state import learns
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Array
 from truenorm._records.rewrite import Change, Left, Rewrite
@@ -76,24 +77,27 @@ def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
         Jacob et al. (2018), "Quantization and Training of Neural Networks for Efficient
         Integer-Arithmetic-Only Inference", section 3.2, equation 14, arXiv:1712.05877.
     """
-    folding = Folding(model, where)
-    changed, left = apply(folding.site, model)
-    new = rebuild(model, folding.edit())
-    errors = verify(model, new, make_inputs(model) if probe is None else probe, "Folding")
-    return Rewrite(new, "fold", changed, left, *errors)
+    graph = read_graph(model)
+    folding = Folding(graph, where)
+    changed, left = check_all(graph, folding.site)
+    edit = folding.edit()
+    new = rebuild(model, edit)
+    proof = verify(graph, edit, folding.between, new, probe, "Folding")
+    return Rewrite(new, "fold", changed, left, *proof)
 
 
-def why_not_folded(model: Any) -> dict[str, str]:
+def why_not_folded(model: Any, where: Where = None) -> dict[str, str]:
     """Path of every site that stays, and why."""
-    _, left = apply(Folding(model).site, model)
+    graph = read_graph(model)
+    _, left = check_all(graph, Folding(graph, where).site)
     return {site.path: site.reason for site in left}
 
 
 class Folding:
     """What folding the sites of a model comes to; a site at a time, in the order of execution."""
 
-    def __init__(self, model: Any, where: Where = None) -> None:
-        wanted, sites = selector(where), site_calls(model)[0]
+    def __init__(self, graph: Graph, where: Where = None) -> None:
+        wanted, sites, model = selector(where), graph.sites, graph.model
         self.fixed = {call.operation for call in sites if not wanted(call) or why_unfit(call)}
         self.whole = where is None
         # In a part of a model none takes another one in: it would no longer be what it was.
@@ -102,8 +106,10 @@ class Folding:
         self.names = {layer.name for layer in layers_in(model)}
         self.names |= {tensor.name for tensor in model.inputs}
         self.weights: dict[Any, list[Array]] = {}  # of convolution and dense layers, in float64
+        self.learning: set[Any] = set()  # those of them that take in a shift that learns
         self.maps: dict[Any, Affine] = {}  # of BatchNormalization that took others in, and stays
         self.gone: dict[Any, list[Piece]] = {}  # folded away, and what stays of it
+        self.between: set[Call] = set()  # whose outputs are meant to be other ones
 
     def site(self, call: Call) -> Change | Left:
         """Fold one site, or say why not."""
@@ -129,10 +135,14 @@ class Folding:
                 raise CannotBeAbsorbed(f"{taker.label()} does not compute in {dtype}, as it does")
         for taker, affine in takings:
             self._take(taker.operation, affine, side)
+            if learns(call.operation.beta):
+                self.learning.add(taker.operation)
+        self.between |= _between(call, takings, side)
         self.maps.pop(call.operation, None)
         self.gone[call.operation] = self._own_activation(call.operation)
         takers = ", ".join(taker.label() for taker, _ in takings)
-        return Change(call.path, f"folded into {takers} {side} it")
+        what = f"folded into {takers} {side} it"
+        return Change(call.path, what + _no_longer_learns(call.operation, takings))
 
     def _take(self, layer: Any, affine: Affine, side: str) -> None:
         if is_batch_normalization(layer):
@@ -147,8 +157,13 @@ class Folding:
         alone = self.free - self.maps.keys() - self.gone.keys() if self.whole else set()
         stays = {k: self._plain(k) for k in alone if type(k) is BatchNormalization}
         merged = {k: self._merged(k, affine) for k, affine in self.maps.items()}
-        taken = {k: [copy_of(k, values, use_bias=True)] for k, values in self.weights.items()}
+        taken = {k: [self._taker(k, values)] for k, values in self.weights.items()}
         return stays | merged | taken | self.gone
+
+    def _taker(self, layer: Any, values: list[Array]) -> Piece:
+        """A convolution or dense layer that has taken others in."""
+        frozen = () if layer.use_bias or layer in self.learning else ("bias",)
+        return copy_of(layer, values, use_bias=True, frozen=frozen)
 
     def _plain(self, layer: Any) -> list[Piece]:
         """Keras's layer in the place of ours, and the activation that was inside."""
@@ -187,3 +202,24 @@ class Folding:
         self.names.add(name)
         activation = keras.layers.Activation(layer.activation, name=name, dtype=layer.dtype_policy)
         return [Piece(activation)]
+
+
+def _between(site: Call, takings: list[Taking], side: str) -> set[Call]:
+    """The calls from where a map was to where it is now taken in, but the last."""
+    takers = {taker for taker, _ in takings}
+    way = {*nearby(site, back=side == "before", stop=takers.__contains__)}
+    return way if side == "before" else {site} | (way - takers)
+
+
+def _no_longer_learns(layer: Any, takings: list[Taking]) -> str:
+    """What the receipt says where gamma or beta learned, and what took them in does not."""
+    takers = [taker.operation for taker, _ in takings]
+    takers = [k for k in takers if not is_batch_normalization(k)]
+    kernels = [v for k in takers for v in k.weights if v.name != "bias"]
+    lost = {
+        "gamma": learns(layer.gamma) and not all(map(learns, kernels)),
+        "beta": learns(layer.beta)
+        and not all(learns(k.bias) if k.use_bias else k.trainable for k in takers),
+    }
+    names = " and ".join(name for name, is_lost in lost.items() if is_lost)
+    return f", which is frozen: {names} can no longer learn" if names else ""

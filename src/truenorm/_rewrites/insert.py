@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import keras
 
-from truenorm._model.graph import Call, is_batch_normalization
-from truenorm._model.rebuild import Piece, copy_of
+from truenorm._model.edit import Piece, copy_of
+from truenorm._model.graph import Call, is_batch_normalization, nearby
 from truenorm._model.sites import fused_activation, is_activation, is_linear
 
 
 def lacks_batch_normalization(call: Call) -> bool:
     """Whether this is a convolution or dense layer that comes to none before the next of them."""
-    return is_linear(call) and not any(map(_is_site, _onward(call, stop=True)))
+    return is_linear(call) and not any(map(_is_site, nearby(call, back=False, stop=is_linear)))
 
 
 def insertion(
@@ -28,7 +28,7 @@ def insertion(
         taken: Names that the new layer cannot have.
     """
     layer, consumer = call.operation, call.only_consumer
-    if not any(is_linear(other) or _is_site(other) for other in _onward(call, stop=False)):
+    if not any(is_linear(other) or _is_site(other) for other in nearby(call, back=False)):
         return "it is an output layer: no convolution or dense layer comes after it"
     if call.shared or call.is_output:
         return "it is called more than once" if call.shared else "it is an output of the model"
@@ -76,15 +76,3 @@ def _new(layer: Any, taken: Collection[str]) -> Piece:
 
 def _is_site(call: Call) -> bool:
     return is_batch_normalization(call.operation)
-
-
-def _onward(call: Call, *, stop: bool) -> Iterator[Call]:
-    """Every call after this one; with ``stop`` none beyond a convolution or dense layer."""
-    queue, seen = [call], {call}
-    while queue:
-        for other in queue.pop().consumers:
-            if other not in seen:
-                seen.add(other)
-                yield other
-                if not (stop and is_linear(other)):
-                    queue.append(other)

@@ -14,12 +14,13 @@ import keras
 import numpy as np
 
 from truenorm._errors import OptionError
-from truenorm._model.graph import Call, calls, is_batch_normalization, layer_paths
-from truenorm._model.rebuild import Piece, copy_of, rebuild
+from truenorm._model.edit import Piece, copy_of
+from truenorm._model.graph import Call, is_batch_normalization, layer_paths, read_graph
+from truenorm._model.rebuild import rebuild
 from truenorm._model.sites import (
     Where,
-    apply,
     channel_axis,
+    check_all,
     fused_activation,
     is_activation,
     is_linear,
@@ -112,8 +113,8 @@ def place(
             received=repr(position),
         )
     _require_insertable(position, where, insert)
-    wanted, edit, found = selector(where), dict[Any, list[Piece]](), calls(model)
-    homes = {call.operation: call.path.rpartition("/")[0] for call in found}
+    wanted, edit, graph = selector(where), dict[Any, list[Piece]](), read_graph(model)
+    homes = {call.operation: call.path.rpartition("/")[0] for call in graph.calls}
     names = {(home, operation.name) for operation, home in homes.items()}
     names |= {("", tensor.name) for tensor in model.inputs}
     for home in set(homes.values()) - {""}:  # the nested models themselves
@@ -136,14 +137,14 @@ def place(
 
     changed, left, notes = (), (), ()
     if not insert or any(map(is_batch_normalization, layer_paths(model))):
-        changed, left = apply(lambda call: entry(call, partial(_moving, position)), model)
+        changed, left = check_all(graph, lambda call: entry(call, partial(_moving, position)))
     if changed:
         notes += (_AFTER_REMOVAL if position == "none" else _AFTER_A_MOVE,)
     if insert:
-        used = {call.operation.name for call in found}
+        used = {call.operation.name for call in graph.calls}
         behind = position == "after_activation"
         add = partial(insertion, behind_activation=behind, taken=used)
-        results = [entry(call, add) for call in found if lacks_batch_normalization(call)]
+        results = [entry(call, add) for call in graph.calls if lacks_batch_normalization(call)]
         new = tuple(result for result in results if isinstance(result, Change))
         notes += (_AFTER_INSERTION,) if new else ()
         changed += new
@@ -316,7 +317,9 @@ def _none(call: Call) -> Result:
         return f"removed; {producer.label()} stays without bias: it is used elsewhere too", edit
     source = producer.operation
     bias = np.zeros(call.operation.moving_mean.shape, "float32")
-    edit[source] = [copy_of(source, [*source.variables, bias], use_bias=True)]
+    beta = call.operation.beta
+    frozen = ("bias",) if beta is not None and not beta.trainable else ()
+    edit[source] = [copy_of(source, [*source.variables, bias], use_bias=True, frozen=frozen)]
     return f"removed; {producer.label()} got a bias", edit
 
 

@@ -9,10 +9,10 @@ import keras
 
 from truenorm._errors import OptionError
 from truenorm._layer.batch_normalization import BatchNormalization
-from truenorm._model.graph import Call
-from truenorm._model.probe import make_inputs
-from truenorm._model.rebuild import Piece, rebuild
-from truenorm._model.sites import apply, is_own_class
+from truenorm._model.edit import Piece, from_config
+from truenorm._model.graph import Call, read_graph
+from truenorm._model.rebuild import rebuild
+from truenorm._model.sites import check_all, is_own_class
 from truenorm._records.rewrite import Change, Left, Rewrite
 from truenorm._rewrites.verify import verify
 
@@ -62,7 +62,7 @@ def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) 
     target = _CLASSES[to]
     edit: dict[Any, list[Piece]] = {}
 
-    def rule(call: Call) -> Change | Left:
+    def check(call: Call) -> Change | Left:
         layer = call.operation
         if type(layer) is target:
             return Left(call.path, f"it is {to}'s already")
@@ -71,13 +71,14 @@ def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) 
         option = _only_ours(layer) if to == "keras" else None
         if option is not None:
             return Left(call.path, f"Keras's layer has nothing like its {option}")
-        edit[layer] = [Piece(target.from_config(layer.get_config()), layer)]
+        edit[layer] = [Piece(from_config(layer, target), layer)]
         return Change(call.path, f"now {to}'s BatchNormalization")
 
-    changed, left = apply(rule, model)
+    graph = read_graph(model)
+    changed, left = check_all(graph, check)
     new = rebuild(model, edit)
-    errors = verify(model, new, make_inputs(model) if probe is None else probe, "Replacing")
-    return Rewrite(new, f"replace to {to}", changed, left, *errors)
+    proof = verify(graph, edit, (), new, probe, "Replacing")
+    return Rewrite(new, f"replace to {to}", changed, left, *proof)
 
 
 def _only_ours(layer: Any) -> str | None:

@@ -1,25 +1,25 @@
 """The population statistics of every BatchNormalization over a whole data set: look, and put in.
 
-:mod:`.collector` makes one pass over the data; what a site sees depends on which statistics the
-layers before it use meanwhile (``upstream``), and where these are to be the population's own,
+:mod:`.runner` runs the model, :mod:`.tally` adds up; what a site sees depends on which statistics
+the layers before it use meanwhile (``upstream``), and where these are to be the population's own,
 :mod:`.fixed_point` finds them in several passes. Where several processes run the same code, each
 reads its share and all get the whole (:mod:`.distributed`).
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from truenorm._errors import DataError, ModelError, OptionError
 from truenorm._model.data import check_limits, input_batches, limited
-from truenorm._model.sites import batch_normalizations, is_own_class
+from truenorm._model.sites import Layers, chosen_layers, is_own_class
 from truenorm._records.population import Population
-from truenorm._records.tables import number
-from truenorm._statistics.collector import Collector, Seen, Use
 from truenorm._statistics.distributed import Processes
 from truenorm._statistics.fixed_point import Sample, settle
+from truenorm._statistics.progress import bar
+from truenorm._statistics.runner import Runner, Use
+from truenorm._statistics.tally import Pass
 
 Upstream = Literal["batch", "population", "moving"]
 Until = Literal["end", "converged"]
@@ -42,6 +42,7 @@ def collect(
     until: Until = "end",
     shard: bool | None = None,
     progress: bool = False,
+    layers: Layers = None,
 ) -> Population:
     r"""Mean and variance of every BatchNormalization's input over a whole data set.
 
@@ -76,13 +77,16 @@ def collect(
             have the same data, and each takes every n-th batch. False: each has its own part. None:
             True, unless the data is a ``DataLoader`` with a ``DistributedSampler``.
         progress: Whether to show a progress bar (on the standard error stream).
+        layers: Which BatchNormalization layers, as in :func:`truenorm.freeze`; None for all. The
+            others normalise with their moving statistics meanwhile, as frozen ones do in training.
 
     Returns:
         The population, per layer path; shared layers have the moments of all their calls.
 
     Raises:
         ModelError: The model has no BatchNormalization, is not built, or has one of a user's own
-            class.
+            class among ``layers``; or calls one inside a vectorised map or the like, out of which
+            nothing can be told.
         DataError: The data is empty, endless, or does not fit the model.
         OptionError: An option is something else.
 
@@ -97,8 +101,9 @@ def collect(
     Reference:
         Wu and Johnson (2021), "Rethinking 'Batch' in BatchNorm", section 3, arXiv:2105.07576.
     """
-    return collected(
-        collector_of(model),
+    runner = runner_of(model, layers)
+    return Collection(
+        runner,
         data,
         upstream=upstream,
         batch_size=batch_size,
@@ -107,99 +112,107 @@ def collect(
         until=until,
         shard=shard,
         progress=progress,
-    )
+    ).population()
 
 
-def collected(
-    collector: Collector,
-    data: Any,
-    *,
-    upstream: Upstream = "batch",
-    batch_size: int = 32,
-    max_batches: int | None = None,
-    max_samples: int | None = None,
-    until: Until = "end",
-    shard: bool | None = None,
-    progress: bool = False,
-) -> Population:
-    """:func:`collect` with a collector that has been used before: its program is compiled."""
-    layers = collector.layers
-    _choice("upstream", upstream, ("batch", "population", "moving"))
-    _choice("until", until, ("end", "converged"))
-    ends = until == "converged" and max_batches is None  # by itself
-    check_limits(data, 1 if ends else max_batches, max_samples)
-    if upstream == "population" and isinstance(data, Iterator):
-        raise DataError(
-            "With upstream='population' the data is read several times",
-            where="data",
-            expected="arrays, or an iterable that begins anew each time",
-            received=f"an iterator ({type(data).__name__}), which is empty after its first pass",
-            remedy="give what the iterator was made of, or a list of its batches",
+class Collection:
+    """A data set as :func:`collect` reads it: pass by pass, each over the same batches.
+
+    Args:
+        runner: Of :func:`runner_of`; it may have been used before, and is compiled then.
+        data: As in :func:`collect`, and so are the options.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        data: Any,
+        *,
+        upstream: Upstream = "batch",
+        batch_size: int = 32,
+        max_batches: int | None = None,
+        max_samples: int | None = None,
+        until: Until = "end",
+        shard: bool | None = None,
+        progress: bool = False,
+    ) -> None:
+        _choice("upstream", upstream, ("batch", "population", "moving"))
+        _choice("until", until, ("end", "converged"))
+        ends = until == "converged" and max_batches is None  # by itself
+        check_limits(data, 1 if ends else max_batches, max_samples)
+        if upstream == "population" and isinstance(data, Iterator):
+            raise DataError(
+                "With upstream='population' the data is read several times",
+                where="data",
+                expected="arrays, or an iterable that begins anew each time",
+                received=f"an iterator ({type(data).__name__}), which is empty after its first "
+                "pass",
+                remedy="give what the iterator was made of, or a list of its batches",
+            )
+        self.runner, self.data, self.upstream, self.batch_size = runner, data, upstream, batch_size
+        self.max_batches, self.max_samples = max_batches, max_samples
+        self.until_converged = until == "converged"
+        self.processes = Processes(runner, data, shard)
+        self.progress = progress
+
+    def population(self) -> Population:
+        """Read it as often as it takes."""
+        runner, agreement, passes = self.runner, None, 1
+        with bar(self.progress) as self._show:
+            if self.upstream == "population":
+                seen, passes, agreement = settle(runner, self.one_pass, self.processes.first_of)
+            else:
+                seen = self.one_pass(runner.moving() if self.upstream == "moving" else runner.own())
+        paths = [path for path in runner.slices if path in seen.sites]
+        return Population(
+            {path: seen.sites[path] for path in paths},
+            seen.samples,
+            seen.batches,
+            self.upstream,
+            passes,
+            {path: seen.spread[path] for path in paths},
+            agreement,
         )
-    processes = Processes(collector, data, shard)
-    with _bar(progress) as show:
-        most = max_batches
-        settled = until == "end"
 
-        def enough(seen: Seen) -> bool:
-            show(seen)
-            return not settled and _converged(seen)
+    def one_pass(self, use: Use, sample: Sample | None = None) -> Pass:
+        """One pass of all processes together, of which a sample may be drawn."""
+        seen = self.processes.together(lambda: self._read(use, sample))
+        if not seen.samples:
+            raise DataError(
+                "There is no data to take statistics of",
+                where="data",
+                expected="at least one sample",
+                received="none",
+                remedy="give data that can be read again: a generator is empty after its first "
+                "pass",
+            )
+        return seen
 
-        def one_pass(use: Use, sample: Sample | None = None) -> Seen:
-            nonlocal most, settled
+    def _read(self, use: Use, sample: Sample | None) -> Pass:
+        """The share of this process."""
+        inputs = input_batches(self.runner.model, self.data, self.batch_size)
+        batches = self.processes.share(limited(inputs, self.max_batches, self.max_samples))
+        if sample is not None:
+            batches = sample.drawn_from(batches)
+        looked_at = self.progress or self.until_converged
+        seen = self.runner.one_pass(batches, use, self._enough if looked_at else None)
+        if self.until_converged:  # every further pass is to read the same batches
+            self.until_converged = False
+            self.max_batches = seen.batches * self.processes.stride
+        return seen
 
-            def read() -> Seen:
-                nonlocal most, settled
-                batches = limited(
-                    input_batches(collector.model, data, batch_size), most, max_samples
-                )
-                batches = processes.share(batches)
-                batches = batches if sample is None else sample.drawn_from(batches)
-                looking = progress or not settled
-                seen = collector.one_pass(batches, use, enough if looking else None)
-                if not settled:  # every further pass is to read the same batches
-                    settled, most = True, seen.batches * processes.stride
-                return seen
-
-            merged = processes.together(read)
-            if not merged.samples:
-                raise DataError(
-                    "There is no data to take statistics of",
-                    where="data",
-                    expected="at least one sample",
-                    received="none",
-                    remedy="give data that can be read again: a generator is empty after its first "
-                    "pass",
-                )
-            return merged
-
-        agreement: float | None = None
-        if upstream == "population":
-            seen, passes, agreement = settle(collector, one_pass, processes.first_of)
-        else:
-            moving = upstream == "moving"
-            seen = one_pass(collector.moving() if moving else Use.own(collector.channels))
-            passes = 1
-    paths = [path for path in layers.values() if path in seen.sites]
-    return Population(
-        {path: seen.sites[path] for path in paths},
-        seen.samples,
-        seen.batches,
-        upstream,
-        passes,
-        {path: seen.spread[path] for path in paths},
-        agreement,
-    )
+    def _enough(self, seen: Pass) -> bool:
+        self._show(seen)
+        return self.until_converged and _converged(seen)
 
 
-def collector_of(model: Any) -> Collector:
-    """What :func:`collected` needs; good for as long as the model has the same variables."""
-    return Collector(model, layers_of(model))
+def runner_of(model: Any, layers: Layers = None) -> Runner:
+    """What :class:`Collection` needs; good for as long as the model has the same variables."""
+    return Runner(model, known(chosen_layers(model, layers)))
 
 
-def layers_of(model: Any) -> dict[Any, str]:
-    """Path of every BatchNormalization, each one whose arithmetic is known."""
-    layers = batch_normalizations(model)
+def known(layers: dict[Any, str]) -> dict[Any, str]:
+    """The layers, each of a class whose arithmetic is known."""
     for layer, path in layers.items():
         if is_own_class(layer):
             raise ModelError(
@@ -207,6 +220,7 @@ def layers_of(model: Any) -> dict[Any, str]:
                 where=path,
                 expected="Keras's BatchNormalization or truenorm's",
                 received=type(layer).__name__,
+                remedy="name the layers that are to be looked at: layers=[…]",
             )
     return layers
 
@@ -222,34 +236,7 @@ def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         )
 
 
-def _converged(seen: Seen) -> bool:
+def _converged(seen: Pass) -> bool:
     return seen.batches >= _LEAST_BATCHES and all(
         spread.standard_error(seen.sites[path]) <= CONVERGED for path, spread in seen.spread.items()
     )
-
-
-@contextlib.contextmanager
-def _bar(wanted: bool) -> Generator[Callable[[Seen], None]]:
-    """A line that says how far the collection is, if it is wanted."""
-    if not wanted:
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    passes = 0
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("collecting", total=None)
-
-        def show(seen: Seen) -> None:
-            nonlocal passes
-            passes += seen.batches == 1
-            error = max(s.standard_error(seen.sites[path]) for path, s in seen.spread.items())
-            bar.update(
-                task,
-                description=f"pass {passes}: {seen.samples} samples in {seen.batches} batches, "
-                f"standard error {number(error, 2)} std",
-            )
-
-        yield show

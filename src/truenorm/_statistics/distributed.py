@@ -16,22 +16,23 @@ import numpy as np
 from truenorm._errors import DataError
 from truenorm._kernels import sums as collecting
 from truenorm._records.moments import ROWS, Array, from_rows, to_rows
-from truenorm._statistics.collector import Collector, Seen
+from truenorm._statistics.runner import Runner
+from truenorm._statistics.tally import Pass
 
 
 class Processes:
     """The processes that collect together; a single one is the common case.
 
     Args:
-        collector: The same model's in each of them.
+        runner: The same model's in each of them.
         data: What each was given.
         shard: Whether that is the same data, of which each takes every n-th batch; None: it is,
             unless a ``DistributedSampler`` has divided it.
     """
 
-    def __init__(self, collector: Collector, data: Any, shard: bool | None) -> None:
+    def __init__(self, runner: Runner, data: Any, shard: bool | None) -> None:
         self._rank, self._count = collecting.processes()
-        self._slices = collector.slices
+        self._slices = runner.slices
         divided = type(getattr(data, "sampler", None)).__name__ == "DistributedSampler"
         self.stride = self._count if (not divided if shard is None else shard) else 1
 
@@ -39,7 +40,7 @@ class Processes:
         """This process's batches."""
         return itertools.islice(batches, self._rank % self.stride, None, self.stride)
 
-    def together(self, read: Callable[[], Seen]) -> Seen:
+    def together(self, read: Callable[[], Pass]) -> Pass:
         """What all of them have read."""
         if self._count == 1:
             return read()
@@ -68,7 +69,7 @@ class Processes:
     def _length(self) -> int:
         return 2 + sum(2 + ROWS * (part.stop - part.start) for part in self._slices.values())
 
-    def _packed(self, seen: Seen) -> Array:
+    def _packed(self, seen: Pass) -> Array:
         parts: list[Any] = [[seen.samples, seen.batches]]
         order = {path: 1 + index for index, path in enumerate(seen.sites)}
         for path, part in self._slices.items():
@@ -79,7 +80,7 @@ class Processes:
                 parts.append(np.zeros(ROWS * (part.stop - part.start)))
         return np.concatenate(parts, dtype=np.float64)
 
-    def _unpacked(self, vector: Array) -> Seen:
+    def _unpacked(self, vector: Array) -> Pass:
         found: list[tuple[int, str, int, Any]] = []
         start = 2
         for path, part in self._slices.items():
@@ -91,7 +92,7 @@ class Processes:
                 found.append((place, path, calls, from_rows(rows)))
             start = end
         found.sort(key=lambda entry: entry[0])
-        return Seen(
+        return Pass(
             {path: both[0] for _, path, _, both in found},
             {path: both[1] for _, path, _, both in found},
             {path: calls for _, path, calls, _ in found},
@@ -100,10 +101,10 @@ class Processes:
         )
 
 
-def _merged(a: Seen, b: Seen) -> Seen:
+def _merged(a: Pass, b: Pass) -> Pass:
     paths = [*a.sites, *(path for path in b.sites if path not in a.sites)]
     pairs = [(path, [one for one in (a, b) if path in one.sites]) for path in paths]
-    return Seen(
+    return Pass(
         {p: _sum([one.sites[p] for one in some]) for p, some in pairs},
         {p: _sum([one.spread[p] for one in some]) for p, some in pairs},
         {p: max(one.calls[p] for one in some) for p, some in pairs},

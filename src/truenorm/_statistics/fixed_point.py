@@ -28,7 +28,8 @@ import keras
 import numpy as np
 
 from truenorm._records.moments import Array, Moments
-from truenorm._statistics.collector import Collector, Seen, Use
+from truenorm._statistics.runner import Runner, Use
+from truenorm._statistics.tally import Pass
 
 TOLERANCE = {"float64": 2e-6, "float32": 2e-6, "float16": 2e-4, "bfloat16": 2e-3}
 """Difference (of a mean in standard deviations, of a variance relative to it) that is rounding, by
@@ -39,29 +40,38 @@ _LEAST = 1e-6
 
 
 class Sample:
-    """As many samples as the first batch has, each sample of the data as likely as any other."""
+    """Some batches as large as the first one, each sample of the data as likely as any other.
 
-    def __init__(self) -> None:
+    Args:
+        batches: How many.
+    """
+
+    def __init__(self, batches: int = 1) -> None:
         self._random = np.random.default_rng(0)
+        self._wanted = batches
         self._rows: list[list[Any]] = []
         self._structure: Any = None
         self._seen = self._size = 0
 
     def drawn_from(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Hand the batches on, and draw from them (Vitter's algorithm R)."""
+        """Hand the batches on, and draw from them."""
         for batch in batches:
-            leaves = [np.asarray(keras.ops.convert_to_numpy(a)) for a in keras.tree.flatten(batch)]
-            size = len(leaves[0])
-            if self._structure is None and size:
-                self._structure, self._size = batch, size
-            for index in range(size):
-                place = self._seen
-                if self._seen >= self._size:
-                    place = int(self._random.integers(0, self._seen + 1))
-                self._seen += 1
-                if place < self._size:
-                    self._put(place, [np.array(leaf[index]) for leaf in leaves])
+            self.draw(batch)
             yield batch
+
+    def draw(self, batch: Any) -> None:
+        """Draw from one batch more (Vitter's algorithm R)."""
+        leaves = [np.asarray(keras.ops.convert_to_numpy(a)) for a in keras.tree.flatten(batch)]
+        size = len(leaves[0])
+        if self._structure is None and size:
+            self._structure, self._size = batch, size
+        for index in range(size):
+            place = self._seen
+            if self._seen >= self._wanted * self._size:
+                place = int(self._random.integers(0, self._seen + 1))
+            self._seen += 1
+            if place < self._wanted * self._size:
+                self._put(place, [np.array(leaf[index]) for leaf in leaves])
 
     def _put(self, place: int, row: list[Any]) -> None:
         shapes = [value.shape for value in row]
@@ -71,47 +81,54 @@ class Sample:
             self._rows[place] = row
 
     def batches(self) -> list[Any]:
-        """The samples as one batch in the structure of the model's inputs; none of no data."""
-        columns = [np.stack(column) for column in zip(*self._rows, strict=True)]
-        return [keras.tree.pack_sequence_as(self._structure, columns)] if columns else []
+        """The samples, mixed, in the structure of the model's inputs; none of no data."""
+        order = self._random.permutation(len(self._rows))
+        return [
+            keras.tree.pack_sequence_as(
+                self._structure,
+                [np.stack(column) for column in zip(*(self._rows[i] for i in part), strict=True)],
+            )
+            for part in np.split(order, range(self._size, len(order), max(self._size, 1)))
+            if len(part)
+        ]
 
 
 def settle(
-    collector: Collector,
-    one_pass: Callable[[Use, Sample | None], Seen],
+    runner: Runner,
+    one_pass: Callable[[Use, Sample | None], Pass],
     first_of: Callable[[Array], Array],
-) -> tuple[Seen, int, float]:
+) -> tuple[Pass, int, float]:
     """The settled statistics as seen, how many passes it took, and the largest difference left.
 
     Args:
-        collector: For the runs of the sample.
+        runner: For the runs of the sample.
         one_pass: One pass over the data, of all processes together.
         first_of: The numbers that the first of all processes has: all use the same statistics.
     """
 
     def run(batch: Any, use: Use) -> tuple[Array, Array]:
-        return _flat(collector, collector.one_pass(batch, use))
+        return _flat(runner, runner.one_pass(batch, use))
 
     sample = Sample()
-    use = Use.own(collector.channels)
+    use = Use.own(runner.channels)
     seen, passes = one_pass(use, sample), 1
     order = list(seen.sites)
     batch = sample.batches()
     alike = [path for path in order if seen.calls[path] == 1]
     settled: list[str] = []
     difference = dict.fromkeys(order, np.inf)
-    least = tolerance = max(TOLERANCE[layer.compute_dtype] for layer in collector.layers)
-    data, own = _flat(collector, seen), run(batch, use)
+    least = tolerance = max(TOLERANCE[layer.compute_dtype] for layer in runner.layers)
+    data, own = _flat(runner, seen), run(batch, use)
     while len(settled) < len(order) and passes < len(order) + 2:
-        moved = _moved(collector, use, data, own, set(alike) - set(settled), settled)
+        moved = _moved(runner, use, data, own, set(alike) - set(settled), settled)
         found = run(batch, moved)
         mean = np.where(moved.given, moved.mean, found[0] + moved.mean * np.sqrt(found[1]))
         variance = np.where(moved.given, moved.variance, found[1] * moved.variance)
         mean, variance = first_of(np.stack([mean, variance]))
-        use = Use(np.ones(collector.channels, bool), mean, variance)
+        use = Use(np.ones(runner.channels, bool), mean, variance)
         seen, passes = one_pass(use, None), passes + 1
-        data, own = _flat(collector, seen), run(batch, use)
-        difference = {path: _difference(collector, path, use, data) for path in order}
+        data, own = _flat(runner, seen), run(batch, use)
+        difference = {path: _difference(runner, path, use, data) for path in order}
         if passes == 2:
             # Nothing is upstream of the first: if it sees something else, the data is random.
             tolerance = max(least, 4 * difference[order[0]])
@@ -119,14 +136,14 @@ def settle(
     sites = {
         path: Moments(m.count, use.mean[part], use.variance[part] * m.count)
         for path, m in seen.sites.items()
-        for part in (collector.slices[path],)
+        for part in (runner.slices[path],)
     }
-    final = Seen(sites, seen.spread, seen.calls, seen.samples, seen.batches)
+    final = Pass(sites, seen.spread, seen.calls, seen.samples, seen.batches)
     return final, passes, max(difference.values(), default=0.0)
 
 
 def _moved(
-    collector: Collector,
+    runner: Runner,
     use: Use,
     data: tuple[Array, Array],
     own: tuple[Array, Array],
@@ -141,7 +158,7 @@ def _moved(
     (mean, variance), (own_mean, own_variance) = data, own
     follows = own_variance > _LEAST * variance
     mean, variance = mean.copy(), variance.copy()
-    for path, part in collector.slices.items():
+    for path, part in runner.slices.items():
         if path not in free:
             follows[part] = False
         if path in settled:
@@ -154,20 +171,20 @@ def _moved(
     )
 
 
-def _flat(collector: Collector, seen: Seen) -> tuple[Array, Array]:
+def _flat(runner: Runner, seen: Pass) -> tuple[Array, Array]:
     """Means and variances of all layers side by side; zeros for one that is not called."""
-    mean, variance = np.zeros(collector.channels), np.zeros(collector.channels)
+    mean, variance = np.zeros(runner.channels), np.zeros(runner.channels)
     for path, moments in seen.sites.items():
-        part = collector.slices[path]
+        part = runner.slices[path]
         mean[part], variance[part] = moments.mean, moments.variance
     return mean, variance
 
 
-def _difference(collector: Collector, path: str, use: Use, data: tuple[Array, Array]) -> float:
-    part = collector.slices[path]
+def _difference(runner: Runner, path: str, use: Use, data: tuple[Array, Array]) -> float:
+    part = runner.slices[path]
     mean, variance = data[0][part], data[1][part]
     # A channel of which epsilon alone decides is not waited for.
-    unit = variance + 1e-3 * collector.epsilons[path]
+    unit = variance + 1e-3 * runner.epsilons[path]
     unit = np.where(unit > 0, unit, 1.0)
     shift = np.abs(use.mean[part] - mean) / np.sqrt(unit)
     scale = np.abs(use.variance[part] - variance) / unit

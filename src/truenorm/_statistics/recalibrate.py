@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from truenorm._errors import DataError
+from truenorm._model.sites import batch_normalizations
 from truenorm._model.values import as_float64, numbers
 from truenorm._records.moments import Moments
 from truenorm._records.population import Population
 from truenorm._records.recalibration import Gap, Recalibration
-from truenorm._statistics.collect import Upstream, collect, layers_of
+from truenorm._statistics.collect import Upstream, collect, known
 
 
 def recalibrate(
@@ -32,7 +33,8 @@ def recalibrate(
             ``Population`` that was collected before, perhaps in parts elsewhere and merged.
         upstream: As in :func:`collect`.
         batch_size: As in :func:`collect`.
-        **options: The other options of :func:`collect`.
+        **options: The other options of :func:`collect`: with ``layers`` only the layers that are
+            meant are recalibrated.
 
     Returns:
         The population, the gap that there was before, what is left of it, and ``undo()``.
@@ -52,16 +54,16 @@ def recalibrate(
         >>> [float(v) for v in keras.ops.convert_to_numpy(layer.moving_mean)]
         [0.0]
     """
-    layers = layers_of(model)
     if isinstance(data, Population):
-        population = _fitting(data, layers)
+        population = data
     else:
         population = collect(model, data, upstream=upstream, batch_size=batch_size, **options)
+    layers = known(_meant(model, population))
     before = gaps(model, population)
     old: list[tuple[Any, Any]] = []
     new: list[tuple[Any, Any]] = []
     for layer, path in layers.items():
-        for variable, value in _assignments(layer, population.sites.get(path)):
+        for variable, value in _assignments(layer, population.sites[path]):
             kept = numbers(variable)
             with np.errstate(over="ignore"):  # infinity in a 16-bit variable: refused below
                 value = value.astype(kept.dtype)
@@ -91,9 +93,7 @@ def recalibrate(
 def gaps(model: Any, population: Population) -> tuple[Gap, ...]:
     """How far each layer's moving statistics are from a population."""
     found: list[Gap] = []
-    for layer, path in layers_of(model).items():
-        if path not in population.sites:
-            continue
+    for layer, path in _meant(model, population).items():
         moments = population.sites[path]
         variance = moments.variance + layer.epsilon
         with np.errstate(invalid="ignore", divide="ignore"):  # stored variances may be anything
@@ -104,8 +104,9 @@ def gaps(model: Any, population: Population) -> tuple[Gap, ...]:
     return tuple(found)
 
 
-def _fitting(population: Population, layers: Mapping[Any, str]) -> Population:
-    """A population that was given, if it is one of this model."""
+def _meant(model: Any, population: Population) -> dict[Any, str]:
+    """The layers that a population is of, if it is of this model."""
+    layers = batch_normalizations(model)
     ours = {path: int(layer.moving_mean.shape[0]) for layer, path in layers.items()}
     for path, moments in population.sites.items():
         if ours.get(path) != len(moments.mean):
@@ -115,13 +116,11 @@ def _fitting(population: Population, layers: Mapping[Any, str]) -> Population:
                 expected=f"{ours[path]} channels" if path in ours else f"one of {sorted(ours)}",
                 received=f"{len(moments.mean)} channels",
             )
-    return population
+    return {layer: path for layer, path in layers.items() if path in population.sites}
 
 
-def _assignments(layer: Any, moments: Moments | None) -> Iterator[tuple[Any, Any]]:
+def _assignments(layer: Any, moments: Moments) -> Iterator[tuple[Any, Any]]:
     """Which variables get which values; a channel without enough values keeps what it has."""
-    if moments is None:
-        return
     some, enough = moments.count > 0, moments.count > 1
 
     def kept_unless(known: Any, variable: Any, value: Any) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -17,7 +18,10 @@ import numpy as np
 
 from truenorm._errors import StudyError
 from truenorm._records.study import Comparison, Interval, Study, Trial
-from truenorm._study.verdict import Facts, sentences
+from truenorm._study.equivalence import two_one_sided
+from truenorm._study.power import detectable, planned
+from truenorm._study.signs import sign_flip
+from truenorm._study.verdict import Outcome, sentences
 
 LEVEL = 0.05
 """A difference is called shown if its adjusted p-value is below this."""
@@ -38,6 +42,7 @@ def analyse(
     name: str,
     settings: Mapping[str, Any],
     notes: Sequence[str] = (),
+    margin: float | None = None,
 ) -> Study:
     """Judge the trials.
 
@@ -47,11 +52,14 @@ def analyse(
         name: Title of the study.
         settings: Goes into the record as it is.
         notes: Sentences to add to the verdict.
+        margin: The smallest difference of interest in the deciding metric, in its units.
 
     Raises:
-        StudyError: A position has no finished trial, or no seed finished at all positions.
+        StudyError: Fewer than two positions have a finished trial, or no seed finished at all
+            positions that have one.
     """
     every = _unique(trials, positions)
+    positions = _finished(every, positions)
     seeds = _common_seeds(every, positions)
     metric, metrics = _metrics(t for t in every if t.error is None)
     of = {(t.position, t.seed): t.final for t in every}
@@ -63,34 +71,16 @@ def analyse(
         p: {m: student(values[m][p][np.isfinite(values[m][p])])[0] for m in metrics}
         for p in positions
     }
-    comparisons = tuple(c for m in metrics for c in compare(m, values[m]))
+    comparisons = tuple(
+        c for m in metrics for c in compare(m, values[m], margin if m == metric else None)
+    )
     lower = lower_is_better(metric)
     best = _best(values[metric], summaries, metric, lower)
     deciding = tuple(c for c in comparisons if c.metric == metric)
     own = [c for c in deciding if best in (c.first, c.second)]
-    diverged = {
-        p: tuple(
-            seed
-            for i, seed in enumerate(seeds)
-            if not all(math.isfinite(values[m][p][i]) for m in metrics)
-        )
-        for p in positions
-    }
     sound = bool(np.isfinite(values[metric][best]).all())
     winner = best if sound and own and all(is_shown(c) for c in own) else None
-    facts = Facts(
-        metric=metric,
-        lower_is_better=lower,
-        best=best,
-        winner=winner,
-        means={p: summaries[p][metric].mean for p in positions},
-        comparisons=deciding,
-        shown=tuple(is_shown(c) for c in deciding),
-        seeds=seeds,
-        failed=tuple(t for t in every if t.error is not None),
-        diverged=diverged,
-    )
-    return Study(
+    found = Study(
         name=name,
         settings=dict(settings),
         trials=every,
@@ -99,13 +89,50 @@ def analyse(
         metric=metric,
         best=best,
         winner=winner,
-        verdict=(*sentences(facts), *notes),
+        verdict=(),
+        margin=margin,
     )
+    return replace(found, verdict=(*verdict(found), *notes))
+
+
+def verdict(study: Study) -> tuple[str, ...]:
+    """The sentences that a record leads to; nothing but the record decides them."""
+    deciding = tuple(c for c in study.comparisons if c.metric == study.metric)
+    metrics = tuple(dict.fromkeys(name for row in study.summaries.values() for name in row))
+    seeds = _common_seeds(study.trials, tuple(study.summaries))
+    ends = {(t.position, t.seed): t.final for t in study.trials}
+    outcome = Outcome(
+        metric=study.metric,
+        lower_is_better=lower_is_better(study.metric),
+        best=study.best,
+        winner=study.winner,
+        means={p: row[study.metric].mean for p, row in study.summaries.items()},
+        comparisons=deciding,
+        shown=tuple(is_shown(c) for c in deciding),
+        equivalent=tuple(is_equivalent(c) for c in deciding),
+        margin=study.margin,
+        seeds=seeds,
+        failed=tuple(t for t in study.trials if t.error is not None),
+        diverged={
+            p: tuple(
+                seed
+                for seed in seeds
+                if not all(math.isfinite(ends[p, seed].get(m, math.nan)) for m in metrics)
+            )
+            for p in study.summaries
+        },
+    )
+    return sentences(outcome)
 
 
 def is_shown(comparison: Comparison) -> bool:
     """Whether this difference is shown at the level, after the correction."""
     return comparison.p_adjusted is not None and comparison.p_adjusted < LEVEL
+
+
+def is_equivalent(comparison: Comparison) -> bool:
+    """Whether the difference is shown to be smaller than the margin, after the correction."""
+    return comparison.p_equivalent is not None and comparison.p_equivalent < LEVEL
 
 
 def lower_is_better(metric: str) -> bool:
@@ -114,21 +141,14 @@ def lower_is_better(metric: str) -> bool:
 
 
 def student(values: np.ndarray) -> tuple[Interval, float | None]:
-    r"""Mean of n values, its 95% interval, and the two-sided p-value of a mean of zero.
+    """Mean of values, its 95% interval, and the two-sided p-value of a mean of zero.
 
-    .. math::
+    Student's t-test of one sample; of the differences of pairs it is the paired t-test.
 
-        \bar d \pm t_{0.975,\,n-1}\, \frac{s}{\sqrt n}, \qquad
-        p = 2\,P\!\left(T_{n-1} > \frac{|\bar d|\sqrt n}{s}\right), \qquad
-        s^2 = \frac{1}{n-1} \sum_i (d_i - \bar d)^2
-
-    Student (W. S. Gosset), "The probable error of a mean", Biometrika 6 (1908). Of the differences
-    of pairs this is the paired t-test.
-
-    Where the formula has no answer: without values the mean is NaN; with one there is no interval
-    and no p-value. Values all equal have an interval of no width: if they are zero, p is 1; if
-    not, there is none, since a spread of exactly zero says that the metric is too coarse or the
-    seeds too few, not that chance is impossible.
+    Where it has no answer: without values the mean is NaN; with one there is no interval and no
+    p-value. Values all equal have an interval of no width: if they are zero, p is 1; if not, there
+    is none, since a spread of exactly zero says that the metric is too coarse or the seeds too
+    few, not that chance is impossible.
     """
     from scipy import stats
 
@@ -138,10 +158,9 @@ def student(values: np.ndarray) -> tuple[Interval, float | None]:
     mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
     if spread <= 1e-9 * abs(mean):  # equal but for rounding in the subtraction
         return Interval(mean, mean, mean, n), 1.0 if mean == 0 else None
-    error = spread / math.sqrt(n)
-    half = float(stats.t.ppf(0.975, n - 1)) * error
-    p_value = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
-    return Interval(mean, mean - half, mean + half, n), p_value
+    test: Any = stats.ttest_1samp(values, 0.0)
+    low, high = test.confidence_interval(0.95)
+    return Interval(mean, float(low), float(high), n), float(test.pvalue)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -162,20 +181,47 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def compare(metric: str, values: Mapping[str, np.ndarray]) -> tuple[Comparison, ...]:
-    """Every pair of positions over the seeds where both have a finite value, corrected together."""
+def compare(
+    metric: str, values: Mapping[str, np.ndarray], margin: float | None = None
+) -> tuple[Comparison, ...]:
+    """Every pair of positions over the seeds where both have a finite value, corrected together.
+
+    Tests for a difference are one family, those for equivalence another: in each the odds of any
+    false conclusion are at most the level.
+    """
     pairs = list(combinations(values, 2))
-    results: list[tuple[Interval, float | None]] = []
-    for first, second in pairs:
-        finite = np.isfinite(values[first]) & np.isfinite(values[second])
-        results.append(student(values[first][finite] - values[second][finite]))
-    adjusted = holm([p for _, p in results])
-    return tuple(
-        Comparison(metric, first, second, difference, p, p_adjusted)
-        for (first, second), (difference, p), p_adjusted in zip(
-            pairs, results, adjusted, strict=True
+    differences = [_paired(values[first], values[second]) for first, second in pairs]
+    tests = [student(d) for d in differences]
+    adjusted = holm([p for _, p in tests])
+    same = [(None, None) if margin is None else two_one_sided(d, margin) for d in differences]
+    p_equivalent = holm([p for _, p in same])
+    level = LEVEL / max(1, len(pairs))
+    found: list[Comparison] = []
+    for i, (first, second) in enumerate(pairs):
+        (difference, p_value), n = tests[i], len(differences[i])
+        spread = float(np.std(differences[i], ddof=1)) if n > 1 and p_value is not None else 0.0
+        found.append(
+            Comparison(
+                metric,
+                first,
+                second,
+                difference,
+                p_value,
+                adjusted[i],
+                p_flips=sign_flip(differences[i]) if n > 1 else None,
+                narrow=same[i][0],
+                p_equivalent=p_equivalent[i],
+                detectable=detectable(spread, n, level),
+                seeds_needed=planned(difference.mean, spread, n, margin=margin, level=level),
+            )
         )
-    )
+    return tuple(found)
+
+
+def _paired(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The differences in the seeds where both have a finite value."""
+    finite = np.isfinite(first) & np.isfinite(second)
+    return first[finite] - second[finite]
 
 
 def _unique(trials: Iterable[Trial], positions: Sequence[str]) -> tuple[Trial, ...]:
@@ -188,6 +234,13 @@ def _unique(trials: Iterable[Trial], positions: Sequence[str]) -> tuple[Trial, .
         if key not in found or (found[key].error is not None and trial.error is None):
             found[key] = trial
     return tuple(found[key] for key in sorted(found))
+
+
+def _finished(trials: Sequence[Trial], positions: Sequence[str]) -> Sequence[str]:
+    """The positions that have a finished trial, if these are enough to compare; else all."""
+    done = {t.position for t in trials if t.error is None}
+    finished = [p for p in positions if p in done]
+    return finished if len(finished) > 1 else positions
 
 
 def _common_seeds(trials: Sequence[Trial], positions: Sequence[str]) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from truenorm._backends import Backend
+from truenorm._checks import check_integer
 from truenorm._errors import DataError, MissingDependencyError, ModelError, OptionError
 from truenorm._model.data import check
 from truenorm._model.graph import calls, is_batch_normalization
@@ -25,11 +26,10 @@ def check_backend(backend: str) -> None:
     """See that the trials can run on this backend, and scipy can judge them."""
     if backend not in list(Backend):
         raise OptionError(
-            "This backend is not one that trains",
+            "This backend cannot train models",
             where="backend",
             expected=f"one of {', '.join(Backend)}",
             received=repr(backend),
-            remedy="choose one of these",
         )
     for module, extra in (("scipy", "study"), (backend, backend)):
         if importlib.util.find_spec(module) is None:
@@ -56,43 +56,23 @@ def check_positions(positions: Sequence[str]) -> tuple[str, ...]:
 
 def check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
     """The seeds as a tuple."""
-    if isinstance(seeds, int) and not isinstance(seeds, bool):
-        numbers = tuple(range(seeds))
-    else:
-        numbers = tuple(seeds) if isinstance(seeds, Sequence) else ()
-    good = all(type(n) is int and 0 <= n < 2**32 for n in numbers)
-    if not numbers or not good or len(set(numbers)) < len(numbers):
+    if not isinstance(seeds, Sequence):
+        return tuple(range(check_integer("seeds", seeds)))
+    numbers = tuple(check_integer("every seed", seed, least=0) for seed in seeds)
+    if not numbers or max(numbers) >= 2**32 or len(set(numbers)) < len(numbers):
         raise OptionError(
-            "The seeds are not usable",
-            where="seeds",
-            expected="a number of seeds of 1 or more, or different integers from 0 to 2**32 - 1",
+            "seeds must be a positive integer, or different integers from 0 to 2**32 - 1",
             received=repr(seeds),
-            remedy="give for example 5",
         )
     return numbers
 
 
-def check_count(name: str, value: Any) -> None:
-    """See that this is an integer of 1 or more."""
-    if type(value) is not int or value < 1:
-        raise OptionError(
-            "This is not a number of things",
-            where=name,
-            expected="an integer of 1 or more",
-            received=repr(value),
-            remedy=f"give such a number as '{name}'",
-        )
-
-
 def check_timeout(value: float | None) -> None:
-    """See that this is None or a time."""
+    """Refuse a time limit that is not a positive number of seconds."""
     if value is not None and not (math.isfinite(value) and value > 0):
         raise OptionError(
-            "This is not a time",
-            where="timeout",
-            expected="seconds, more than 0, or None for no limit",
+            "timeout must be a positive number of seconds, or None for no limit",
             received=repr(value),
-            remedy="give the longest time that one trial may take",
         )
 
 

@@ -14,13 +14,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -132,29 +131,17 @@ def _listed(settings: Mapping[str, Any], names: list[str]) -> str:
     return ", ".join(f"{name} {str(settings.get(name))[:60]}" for name in names)
 
 
-def write_data(folder: Path, train: Arrays, validation: Arrays) -> None:
+def write_arrays(folder: Path, train: Arrays, validation: Arrays) -> None:
     """Write the arrays to ``data.npz``."""
     with replacing(folder / DATA) as temporary:
         np.savez(temporary, **dict(zip(NAMES, (*train, *validation), strict=True)))
 
 
-def read_data(folder: Path) -> tuple[Arrays, Arrays]:
+def read_arrays(folder: Path) -> tuple[Arrays, Arrays]:
     """The arrays of ``data.npz``; pickled objects are refused."""
     with np.load(folder / DATA, allow_pickle=False) as file:
         x_train, y_train, x_val, y_val = (file[name] for name in NAMES)
     return (x_train, y_train), (x_val, y_val)
-
-
-def digest(content: Any) -> str:
-    """SHA-256 of arrays (type, shape, bytes) or of anything that JSON can say."""
-    made = hashlib.sha256()
-    if isinstance(content, list):
-        for array in cast(list[np.ndarray], content):
-            made.update(f"{array.dtype.str}{array.shape}".encode())
-            made.update(np.ascontiguousarray(array).data)
-    else:
-        made.update(json.dumps(content, sort_keys=True, default=str).encode())
-    return made.hexdigest()
 
 
 # --- results -----------------------------------------------------------------------------------

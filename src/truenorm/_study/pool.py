@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from truenorm._errors import OutputError
 from truenorm._records.study import Trial
 from truenorm._study.folder import Spec, read_result
-
-MARK = "truenorm-epoch "
-"""Begins a line of a worker's stdout that tells of an epoch; the rest of the line is JSON."""
+from truenorm._study.progress import OnEvent, Progress, told
 
 _GRACE = 5.0  # seconds that a worker has to end by itself before it is killed
 _THREADS = (
@@ -33,36 +29,6 @@ _THREADS = (
 )
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Something that happened in a study.
-
-    Args:
-        kind: ``started``, ``epoch``, ``finished`` or ``failed``.
-        position: The trial's position.
-        seed: The trial's seed.
-        pid: The process that runs it.
-        done: Trials of the study that have ended by now, this one included.
-        total: Trials of the study.
-        epoch: At an ``epoch``: its number, from 1.
-        epochs: Epochs of the trial.
-        metrics: At an ``epoch``: Keras's logs.
-        error: At ``failed``: why.
-    """
-
-    kind: str
-    position: str
-    seed: int
-    pid: int
-    done: int
-    total: int
-    epoch: int = 0
-    epochs: int = 0
-    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
-    error: str | None = None
-
-
-OnEvent = Callable[[Progress], None]
 _Event = tuple[str, Spec, int, Any]
 
 
@@ -220,8 +186,7 @@ class _Pool:
             timer.start()
         try:
             for line in process.stdout or ():
-                if line.startswith(MARK):
-                    content = json.loads(line[len(MARK) :])
+                if (content := told(line)) is not None:
                     self.events.put(("epoch", spec, process.pid, content))
             process.wait()
         finally:

@@ -3,13 +3,12 @@
 What is the same for all positions of a seed: the weights that training starts from (all positions
 are made from one saved model) and every batch of every epoch. What differs is the position.
 
-On stdout goes one line per epoch, :data:`MARK` and JSON. The parent that is gone closes the pipe,
-so an orphan ends at its next epoch.
+On stdout goes one line per epoch. A parent that is gone has closed the pipe, so an orphan ends at
+its next epoch.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -18,16 +17,14 @@ from typing import Any, cast
 import keras
 import numpy as np
 
-from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.graph import calls, is_batch_normalization
 from truenorm._records.files import replacing
 from truenorm._records.study import Trial
 from truenorm._rewrites.place import Position, place
 from truenorm._statistics.recalibrate import recalibrate
-from truenorm._study.folder import Arrays, Spec, read_data, write_result
-from truenorm._study.pool import MARK
+from truenorm._study.folder import Arrays, Spec, read_arrays, write_result
+from truenorm._study.progress import tell
 
-_OURS = {"truenorm>BatchNormalization": BatchNormalization}
 _STARTED = time.perf_counter()
 
 
@@ -75,7 +72,7 @@ class Batches(keras.utils.PyDataset):
 
 
 class _Epochs(keras.callbacks.Callback):
-    """Tells the data which epoch it is, and the parent how it went."""
+    """Tells the data which epoch it is, and the parent process the metrics of each epoch."""
 
     def __init__(self, batches: Batches) -> None:
         super().__init__()
@@ -85,8 +82,7 @@ class _Epochs(keras.callbacks.Callback):
         self._batches.start(epoch)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        metrics = {name: float(value) for name, value in (logs or {}).items()}
-        print(MARK + json.dumps({"epoch": epoch + 1, "metrics": metrics}), flush=True)
+        tell(epoch + 1, {name: float(value) for name, value in (logs or {}).items()})
 
 
 def prepare(folder: Path, spec: Spec) -> Any:
@@ -94,7 +90,7 @@ def prepare(folder: Path, spec: Spec) -> Any:
     keras.config.set_floatx(spec.floatx)
     keras.config.set_dtype_policy(spec.dtype_policy)
     keras.utils.set_random_seed(spec.seed)
-    base = keras.saving.load_model(folder / spec.base, custom_objects=_OURS, safe_mode=True)
+    base = keras.saving.load_model(folder / spec.base, safe_mode=True)
     model = place(base, cast(Position, spec.position)).model
     if spec.built_on != keras.config.backend():
         # Keras saves what "auto" meant where the model was compiled; elsewhere it means another
@@ -138,7 +134,7 @@ def _sites(model: Any) -> int:
 def main(path: Path) -> None:
     """Run the trial of this spec and write its result; the model is saved as it was trained."""
     spec, folder = Spec.read(path), path.parent.parent
-    model, data = prepare(folder, spec), read_data(folder)
+    model, data = prepare(folder, spec), read_arrays(folder)
     history = train(model, data, spec)
     kept = spec.file(".keras") if spec.keep_model else ""
     if kept:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from truenorm._records.study import Comparison, Interval, Trial
+from truenorm._rewrites.place import Position
 
 
 @dataclass(frozen=True)
-class Facts:
+class Outcome:
     """What the sentences are made of.
 
     Args:
@@ -21,6 +23,8 @@ class Facts:
         means: Mean of the metric per position.
         comparisons: All pairs in that metric.
         shown: Per comparison, whether it is shown after the correction.
+        equivalent: Per comparison, whether it is shown to be smaller than the margin.
+        margin: The smallest difference of interest; None if there is none.
         seeds: The seeds that count.
         failed: Trials that did not finish.
         diverged: Per position, the seeds with a metric that is not a number at the end.
@@ -33,9 +37,16 @@ class Facts:
     means: Mapping[str, float]
     comparisons: tuple[Comparison, ...]
     shown: tuple[bool, ...]
+    equivalent: tuple[bool, ...]
+    margin: float | None
     seeds: tuple[int, ...]
     failed: tuple[Trial, ...]
     diverged: Mapping[str, tuple[int, ...]]
+
+    @property
+    def kind(self) -> str:
+        """What is compared, in a word."""
+        return "position" if set(self.means) <= set(get_args(Position)) else "variant"
 
     @property
     def noun(self) -> str:
@@ -57,42 +68,56 @@ class Facts:
         return " points" if self.in_points else ""
 
 
-def sentences(facts: Facts) -> tuple[str, ...]:
+def sentences(outcome: Outcome) -> tuple[str, ...]:
     """The verdict: the winner or the best, every pair that matters, and what was left out."""
-    return (*_result(facts), *_left_out(facts))
+    return (*_result(outcome), *_left_out(outcome))
 
 
-def _result(facts: Facts) -> list[str]:
-    seeds = f"{len(facts.seeds)} seed" + "s" * (len(facts.seeds) != 1)
-    mean = facts.means[facts.best]
+def _result(outcome: Outcome) -> list[str]:
+    seeds = f"{len(outcome.seeds)} seed" + "s" * (len(outcome.seeds) != 1)
+    mean = outcome.means[outcome.best]
     if math.isnan(mean):
-        return [f"No position has a {facts.noun} that is a number: every run diverged."]
-    level = f"{100 * mean:.2f}%" if facts.in_points else f"{mean:.4g}"
-    if len(facts.seeds) == 1:
+        return [f"No {outcome.kind} has a {outcome.noun} that is a number: every run diverged."]
+    level = f"{100 * mean:.2f}%" if outcome.in_points else f"{mean:.4g}"
+    if len(outcome.seeds) == 1:
         only = (
-            f"{facts.best} has the best {facts.noun} ({level}), but with 1 seed nothing can be "
+            f"{outcome.best} has the best {outcome.noun} ({level}), but with 1 seed nothing can be "
             "told from chance: run the study with at least 2 seeds, better 5 or more."
         )
         return [only]
-    pairs = list(zip(facts.comparisons, facts.shown, strict=True))
-    if facts.winner is None:
+    pairs = list(zip(outcome.comparisons, outcome.shown, outcome.equivalent, strict=True))
+    if outcome.winner is None:
         first = (
-            f"{facts.best} has the best mean {facts.noun} ({level}, {seeds}), but it is not shown "
-            "to differ from every other position."
+            f"{outcome.best} has the best mean {outcome.noun} ({level}, {seeds}), but it is not "
+            f"shown to differ from every other {outcome.kind}."
         )
-        return [first, *(_pair(facts, c, shown) for c, shown in pairs)]
-    own = [c for c in facts.comparisons if facts.winner in (c.first, c.second)]
-    parts = [_lead(facts, c, facts.winner) for c in own]
-    count = len(facts.comparisons)
-    correction = f" after Holm's correction for {count} comparisons" if count > 1 else ""
+        return [first, *(_pair(outcome, *pair) for pair in pairs), *_flips(outcome)]
+    own = [c for c in outcome.comparisons if outcome.winner in (c.first, c.second)]
+    parts = [_lead(outcome, c, outcome.winner) for c in own]
+    count = len(outcome.comparisons)
     first = (
-        f"{facts.winner} is best: its {facts.noun} ({level}, {seeds}) is {' and '.join(parts)}, "
-        f"shown at the 5% level{correction} (in brackets: 95% intervals)."
+        f"{outcome.winner} is best: its {outcome.noun} ({level}, {seeds}) is "
+        f"{' and '.join(parts)}, shown at the 5% level"
+        f"{_corrected(count)} (in brackets: 95% intervals)."
     )
-    return [first, *(_pair(facts, c, shown) for c, shown in pairs if c not in own)]
+    small = [
+        c.second if outcome.winner == c.first else c.first
+        for c, _, same in pairs
+        if same and c in own
+    ]
+    if small:
+        first += (
+            f" The difference to {' and '.join(small)} is shown to be smaller than "
+            f"{_margin(outcome)}, the smallest of interest."
+        )
+    return [
+        first,
+        *(_pair(outcome, *pair) for pair in pairs if pair[0] not in own),
+        *_flips(outcome),
+    ]
 
 
-def _lead(facts: Facts, comparison: Comparison, leader: str) -> str:
+def _lead(outcome: Outcome, comparison: Comparison, leader: str) -> str:
     """How far the leader is from the other: ``1.20 points [0.40, 2.00] above none's``."""
     other = comparison.second if leader == comparison.first else comparison.first
     difference = _seen_from(comparison, leader)
@@ -100,35 +125,99 @@ def _lead(facts: Facts, comparison: Comparison, leader: str) -> str:
     if below:
         difference = _negative(difference)
     side = "below" if below else "above"
-    return f"{_told(facts, difference)} {side} {other}'s"
+    return f"{_told(outcome, difference)} {side} {other}'s"
 
 
-def _pair(facts: Facts, comparison: Comparison, shown: bool) -> str:
+def _pair(outcome: Outcome, comparison: Comparison, shown: bool, equivalent: bool) -> str:
     first, second, difference = comparison.first, comparison.second, comparison.difference
     if math.isnan(difference.mean):
         return f"{first} and {second} cannot be compared: no seed has a number for both."
-    if (difference.mean > 0) == facts.lower_is_better and difference.mean != 0:
+    if (difference.mean > 0) == outcome.lower_is_better and difference.mean != 0:
         first, second = second, first
     if shown:
-        lead = _lead(facts, comparison, first)
-        return f"{first} is shown to be better than {second}: its {facts.noun} is {lead}."
+        lead = _lead(outcome, comparison, first)
+        but = f", which is less than {_margin(outcome)}, the smallest of interest" * equivalent
+        return f"{first} is shown to be better than {second}: its {outcome.noun} is {lead}{but}."
     if difference.low is None or difference.high is None:
         return f"{first} and {second} share one seed only, which shows nothing about chance."
     if difference.low == difference.high:
         if difference.mean == 0:
-            return f"{first} and {second} gave the same {facts.noun} in every seed."
+            return f"{first} and {second} gave the same {outcome.noun} in every seed."
         return (
             f"No difference shown between {first} and {second}: it is the same in each of "
-            f"{difference.n} seeds ({_told(facts, difference)}), which leaves no spread to test "
+            f"{difference.n} seeds ({_told(outcome, difference)}), which leaves no spread to test "
             "against; use more seeds or more validation data."
         )
-    half = facts.amount((difference.high - difference.low) / 2)
-    seen = _told(facts, _seen_from(comparison, first))
+    seen = _told(outcome, _seen_from(comparison, first))
+    if equivalent:
+        return _equivalent(outcome, comparison, first, second)
+    subject = f"No difference shown between {first} and {second} in {outcome.noun}"
+    if outcome.margin is not None:
+        subject = (
+            f"Not decided between {first} and {second} in {outcome.noun}: neither a difference nor "
+            f"one smaller than {_margin(outcome)} is shown"
+        )
     return (
-        f"No difference shown between {first} and {second} in {facts.noun}: {first} minus {second} "
-        f"is {seen}{_odds(comparison, len(facts.comparisons))}; with {difference.n} seeds a "
-        f"difference smaller than about {half}{facts.unit} would go unseen."
+        f"{subject}: {first} minus {second} is {seen}"
+        f"{_odds(comparison, len(outcome.comparisons))}; " + _more_seeds(outcome, comparison)
     )
+
+
+def _equivalent(outcome: Outcome, comparison: Comparison, first: str, second: str) -> str:
+    narrow = comparison.narrow or comparison.difference
+    seen = _told(outcome, narrow if first == comparison.first else _negative(narrow))
+    return (
+        f"{first} and {second} are equivalent within {_margin(outcome)} in {outcome.noun}: {first} "
+        f"minus {second} is {seen} (90% interval; p = {comparison.p_equivalent:.2g} that it is "
+        f"larger{_corrected(len(outcome.comparisons))}; {comparison.difference.n} seeds)."
+    )
+
+
+def _more_seeds(outcome: Outcome, comparison: Comparison) -> str:
+    """What this number of seeds can show, and which number would be enough."""
+    n = comparison.difference.n
+    can = ""
+    if comparison.detectable is not None:
+        can = (
+            f"with {n} seeds a true difference must be {outcome.amount(comparison.detectable)}"
+            f"{outcome.unit} or more to be shown in 4 of 5 studies; "
+        )
+    goal = "to show a difference as large as this one"
+    if outcome.margin is not None:
+        goal = "to decide"
+    needed = comparison.seeds_needed
+    if needed is None:
+        return f"{can}{goal}, a new study needs more than 1,000 seeds."
+    return f"{can}{goal}, a new study needs about {needed} seeds ({max(0, needed - n)} more)."
+
+
+def _margin(outcome: Outcome) -> str:
+    return f"{outcome.amount(outcome.margin or 0.0)}{outcome.unit}"
+
+
+def _corrected(count: int) -> str:
+    return f" after Holm's correction for {count} comparisons" if count > 1 else ""
+
+
+def _flips(outcome: Outcome) -> list[str]:
+    """What the exact sign-flip test says of the differences that are called shown."""
+    told = [
+        f"{c.first} and {c.second} p = {c.p_flips:.2g}"
+        for c, shown in zip(outcome.comparisons, outcome.shown, strict=True)
+        if shown and c.p_flips is not None
+    ]
+    if not told:
+        return []
+    fewest = min(
+        c.difference.n for c, s in zip(outcome.comparisons, outcome.shown, strict=True) if s
+    )
+    least = ""
+    if fewest < 6:
+        least = f" (with {fewest} seeds it cannot be below {2.0 ** (1 - fewest):.2g})"
+    return [
+        "The exact sign-flip test, which does not assume normal noise, gives for "
+        f"{', '.join(told)}{least}."
+    ]
 
 
 def _odds(comparison: Comparison, count: int) -> str:
@@ -152,26 +241,37 @@ def _negative(value: Interval) -> Interval:
     return Interval(-value.mean, low, high, value.n)
 
 
-def _told(facts: Facts, value: Interval) -> str:
-    text = f"{facts.amount(value.mean)}{facts.unit}"
+def _told(outcome: Outcome, value: Interval) -> str:
+    text = f"{outcome.amount(value.mean)}{outcome.unit}"
     if value.low is None or value.high is None:
         return text
-    return f"{text} [{facts.amount(value.low)}, {facts.amount(value.high)}]"
+    return f"{text} [{outcome.amount(value.low)}, {outcome.amount(value.high)}]"
 
 
-def _left_out(facts: Facts) -> list[str]:
+def _left_out(outcome: Outcome) -> list[str]:
     notes: list[str] = []
-    for trial in facts.failed:
-        reason = (trial.error or "").splitlines()[0]
+    absent = [t.position for t in outcome.failed if t.position not in outcome.means]
+    for position in dict.fromkeys(absent):
+        reasons = {_first_line(t) for t in outcome.failed if t.position == position}
+        why = "; ".join(sorted(reasons))
+        notes.append(f"{position} is not compared: none of its trials finished ({why}).")
+    for trial in outcome.failed:
+        if trial.position in absent:
+            continue
+        reason = _first_line(trial)
         notes.append(
-            f"Seed {trial.seed} is left out at every position: its {trial.position} trial failed "
-            f"({reason})."
+            f"Seed {trial.seed} is left out at every {outcome.kind}: its {trial.position} trial "
+            f"failed ({reason})."
         )
-    for position, seeds in facts.diverged.items():
+    for position, seeds in outcome.diverged.items():
         if seeds:
             listed = ", ".join(map(str, seeds))
             notes.append(
                 f"{position} diverged (a metric that is not a number) with seed {listed}; such "
-                "values are left out of the means, which flatters this position."
+                f"values are left out of the means, which flatters this {outcome.kind}."
             )
     return notes
+
+
+def _first_line(trial: Trial) -> str:
+    return (trial.error or "").splitlines()[0]

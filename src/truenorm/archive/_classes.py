@@ -1,4 +1,4 @@
-"""Which classes a configuration may name: those that models are made of, and none that hold code.
+"""The list of classes that a configuration may name: parts of models, nothing that holds code.
 
 Keras looks a class up by its module, by the name it is registered under, and in older files by its
 bare name; an entry can give all three. So each of them must be harmless.
@@ -22,12 +22,24 @@ CODE = frozenset(
     {"Lambda", "TorchModuleWrapper", "TFSMLayer", "JaxLayer", "FlaxLayer", "__lambda__",
      "__typespec__"}
 )  # fmt: skip
-"""What Keras knows that holds code, or runs what somebody else's program saved."""
+"""Classes of Keras that hold code, or run a program that was saved elsewhere."""
+
+TOOLS = frozenset(
+    {"deserialize", "get", "serialize", "clone_model", "load_model", "model_from_json",
+     "save_model"}
+)  # fmt: skip
+"""Functions in these parts that are no part of a model, but make, read and write models."""
 
 VALUES = frozenset(
     {"__keras_tensor__", "__tensor__", "__numpy__", "__bytes__", "__slice__", "__ellipsis__"}
 )
 """What Keras writes for values that are not JSON."""
+
+NUMBERS = frozenset(
+    {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16",
+     "bfloat16", "float32", "float64", "complex64", "complex128"}
+)  # fmt: skip
+"""What a constant may consist of: NumPy also knows text of a billion letters."""
 
 MOST_BATCH = 65_536
 """Largest batch that a model may be fixed to: stateful layers hold a state for each sample."""
@@ -50,6 +62,7 @@ class Classes:
             self._check_batch(entry, where)
             if "class_name" in entry:
                 self._check_entry(entry, where)
+                self._check_constant(entry, where)
             for inner in entry.values():
                 self.check(inner, where)
         elif isinstance(value, list):
@@ -67,6 +80,19 @@ class Classes:
                     expected=f"{MOST_BATCH} samples at most",
                     received=str(batch)[:20],
                 )
+
+    def _check_constant(self, entry: Mapping[str, Any], where: str) -> None:
+        config = entry.get("config")
+        if entry["class_name"] not in ("__numpy__", "__tensor__") or not isinstance(config, dict):
+            return
+        dtype = cast(dict[str, Any], config).get("dtype")
+        if dtype not in NUMBERS:
+            raise ArchiveError(
+                "A constant in the file does not consist of numbers",
+                where=f"{self.path}: {where}",
+                expected="a type such as float32",
+                received=str(dtype)[:40],
+            )
 
     def _check_entry(self, entry: Mapping[str, Any], where: str) -> None:
         import keras
@@ -102,8 +128,10 @@ def _package(custom: Any) -> str:
 
 
 def _is_kerass(entry: Mapping[str, Any]) -> bool:
-    """Whether this is of the parts of Keras that models are made of."""
+    """Whether this is a class of Keras that models are made of."""
     module = entry.get("module")
+    if TOOLS & {str(entry.get("class_name")), str(entry.get("config"))}:
+        return False
     if module is None:
         return not entry.get("registered_name")  # Keras then looks in its own tables only
     if module == "keras" or (entry.get("class_name") == "function" and module == "builtins"):

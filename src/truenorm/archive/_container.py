@@ -1,6 +1,6 @@
-"""A ``.keras`` file as what it is outside: a zip archive with JSON and HDF5 in it.
+"""The container of a ``.keras`` file: a zip archive with JSON and HDF5 in it.
 
-Nothing is believed before it is checked: how many members there are and what they are called, what
+Everything is checked before it is used: how many members there are and what they are called, what
 they unpack to, how deep the JSON goes, where the HDF5 links point.
 """
 
@@ -14,15 +14,15 @@ import shutil
 import stat
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import h5py
 
 from truenorm._errors import ArchiveError
+from truenorm._records.files import UNREADABLE
 
 CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
 
@@ -37,28 +37,24 @@ compress its archives, and trained weights compress to little less."""
 STORED_AT_LEAST = 1 / 1000
 """What a large HDF5 variable must have on disk of the bytes that its shape declares."""
 
-_BROKEN = (
-    zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, OverflowError, RuntimeError,
-    ValueError,
-)  # fmt: skip
-"""What Python's zipfile and h5py raise on a file that is damaged or made up."""
+
+class Named(Protocol):
+    """An open file that knows its name."""
+
+    @property
+    def filename(self) -> Any:
+        """Its path."""
+        ...
 
 
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Generator[zipfile.ZipFile]:
-    """The archive, if it is one that can be read without harm.
+    """The archive, if it is safe to read.
 
     Raises:
         ArchiveError: It is not a ``.keras`` file, is broken, or is made to do harm.
     """
     file = Path(path)
-    if file.suffix.lower() in (".h5", ".hdf5"):
-        raise ArchiveError(
-            "Legacy HDF5 models are not opened: their format has no safe mode to rely on",
-            where=str(path),
-            expected="a .keras file",
-            remedy="if you trust the file, load it in Keras and save it as .keras",
-        )
     if file.suffix != ".keras" or not file.is_file():
         raise ArchiveError(
             "There is no such .keras file" if file.suffix == ".keras" else "Not a .keras file",
@@ -66,7 +62,7 @@ def opened(path: str | os.PathLike[str]) -> Generator[zipfile.ZipFile]:
             expected="a file as model.save('name.keras') writes it",
             received="a folder" if file.is_dir() else None,
         )
-    with _told(str(path)), zipfile.ZipFile(file) as archive:
+    with told(str(path)), zipfile.ZipFile(file) as archive:
         _check_members(archive, file.stat().st_size)
         yield archive
 
@@ -83,42 +79,58 @@ def read_json(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
     info = _member(archive, name)
     if info.file_size > MOST_JSON:
         raise _refused(archive, name, f"{MOST_JSON // MIB} MiB at most", f"{info.file_size} bytes")
-    text = archive.read(info)
+    return parse_json(archive, name, archive.read(info))
+
+
+def parse_json(owner: Named, name: str, text: bytes) -> dict[str, Any]:
+    """JSON that is an object, and not nested too deep."""
     deepest = _depth(text)
     if deepest > MOST_DEPTH:
-        raise _refused(archive, name, f"JSON nested {MOST_DEPTH} deep at most", f"{deepest}")
+        raise _refused(owner, name, f"JSON nested {MOST_DEPTH} deep at most", f"{deepest}")
     value = json.loads(text)
     if not isinstance(value, dict):
-        raise _refused(archive, name, "a JSON object", type(value).__name__)
+        raise _refused(owner, name, "a JSON object", type(value).__name__)
     return cast(dict[str, Any], value)
 
 
 @contextmanager
 def weights(archive: zipfile.ZipFile) -> Generator[h5py.File]:
     """The file of the variables, if all that is in it is in it: no link leads elsewhere."""
+    with _variables(archive) as file:
+        check_links(archive, file)
+        yield file
+
+
+def numbers(archive: zipfile.ZipFile) -> int:
+    """How many numbers are stored as variables, after the same checks."""
+    with _variables(archive) as file:
+        return check_links(archive, file)
+
+
+@contextmanager
+def _variables(archive: zipfile.ZipFile) -> Generator[h5py.File]:
     info = _member(archive, WEIGHTS)
     with tempfile.SpooledTemporaryFile(max_size=64 * MIB) as copy:
         with archive.open(info) as member:  # to its end, so that its checksum is verified
             shutil.copyfileobj(member, copy, MIB)
         copy.seek(0)
         with h5py.File(copy, "r") as file:
-            _check_links(archive, file)
             yield file
 
 
 @contextmanager
-def _told(path: str) -> Generator[None]:
+def told(path: str) -> Generator[None]:
     """Errors of a damaged file, in one shape."""
     try:
         yield
     except ArchiveError:
         raise
-    except _BROKEN as error:
+    except UNREADABLE as error:
         raise ArchiveError(
-            "The file is damaged or not a .keras file",
+            f"The file is damaged or not a {Path(path).suffix} file",
             where=path,
-            expected="a file as model.save('name.keras') writes it",
-            received=str(error)[:300],
+            expected=f"a file as model.save('name{Path(path).suffix}') writes it",
+            received=(str(error) or type(error).__name__)[:300],
             remedy="get or save the file again",
         ) from error
 
@@ -130,12 +142,10 @@ def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
         raise _refused(archive, name, "a member of this name", "none") from None
 
 
-def _refused(
-    archive: zipfile.ZipFile, what: str, expected: str, received: str | None = None
-) -> ArchiveError:
+def _refused(owner: Named, what: str, expected: str, received: str | None = None) -> ArchiveError:
     return ArchiveError(
         "The file is not as Keras writes it, and is not opened",
-        where=f"{archive.filename}: {what}",
+        where=f"{owner.filename}: {what}",
         expected=expected,
         received=received,
         remedy="do not load this file anywhere unless you know why it is so",
@@ -178,38 +188,41 @@ def _depth(text: bytes) -> int:
     return deepest
 
 
-def _check_links(archive: zipfile.ZipFile, file: h5py.File) -> None:
+def check_links(owner: Named, file: h5py.File, place: str = WEIGHTS) -> int:
     """Refuse variables that are elsewhere: h5py would follow links to other files of this machine.
 
-    Not by ``visititems``: an error inside it, as a damaged file makes, breaks h5py's own lock.
+    Gives how many numbers the others hold. Not by ``visititems``: an error inside it, as a damaged
+    file makes, breaks h5py's own lock.
     """
     groups: list[Any] = [file]
     seen: set[int] = set()
-    objects = 0
+    objects = held = 0
     while groups:
         group = groups.pop()
         for key in group:
-            where = f"{WEIGHTS}{group.name.rstrip('/')}/{key}"
+            where = f"{place}{group.name.rstrip('/')}/{key}"
             objects += 1
             if objects > MOST_OBJECTS:
-                raise _refused(archive, where, f"{MOST_OBJECTS} objects at most", "more")
+                raise _refused(owner, where, f"{MOST_OBJECTS} objects at most", "more")
             link = group.get(key, getlink=True)
             if not isinstance(link, h5py.HardLink):
-                raise _refused(archive, where, "data in the file itself", type(link).__name__)
+                raise _refused(owner, where, "data in the file itself", type(link).__name__)
             value = group[key]
             if isinstance(value, h5py.Dataset):
-                _check_dataset(archive, value, where)
+                _check_dataset(owner, value, where)
+                held += math.prod(value.shape or ())
             elif isinstance(value, h5py.Group):
                 address = cast(Any, h5py).h5o.get_info(value.id).addr
                 if address not in seen:  # a group can be its own member
                     seen.add(address)
                     groups.append(value)
+    return held
 
 
-def _check_dataset(archive: zipfile.ZipFile, value: Any, where: str) -> None:
+def _check_dataset(owner: Named, value: Any, where: str) -> None:
     if value.external or value.is_virtual:
-        raise _refused(archive, where, "data in the file itself", "data that is kept elsewhere")
+        raise _refused(owner, where, "data in the file itself", "data that is kept elsewhere")
     declared = math.prod(value.shape or ()) * value.dtype.itemsize
     stored = value.id.get_storage_size()
     if declared > ALLOWANCE and stored < declared * STORED_AT_LEAST:
-        raise _refused(archive, where, f"{declared} bytes, as declared", f"{stored} stored")
+        raise _refused(owner, where, f"{declared} bytes, as declared", f"{stored} stored")

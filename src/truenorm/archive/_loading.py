@@ -1,8 +1,8 @@
-"""A model from a ``.keras`` file, and back: within limits, by known classes, whole.
+"""Load a model from a ``.keras`` file within limits and from allowed classes; save one whole.
 
-``keras.saving.load_model`` is what loads. Around it: the file is looked through first, classes are
-checked against a list of what is allowed, and the variables are counted while Keras makes them,
-each before its memory is asked for.
+``keras.saving.load_model`` does the loading. Around it the file is checked first, classes are
+compared with a list of those allowed, and variables are counted while Keras makes them, each
+before its memory is allocated.
 """
 
 from __future__ import annotations
@@ -11,27 +11,39 @@ import importlib
 import math
 import os
 import re
-from collections.abc import Collection, Generator
+import tempfile
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from truenorm._errors import ArchiveError, OptionError, OutputError
+from truenorm._errors import ArchiveError, OptionError, OutputError, is_out_of_memory
 from truenorm._records.files import replacing
 from truenorm._records.tables import printable
+from truenorm.archive._checking import checked
 from truenorm.archive._classes import Classes
-from truenorm.archive._container import CONFIG, opened, read_json, verify_checksums, weights
+from truenorm.archive._container import (
+    CONFIG,
+    check_links,
+    numbers,
+    opened,
+    read_json,
+    verify_checksums,
+)
+from truenorm.archive._isolation import memory_for, not_enough_memory
+from truenorm.archive._keras2 import single, translated
+from truenorm.archive._legacy import config_of, copied, is_legacy, opened_h5, text_attribute
 
-MOST_PARAMETERS = 500_000_000
+MOST_PARAMETERS = 200_000_000
+"""What a model may have unless more is allowed: more than any model with BatchNormalization that
+Keras brings along."""
 OURS = "truenorm>BatchNormalization"
 """What our layer is registered as."""
 
-_KERAS_RAISES = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError,
-    RuntimeError, TypeError, ValueError,
-)  # fmt: skip
-"""What a configuration that is made up can make Keras raise."""
+SLACK = 1_000_000
+"""What a model may have beside twice the numbers that its file holds: layers with LoRA and states
+are made with more than they store."""
 
 
 def load(
@@ -39,20 +51,31 @@ def load(
     *,
     max_parameters: int = MOST_PARAMETERS,
     imports: Collection[str] = (),
+    isolate: bool = False,
+    max_memory: int | None = None,
 ) -> Any:
-    """A model from a ``.keras`` file, loaded with care.
+    """A model from a ``.keras`` file, or one of the old format, loaded with care.
 
     Before anything is made, the file is checked as :func:`truenorm.archive.read` does it, with the
     checksum of every member, and every class that it names must be one of Keras's that models are
     made of, truenorm's, or one that a module in ``imports`` registers. Keras then loads it in safe
-    mode and without compiling; a variable that would pass ``max_parameters`` is refused before its
-    memory is taken.
+    mode and without compiling; a variable that would pass ``max_parameters``, or what the file has
+    values for, is refused before its memory is taken.
+
+    That bounds variables only: initializers, constants and layers with states of their own take
+    memory too. With ``isolate=True`` the file is loaded in a separate process first, which may take
+    ``max_memory`` and five minutes, write to a temporary folder only, and (on Linux) open no
+    socket; only what it could load is loaded here. It costs the time to start Keras once more.
 
     Args:
-        path: The ``.keras`` file.
+        path: The ``.keras`` file. One in the old format (``.h5``, Keras 2 and 3) needs
+            ``isolate=True``: the separate process translates what is certain and names what is not.
         max_parameters: Most numbers that all the variables of the model may have together.
         imports: Modules of yours to import first, which register custom classes
             (``keras.saving.register_keras_serializable``). Their code runs.
+        isolate: Whether a separate process with limits loads the file first.
+        max_memory: Bytes of private memory that the process may take; by default 3 GiB, 64 MiB for
+            each processor and 16 times the size of the file, but not more than the machine has.
 
     Returns:
         The model, not compiled.
@@ -60,7 +83,8 @@ def load(
     Raises:
         ArchiveError: The file is damaged or made to do harm; it holds code (``Lambda``) or names a
             class that is not allowed; it asks for too many parameters; Keras cannot load it, or
-            TensorFlow not run it; or the process is in Keras's unsafe mode.
+            TensorFlow not run it; the isolated process came to its limits or was ended by a fault;
+            or this process is in Keras's unsafe mode.
         OptionError: A module in ``imports`` cannot be imported.
 
     Example:
@@ -73,48 +97,91 @@ def load(
         >>> [type(layer).__name__ for layer in loaded.layers]
         ['BatchNormalization']
     """
+    memory = max_memory or memory_for([path])
+    if is_legacy(path) and not isolate:
+        raise ArchiveError(
+            "Models in the old format are opened in a separate process only",
+            where=str(path),
+            expected="a .keras file, or isolate=True (--isolate)",
+        )
+    if not isolate:
+        return load_here(path, max_parameters=max_parameters, imports=imports)
+    with checked(os.fspath(path), max_parameters, imports, memory) as file:
+        return load_here(file, max_parameters=max_parameters, imports=imports, shown=str(path))
+
+
+def load_here(
+    path: str | os.PathLike[str],
+    *,
+    max_parameters: int,
+    imports: Collection[str],
+    shown: str | None = None,
+) -> Any:
+    """Load a file in this process, which is the isolated one if the file is of the old format.
+
+    Args:
+        path: The file.
+        max_parameters: Most numbers of all the variables.
+        imports: Modules with custom classes.
+        shown: What errors call the file.
+    """
+    if is_legacy(path):
+        with tempfile.TemporaryDirectory() as folder:
+            with opened_h5(path) as file:
+                config = translated(config_of(file), str(path))
+                if not (text_attribute(file, "keras_version") or "").startswith("3."):
+                    config = single(config)
+                limits = _Asked(max_parameters, SLACK + 2 * check_links(file, file, ""))
+            copy = copied(path, config, Path(folder))
+            return _loaded(copy, config, limits, imports, shown or str(path))
     with opened(path) as archive:
         config = read_json(archive, CONFIG)
         verify_checksums(archive)
-        with weights(archive):
-            pass  # its links are checked
+        limits = _Asked(max_parameters, SLACK + 2 * numbers(archive))
+    return _loaded(path, config, limits, imports, shown or str(path))
 
+
+def _loaded(
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    asked: _Asked,
+    imports: Collection[str],
+    shown: str,
+) -> Any:
+    """Have Keras load a file whose configuration was read and whose variables are in it."""
     import keras  # here, so that reading a file does not wait for it
 
     from truenorm._layer.batch_normalization import BatchNormalization
 
-    _refuse_unsafe_mode(str(path))
+    _refuse_unsafe_mode(shown)
     config = {key: value for key, value in config.items() if key != "compile_config"}
-    Classes(str(path), _imported(imports)).check(config, str(config.get("class_name")))
-    with _counting(max_parameters) as asked:
+    Classes(shown, _imported(imports)).check(config, str(config.get("class_name")))
+    with asked.counted():
         try:
-            model = keras.saving.load_model(path, {OURS: BatchNormalization}, compile=False)
-        except _KERAS_RAISES as error:
-            if asked.parameters > max_parameters:
-                raise ArchiveError(
-                    "The model has more parameters than are allowed, and is not loaded",
-                    where=str(path),
-                    expected=f"{max_parameters} parameters at most",
-                    received=f"{asked.parameters} or more",
-                    remedy="if it is right so, allow more: max_parameters (--max-parameters)",
-                ) from error
+            model = keras.saving.load_model(
+                path, {OURS: BatchNormalization}, compile=False, safe_mode=True
+            )
+        except Exception as error:
+            asked.check(shown)
+            if is_out_of_memory(error):
+                raise not_enough_memory(shown, _short(error)) from error
             raise ArchiveError(
-                "Keras cannot load this file", where=str(path), received=_short(error)
+                "Keras cannot load this file", where=shown, received=_short(error)
             ) from error
     if not isinstance(model, keras.Model):
         raise ArchiveError(
-            "There is no model in this file", where=str(path), received=type(model).__name__
+            "There is no model in this file", where=shown, received=type(model).__name__
         )
     if keras.backend.backend() == "tensorflow":
-        _check_scopes(model, str(path))
+        _check_scopes(model, shown)
     return model
 
 
 def save(model: Any, path: str | os.PathLike[str]) -> None:
     """Write a model as a ``.keras`` file, whole or not at all.
 
-    Whatever happens meanwhile, a kill included, the file is what it was or what was to be written;
-    so it may also be the file that the model was loaded from.
+    Even if the process is killed meanwhile, the file is the old one or the new one; so it may also
+    be the file that the model was loaded from.
 
     Args:
         model: The Keras model.
@@ -130,14 +197,19 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     archive.save(model, f"{folder}/model.keras")
     """
+    check_name(path)
+    with replacing(path) as temporary:
+        model.save(temporary)
+
+
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that is not called as :func:`save` writes it."""
     if Path(path).suffix != ".keras":
         raise OutputError(
             "Models are saved as .keras files",
             where=str(path),
             expected="a name that ends in .keras",
         )
-    with replacing(path) as temporary:
-        model.save(temporary)
 
 
 def _refuse_unsafe_mode(path: str) -> None:
@@ -156,11 +228,11 @@ def _imported(names: Collection[str]) -> frozenset[str]:
     for name in names:
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except (Exception, SystemExit) as error:
             raise OptionError(
                 "The module with custom classes cannot be imported",
                 where=name,
-                received=str(error),
+                received=f"{type(error).__name__}: {_short(error)}",
                 remedy="give a module as Python's import takes it, importable from here",
             ) from error
     return frozenset({"keras", "truenorm", *(name.split(".")[0] for name in names)})
@@ -168,33 +240,53 @@ def _imported(names: Collection[str]) -> frozenset[str]:
 
 @dataclass
 class _Asked:
-    """How many numbers the variables made so far have."""
-
-    parameters: int = 0
-
-
-@contextmanager
-def _counting(limit: int) -> Generator[_Asked]:
-    """Count the variables that are made, each before its memory is taken; refuse past the limit.
+    """How many numbers the variables made so far have, and how many they may have.
 
     Keras's own code says how large a variable is; nothing in a file has to be believed for it.
     """
-    import keras
 
-    asked, kind = _Asked(), cast(Any, keras.Variable)
-    original = kind.__init__
+    allowed: int
+    plausible: int
+    parameters: int = 0
 
-    def counted(self: Any, initializer: Any, shape: Any = None, *rest: Any, **options: Any) -> None:
-        asked.parameters += abs(math.prod(shape or ()))
-        if asked.parameters > limit:
-            raise MemoryError("more parameters than are allowed")
-        original(self, initializer, shape, *rest, **options)
+    @contextmanager
+    def counted(self) -> Generator[None]:
+        """Count the variables that are made, each before its memory is taken; refuse too many."""
+        import keras
 
-    kind.__init__ = counted
-    try:
-        yield asked
-    finally:
-        kind.__init__ = original
+        kind = cast(Any, keras.Variable)
+        original = kind.__init__
+
+        def init(made: Any, initializer: Any, shape: Any = None, *more: Any, **how: Any) -> None:
+            self.parameters += abs(math.prod(shape or ()))
+            if self.parameters > min(self.allowed, self.plausible):
+                raise MemoryError("more parameters than are allowed")
+            original(made, initializer, shape, *more, **how)
+
+        kind.__init__ = init
+        try:
+            yield
+        finally:
+            kind.__init__ = original
+
+    def check(self, path: str) -> None:
+        """Raise if that is why the model was not loaded."""
+        if self.parameters > self.allowed:
+            raise ArchiveError(
+                "The model has more parameters than are allowed, and is not loaded",
+                where=path,
+                expected=f"{self.allowed} parameters at most",
+                received=f"{self.parameters} or more",
+                remedy="if it is right so, allow more: max_parameters (--max-parameters)",
+            )
+        if self.parameters > self.plausible:
+            raise ArchiveError(
+                "The model has far more parameters than the file has values, and is not loaded",
+                where=path,
+                expected=f"{self.plausible} parameters at most",
+                received=f"{self.parameters} or more",
+                remedy="do not load this file anywhere unless you know why it is so",
+            )
 
 
 def _check_scopes(model: Any, path: str) -> None:

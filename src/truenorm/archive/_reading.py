@@ -1,4 +1,4 @@
-"""What a ``.keras`` file says of its BatchNormalization layers; neither Keras nor a framework runs.
+"""Read a ``.keras`` file's BatchNormalization layers without Keras and without a framework.
 
 Keras stores a layer's variables under a path made of class names: ``layers/batch_normalization_1``
 is the second layer of that class in its model, whatever it is called. :func:`_children` counts as
@@ -23,19 +23,26 @@ from truenorm._records.moments import Array
 from truenorm._records.rewrite import Left
 from truenorm._records.stored_model import StoredLayer, StoredModel, StoredStatistics
 from truenorm.archive._container import CONFIG, METADATA, WEIGHTS, opened, read_json, weights
+from truenorm.archive._legacy import (
+    config_of,
+    is_legacy,
+    opened_h5,
+    text_attribute,
+    variables_of,
+)
 
 MOST_CHANNELS = 2**24
 
 
 def read(path: str | os.PathLike[str]) -> StoredModel:
-    """Every BatchNormalization layer of a ``.keras`` file, read without making the model.
+    """Every BatchNormalization layer of a ``.keras`` or ``.h5`` file; no model is made.
 
     Only the configuration and the variables of these layers are read: nothing is imported, no class
-    of the file is looked up and no code in it can run. So it is the way to look at a file that one
-    does not trust. What a layer *does* can only be observed: :func:`truenorm.inspect`.
+    of the file is looked up and no code in it can run. Use it for files that you do not trust. What
+    a layer *does* can only be observed: :func:`truenorm.inspect`.
 
     Args:
-        path: The ``.keras`` file.
+        path: The ``.keras`` file, or one in the old format (``.h5``).
 
     Returns:
         The layers with their settings and the state of their moving statistics; prints as a table.
@@ -55,13 +62,26 @@ def read(path: str | os.PathLike[str]) -> StoredModel:
         >>> [(one.path, one.channels, one.statistics.describe()) for one in found.layers]
         [('bn', 4, 'as initialised')]
     """
+    if is_legacy(path):
+        return _read_legacy(path)
     with opened(path) as archive:
         config = read_json(archive, CONFIG)
-        name = _text(_object(config, "config", CONFIG).get("name", "model"), "name")
         about = _about(archive)
         with weights(archive) as variables:
-            reader = _Reader(variables)
-            reader.look(config, "", "")
+            return _found(_Reader(variables), config, about)
+
+
+def _read_legacy(path: str | os.PathLike[str]) -> StoredModel:
+    with opened_h5(path) as file:
+        version = text_attribute(file, "keras_version")
+        return _found(_LegacyReader(file), config_of(file), (version, None))
+
+
+def _found(
+    reader: _Reader, config: Mapping[str, Any], about: tuple[str | None, str | None]
+) -> StoredModel:
+    name = _text(_object(config, "config", CONFIG).get("name", "model"), "name")
+    reader.look(config, "", "")
     return StoredModel(name, *about, tuple(reader.layers), tuple(reader.hidden))
 
 
@@ -76,7 +96,7 @@ class _Reader:
     def look(self, entry: Mapping[str, Any], path: str, store: str) -> None:
         """Read one layer, and the ones inside it."""
         kind = _text(entry.get("class_name"), f"{path or CONFIG}: class_name")
-        package = _package(entry)
+        package = self._package(entry)
         if package is None:
             self.hidden.append(Left(path or "the model", f"of a class that is not Keras's: {kind}"))
         elif kind == "BatchNormalization" and self._is_stored_elsewhere(entry, store):
@@ -118,7 +138,7 @@ class _Reader:
         """Moving mean and variance; all the variables must be there and of one length."""
         flags = [_kind(config.get(key, True), bool, f"{path}: {key}") for key in _LEARNED]
         first = sum(flags)
-        values = [self._variable(f"{store}vars/{index}", path) for index in range(first + 2)]
+        values = self._values(first + 2, path, store)
         lengths = {len(value) for value in values} | _declared(entry, config, path)
         if len(lengths) != 1:
             raise ArchiveError(
@@ -128,6 +148,13 @@ class _Reader:
                 received=f"lengths {sorted(lengths)}",
             )
         return values[first], values[first + 1]
+
+    def _package(self, entry: Mapping[str, Any]) -> str | None:
+        return _package(entry)
+
+    def _values(self, count: int, path: str, store: str) -> list[Array]:
+        """The variables of a layer, the moving mean and variance last."""
+        return [self._variable(f"{store}vars/{index}", path) for index in range(count)]
 
     def _variable(self, name: str, path: str) -> Array:
         found = self.variables.get(name)
@@ -151,6 +178,45 @@ class _Reader:
         if is_bfloat16:  # the upper half of a float32
             values = (values.view("<u2").astype("<u4") << 16).view("<f4")
         return values.astype(np.float64)
+
+
+class _LegacyReader(_Reader):
+    """The same for the old format, which has variables by their names."""
+
+    def _package(self, entry: Mapping[str, Any]) -> str | None:
+        """Keras 2 names no module; a class of somebody else's is registered as ``Package>Name``."""
+        if entry.get("module") is None:
+            return None if ">" in str(entry.get("class_name")) else "keras"
+        return _package(entry)
+
+    def _is_stored_elsewhere(self, entry: Mapping[str, Any], store: str) -> bool:
+        del entry, store
+        return False
+
+    def _values(self, count: int, path: str, store: str) -> list[Array]:
+        del store
+        found = variables_of(self.variables, path, path.rsplit("/", 1)[-1]) or {}
+        names = [
+            *(name for name in ("gamma", "beta") if name in found),
+            "moving_mean",
+            "moving_variance",
+        ]
+        if len(names) != count or not all(name in found for name in names):
+            raise ArchiveError(
+                "The variables of this layer are missing or not told apart",
+                where=path,
+                expected="gamma, beta, moving_mean and moving_variance under the layer's name",
+                received=", ".join(sorted(found)) or "none",
+            )
+        values = [found[name] for name in names]
+        if any(value.ndim != 1 or len(value) > MOST_CHANNELS for value in values):
+            raise ArchiveError(
+                "A variable of this layer is not one number per channel",
+                where=path,
+                expected=f"a float vector of {MOST_CHANNELS} channels at most",
+                received=", ".join(str(value.shape) for value in values),
+            )
+        return values
 
 
 _LEARNED = ("scale", "center")
@@ -182,7 +248,7 @@ def _snake_case(name: str) -> str:
 
 
 def _package(entry: Mapping[str, Any]) -> str | None:
-    """Keras's or ours; None for a class of somebody else."""
+    """Keras's or ours; None for a custom class."""
     module = entry.get("module")
     package = module.split(".")[0] if isinstance(module, str) else None
     return package if package in ("keras", "truenorm") else None

@@ -166,7 +166,13 @@ def plain(axes: Axes, title: str, grid: str) -> None:
     axes.tick_params(length=0, labelsize=SMALL, labelcolor=MUTED, pad=6)
 
 
-def numbers(axis: Axis, low: float, high: float, most: int = 6) -> None:
+def margins(low: float, high: float) -> tuple[float, float]:
+    """An axis's ends, a little outside the values'."""
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - room, high + room
+
+
+def number_ticks(axis: Axis, low: float, high: float, most: int = 6) -> None:
     """Tick labels as plain numbers with equal decimals, and without an offset in the corner."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
 

@@ -17,8 +17,8 @@ from truenorm._errors import OptionError
 from truenorm._records.recalibration import Gap
 from truenorm._records.study import Comparison, Study
 from truenorm._records.tables import number
-from truenorm.report import _drawing
-from truenorm.report._canvas import Chart, message, render, short
+from truenorm.report import _curves, _gaps, _pairs
+from truenorm.report._canvas import Chart, margins, message, render, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ def learning_curves(study: Study, metric: str) -> Chart:
 
     def paint(figure: Figure, narrow: bool) -> None:
         axes = figure.add_subplot()
-        _drawing.curves(axes, _axis_title(metric), runs, means, (low, high), narrow)
+        _curves.curves(axes, _axis_title(metric), runs, means, (low, high), narrow)
 
     seeds = len({seed for row in runs.values() for seed in row})
     ends = [f"{number(float(m[-1]), 4)} for {p}" for p, m in means.items() if len(m)]
@@ -99,14 +99,14 @@ def comparison(study: Study, metric: str) -> Chart:
     def paint(figure: Figure, narrow: bool) -> None:
         title = _axis_title(metric)
         if not pairs:
-            _drawing.values(figure.add_subplot(), title, ends, 300 if narrow else 800)
+            _pairs.values(figure.add_subplot(), title, ends, 300 if narrow else 800)
             return
         if narrow or crowded:
             parts = figure.subplots(2, 1, height_ratios=[280, forest], gridspec_kw={"hspace": 0.08})
         else:
             parts = figure.subplots(1, 2, width_ratios=[1, 1.1], gridspec_kw={"wspace": 0.12})
-        _drawing.values(parts[0], title, ends, 300 if narrow else 800 if crowded else 370)
-        _drawing.differences(parts[1], pairs)
+        _pairs.values(parts[0], title, ends, 300 if narrow else 800 if crowded else 370)
+        _pairs.differences(parts[1], pairs)
 
     judged = "recalibrated" if study.settings.get("recalibrate") else "moving"
     notes = [
@@ -153,7 +153,7 @@ def gaps(before: Sequence[Gap], after: Sequence[Gap] = ()) -> Chart:
     now = [matching.get(g.path) for g in shown]
 
     def paint(figure: Figure, narrow: bool) -> None:
-        _drawing.gaps(figure, shown, now, narrow)
+        _gaps.gaps(figure, shown, now, narrow)
 
     notes = ["Open: before. Filled: after." if after else "The moving statistics as found."]
     if len(shown) < len(before):
@@ -171,7 +171,7 @@ def gaps(before: Sequence[Gap], after: Sequence[Gap] = ()) -> Chart:
     )
 
 
-def _empty(title: str, study: Study, metric: str, runs: _drawing.Runs) -> Chart:
+def _empty(title: str, study: Study, metric: str, runs: _curves.Runs) -> Chart:
     return _message(
         title, f"No run ended with a finite {short(metric, 20)}.", _missing(study, metric, runs)
     )
@@ -183,7 +183,7 @@ def _message(title: str, text: str, notes: Sequence[str]) -> Chart:
     )
 
 
-def _runs(study: Study, metric: str) -> _drawing.Runs:
+def _runs(study: Study, metric: str) -> _curves.Runs:
     """The runs of the seeds that finished at every position: those that the study judges by."""
     known = sorted({name for trial in study.trials for name in trial.history})
     if known and metric not in known:
@@ -194,7 +194,7 @@ def _runs(study: Study, metric: str) -> _drawing.Runs:
             received=f"'{metric}'",
         )
     positions = dict.fromkeys([*study.summaries, *(t.position for t in study.trials)])
-    runs: _drawing.Runs = {p: {} for p in positions}
+    runs: _curves.Runs = {p: {} for p in positions}
     for trial in study.trials:
         if trial.history.get(metric):
             runs[trial.position][trial.seed] = np.asarray(trial.history[metric], dtype=np.float64)
@@ -222,10 +222,10 @@ def _limits(values: NDArray[np.float64]) -> tuple[float, float]:
     reach = 20 * (third - first)
     if reach > 0:
         finite = finite[(finite >= first - reach) & (finite <= third + reach)]
-    return _drawing.margins(float(finite.min()), float(finite.max()))
+    return margins(float(finite.min()), float(finite.max()))
 
 
-def _missing(study: Study, metric: str, runs: _drawing.Runs) -> list[str]:
+def _missing(study: Study, metric: str, runs: _curves.Runs) -> list[str]:
     drawn = {seed for seeds in runs.values() for seed in seeds}
     absent = sorted({t.seed for t in study.trials} - drawn)
     lost = sum(not np.isfinite(v).all() for seeds in runs.values() for v in seeds.values())

@@ -15,7 +15,12 @@ import jax
 import numpy as np
 from jax import experimental
 from jax import numpy as jnp
-from jax.experimental import multihost_utils
+from jax.experimental import io_callback, multihost_utils
+
+try:
+    from jax.extend.core import get_opaque_trace_state
+except ImportError:  # where it was before
+    from jax.core import get_opaque_trace_state
 
 from truenorm._kernels.contract import Tensor, Vector
 
@@ -51,15 +56,57 @@ def _both(deviations: Tensor, axis: int) -> Any:
     )
 
 
-def joined(sums: Sequence[Tensor]) -> Tensor:
-    """All sites' sums side by side, so that one array goes to the host."""
+def joined(parts: Sequence[tuple[Vector, Tensor]]) -> Tensor:
+    """Counts and sums of all calls side by side, shape (4, channels of all calls)."""
     with float64():
-        return jnp.concatenate(sums, axis=1)
+        rows = [
+            jnp.concatenate([jnp.broadcast_to(count, sums.shape[1:])[None].astype("float64"), sums])
+            for count, sums in parts
+        ]
+        return jnp.concatenate([jnp.zeros((4, 0), "float64"), *rows], axis=1)
 
 
 def compiled(function: Callable[..., Any], jit: bool) -> Callable[..., Any]:
     """The function as one program, where the model allows it."""
     return jax.jit(function) if jit else function
+
+
+def anew(function: Any) -> Callable[..., Any] | None:
+    """None: a function that was given to ``jax.jit`` keeps a Keras variable's value for good."""
+    del function
+
+
+def program() -> Any:
+    """What is being traced; see :mod:`truenorm._kernels.sums`."""
+    return get_opaque_trace_state()
+
+
+def tell(function: Callable[[np.ndarray[Any, Any]], None], value: Any) -> None:
+    """Hand float64 numbers to a Python function whenever the program comes by."""
+
+    def receive(words: Any) -> None:
+        function(np.ascontiguousarray(words).view(np.float64)[..., 0])
+
+    with float64():
+        # As words of 32 bits: at run time float64 is off again.
+        words = jax.lax.bitcast_convert_type(value, "uint32")
+    io_callback(receive, None, words)
+
+
+def told() -> None:
+    """Wait until all has been handed over."""
+    jax.effects_barrier()
+
+
+def is_mapped(x: Any) -> bool:
+    """JAX calls back once for each repetition."""
+    del x
+    return False
+
+
+def in_replica() -> bool:
+    """JAX has no threads for replicas."""
+    return False
 
 
 def processes() -> tuple[int, int]:

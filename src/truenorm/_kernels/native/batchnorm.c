@@ -7,80 +7,68 @@
 #define _DEFAULT_SOURCE
 #include <math.h>
 #include <sched.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
-#include "batchnorm.h"
+#include "job.h"
 
 #define PASTE(a, b) a##b
 #define JOIN(a, b) PASTE(a, b)
-#define ALWAYS_INLINE inline __attribute__((always_inline))
 
-enum { BLOCK = 64, LANES = 64, SEVERAL = 1024, GROUP = 16 };
-enum { MOST_CHUNKS = 64, LEAST_CHUNK = 1 << 15, LARGE = 1 << 25 };
-enum { FEW = 1 << 18 }; /* Values that are done before another thread has woken up. */
-enum { NONE, MOMENTS, PRODUCTS, NORMALIZE, GRADIENT };
+enum { LEAST_CHUNK = 1 << 15 }; /* values: a smaller chunk is not worth a turn */
+enum { FEW = 1 << 18 };         /* values that are done before another thread has woken up */
+enum { LARGE = 1 << 25 };       /* bytes of an output from which on large pages are asked for */
+enum { SPINS = 1 << 12 };       /* turns that a thread waits before it lends its processor */
 
-enum { SPINS = 1 << 12 }; /* Before a thread that waits lends its processor. */
-
-static ALWAYS_INLINE void pause_briefly(void)
+/* Channels last: joins the moments of all chunks to those of the first (see join_moments). */
+static void merge_moments(job *j)
 {
-#ifdef __x86_64__
-    __builtin_ia32_pause();
-#endif
+    const int64_t channels = j->call->channels;
+    double *mean = j->sums, *m2 = mean + channels;
+    for (int64_t i = 1; i < j->chunks; i++) {
+        const double before = (double)j->counted[i], size = (double)j->counted[i + 1] - before;
+        if (size == 0) continue;
+        const double *means = mean + 2 * channels * i, *m2s = means + channels;
+        const double part = size / (before + size), weight = before * part;
+        for (int64_t c = 0; c < channels; c++) {
+            const double delta = means[c] - mean[c];
+            m2[c] += m2s[c] + delta * delta * weight;
+            mean[c] += delta * part;
+        }
+    }
 }
 
-typedef struct job job;
-struct job {
-    const tn_call *call;
-    int64_t chunks, counted[MOST_CHUNKS + 1]; /* rows that count before each of them */
-    int64_t count;   /* how many values of each channel do */
-    double *sums;    /* two per channel; channels last: for each chunk */
-    void *constants; /* scale, offset, slope, level, zero per channel */
-    char *scratch;   /* of each thread */
-    size_t scratch_size;
-    void (*of_chunk)(job *, int, int64_t, void *);
-    int passes[2]; /* the first is NONE if there is one only */
-    void (*before)(job *), (*between)(job *);
-    atomic_llong first, second, done, entered;
-    atomic_int ready;
-};
-
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t share(int64_t all, int64_t part, int64_t parts) { return all * part / parts; }
-
-/* How many rows from this one on are masked as it is. */
-static int64_t run_length(const uint8_t *mask, int64_t row, int64_t end)
+/* Channels last: adds the sums of products of all chunks to those of the first. */
+static void merge_products(job *j)
 {
-    int64_t next = mask ? row + 1 : end;
-    while (next < end && !mask[next] == !mask[row]) next++;
-    return next - row;
+    const int64_t numbers = 2 * j->call->channels;
+    for (int64_t i = 1; i < j->chunks; i++)
+        for (int64_t c = 0; c < numbers; c++) j->sums[c] += j->sums[numbers * i + c];
 }
 
-/* float, 32 bits */
-#define VALUE float
-#define SUM float
-#define NAME(f) f##_float32
-#define LOAD(v) (v)
-#define STORE(v) (v)
+/* a * b + c, rounded once where the processor can, in the type of a. */
 #ifdef __FMA__
-#define FMA(a, b, c) __builtin_fmaf(a, b, c)
+#define FMA(a, b, c) _Generic(a, float: fmaf, double: fma)(a, b, c)
 #else
 #define FMA(a, b, c) ((a) * (b) + (c))
 #endif
-#include "passes.h"
-#undef VALUE
-#undef NAME
-#undef LOAD
-#undef STORE
 
-/* bfloat16: the upper half of a float */
+/* Sums in float: of float, bfloat16 and float16. */
+#define SUM float
+#define OF_SUM(f) f##_float32
+#include "statistics.h"
+
+#define VALUE float
+#define NAME(f) f##_float32
+#define LOAD(v) (v)
+#define STORE(v) (v)
+#include "values.h"
+
+/* bfloat16 is the upper half of a float. */
 static ALWAYS_INLINE float from_bfloat16(uint16_t v)
 {
-    uint32_t bits = (uint32_t)v << 16;
+    const uint32_t bits = (uint32_t)v << 16;
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
@@ -90,7 +78,7 @@ static ALWAYS_INLINE uint16_t to_bfloat16(float value)
 {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
-    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to the nearest, ties to even */
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* nearest, ties to even */
     return (uint16_t)(value != value ? 0x7fc0 : rounded);
 }
 
@@ -98,137 +86,162 @@ static ALWAYS_INLINE uint16_t to_bfloat16(float value)
 #define NAME(f) f##_bfloat16
 #define LOAD(v) from_bfloat16(v)
 #define STORE(v) to_bfloat16(v)
-#include "passes.h"
-#undef VALUE
-#undef NAME
-#undef LOAD
-#undef STORE
+#include "values.h"
 
 #define VALUE _Float16
 #define NAME(f) f##_float16
 #define LOAD(v) ((float)(v))
 #define STORE(v) ((_Float16)(v))
-#include "passes.h"
-#undef VALUE
+#include "values.h"
 #undef SUM
-#undef NAME
-#undef LOAD
-#undef STORE
-#undef FMA
+#undef OF_SUM
+
+/* Sums in double: of double. */
+#define SUM double
+#define OF_SUM(f) f##_float64
+#include "statistics.h"
 
 #define VALUE double
-#define SUM double
 #define NAME(f) f##_float64
 #define LOAD(v) (v)
 #define STORE(v) (v)
-#ifdef __FMA__
-#define FMA(a, b, c) __builtin_fma(a, b, c)
-#else
-#define FMA(a, b, c) ((a) * (b) + (c))
-#endif
-#include "passes.h"
+#include "values.h"
 
-/* Takes chunks of the pass until none is left. A later pass goes backwards: what the one before read
- * last is still cached. */
-static void take(job *j, int pass, atomic_llong *next, char *scratch)
+#define CODE(bytes, type, bytes_of_sum, type_of_sum) \
+    {.value = bytes, \
+     .sum = bytes_of_sum, \
+     .rows = rows_##type, \
+     .slices = slices_##type, \
+     .constants = constants_##type_of_sum, \
+     .constants_given = constants_given_##type_of_sum, \
+     .finish_moments = finish_moments_##type_of_sum, \
+     .finish_products = finish_products_##type_of_sum}
+static const code codes[] = {
+    [TN_FLOAT32] = CODE(4, float32, 4, float32),
+    [TN_FLOAT64] = CODE(8, float64, 8, float64),
+    [TN_FLOAT16] = CODE(2, float16, 4, float32),
+    [TN_BFLOAT16] = CODE(2, bfloat16, 4, float32),
+};
+
+static ALWAYS_INLINE void pause_briefly(void)
 {
+#ifdef __x86_64__
+    __builtin_ia32_pause();
+#endif
+}
+
+/* Takes chunks of a pass until none is left. The second pass goes backwards: what the first read
+ * last is still in the cache. */
+static void take(job *j, pass_kind pass, atomic_llong *next, char *scratch)
+{
+    const int second = pass == NORMALIZE || pass == GRADIENT, rows = j->call->inner == 1;
     for (int64_t i; (i = atomic_fetch_add(next, 1)) < j->chunks;) {
-        j->of_chunk(j, pass, pass >= NORMALIZE ? j->chunks - 1 - i : i, scratch);
-        if (pass < NORMALIZE && atomic_fetch_add(&j->done, 1) == j->chunks - 1) {
+        const int64_t chunk = second ? j->chunks - 1 - i : i;
+        (rows ? j->code->rows : j->code->slices)(j, pass, chunk, scratch);
+        if (!second && atomic_fetch_add(&j->done, 1) == j->chunks - 1) {
             j->between(j);
             atomic_store(&j->ready, 1);
         }
     }
 }
 
-/* What each thread does. Whoever ends the first pass does what comes between the two; the others
- * wait for chunks that are being worked on, so for no thread that has not come. */
+/* What each thread does. The thread that ends the first pass does what comes between the two, while
+ * the others wait. They wait for chunks that some thread is at work on, never for a thread that has
+ * not come. */
 static void work(void *context)
 {
     job *j = context;
     char *scratch = j->scratch + (size_t)atomic_fetch_add(&j->entered, 1) * j->scratch_size;
-    if (j->passes[0]) {
+    if (j->passes[0] != NO_PASS) {
         take(j, j->passes[0], &j->first, scratch);
         if (!j->call->y) return; /* no second pass to wait for */
-        for (int spins = 0; !atomic_load(&j->ready); spins++)
+        for (int spins = 0; !atomic_load(&j->ready); spins++) {
             if (spins < SPINS) pause_briefly();
             else sched_yield();
+        }
     }
     if (j->call->y) take(j, j->passes[1], &j->second, scratch);
 }
 
 /* Asks Linux for large pages where the output is so large that the C library maps new memory for it
- * each time: getting it by pages of 4 KiB takes longer than filling it. Smaller outputs lie in a heap
- * that grows and shrinks, where large pages would be broken up again. */
-static void ask_for_large_pages(const tn_call *call, size_t size)
+ * each time: getting it by pages of 4 KiB takes longer than filling it. Smaller outputs lie in a
+ * heap that grows and shrinks, where large pages would be broken up again. A refusal changes
+ * nothing. */
+static void ask_for_large_pages(const job *j)
 {
 #ifdef MADV_HUGEPAGE
-    const uintptr_t page = 4096, bytes = (uintptr_t)(call->outer * call->channels * call->inner) * size;
-    const uintptr_t start = ((uintptr_t)call->y + page - 1) / page * page;
+    const tn_call *call = j->call;
+    const uintptr_t page = 4096, start = ((uintptr_t)call->y + page - 1) / page * page;
+    const uintptr_t bytes =
+        (uintptr_t)(call->outer * call->channels * call->inner) * j->code->value;
     if (call->y && bytes >= LARGE)
-        madvise((void *)start, ((uintptr_t)call->y + bytes) / page * page - start, MADV_HUGEPAGE);
+        (void)madvise((void *)start, ((uintptr_t)call->y + bytes) / page * page - start,
+                      MADV_HUGEPAGE);
 #else
-    (void)call, (void)size;
+    (void)j;
 #endif
 }
 
-static int prepare(job *j)
+/* How many rows count before each chunk of rows, and how many values of each channel in all. */
+static void count(job *j)
 {
     const tn_call *call = j->call;
-    const int64_t channels = call->channels, values = call->outer * call->inner * channels;
-    const int64_t threads = most(call->threads, 1), rows = call->inner == 1;
-    const size_t size = call->dtype == TN_FLOAT64 ? sizeof(double) : sizeof(float);
-    int64_t chunks = least(MOST_CHUNKS, values / LEAST_CHUNK);
-    chunks = most(1, least(chunks, rows ? call->outer / BLOCK : channels));
-    const size_t sums = (size_t)(2 * channels * (rows ? chunks : 1)) * sizeof(double);
-    const size_t constants = 5 * (size_t)channels * size;
-    j->scratch_size = (3 * (size_t)channels + GROUP * 5 * LANES) * size + 128;
-    ask_for_large_pages(call, call->dtype == TN_FLOAT64 ? 8 : call->dtype == TN_FLOAT32 ? 4 : 2);
-    j->chunks = chunks;
-    j->sums = malloc(sums + constants + j->scratch_size * (size_t)threads);
-    if (!j->sums) return 0;
-    j->constants = (char *)j->sums + sums;
-    j->scratch = (char *)j->constants + constants;
-    memset(j->scratch - (size_t)channels * size, 0, (size_t)channels * size);
-    for (int64_t i = 0; i < chunks; i++) {
-        int64_t row = share(call->outer, i, chunks), end = share(call->outer, i + 1, chunks);
+    for (int64_t i = 0; i < j->chunks; i++) {
+        int64_t row = share(call->outer, i, j->chunks);
+        const int64_t end = share(call->outer, i + 1, j->chunks);
         j->counted[i + 1] = j->counted[i] + (call->mask ? 0 : end - row);
         for (; call->mask && row < end; row++) j->counted[i + 1] += call->mask[row] != 0;
     }
-    j->count = j->counted[chunks] * call->inner;
-#define OF_CHUNK(name) (rows ? rows_##name : slices_##name)
-    switch (call->dtype) {
-    case TN_FLOAT32: j->of_chunk = OF_CHUNK(float32); break;
-    case TN_FLOAT64: j->of_chunk = OF_CHUNK(float64); break;
-    case TN_FLOAT16: j->of_chunk = OF_CHUNK(float16); break;
-    default: j->of_chunk = OF_CHUNK(bfloat16); break;
-    }
-    return 1;
+    j->count = j->counted[j->chunks] * call->inner;
 }
 
-/* The statistics are of one type for float, bfloat16 and float16. */
-#define FINISH(step) (j->call->dtype == TN_FLOAT64 ? step##_float64(j) : step##_float32(j))
-
-static void constants_given(job *j) { FINISH(given_constants); }
-static void constants_known(job *j) { FINISH(constants); }
-static void after_products(job *j) { FINISH(finish_products); }
-static void after_moments(job *j)
+/* One piece of memory: the sums, the constants, and the scratch of each thread. */
+static int allocate(job *j)
 {
-    FINISH(finish_moments);
-    FINISH(constants);
+    const size_t channels = (size_t)j->call->channels, wide = j->code->sum;
+    const size_t sets = j->call->inner == 1 ? (size_t)j->chunks : 1;
+    const size_t sums = 2 * channels * sets * sizeof *j->sums;
+    const size_t constants = CONSTANT_ARRAYS * channels * wide;
+    /* Three numbers per channel, or a shift for each and the lanes of a group; and a gap, so that
+     * no two threads write to one line of the cache. */
+    j->scratch_size = (3 * channels + GROUP * LANE_ARRAYS * LANES) * wide + 128;
+    j->sums = malloc(sums + constants + j->scratch_size * (size_t)j->threads);
+    if (!j->sums) return 0;
+    j->constants = (char *)j->sums + sums;
+    j->scratch = (char *)j->constants + constants;
+    memset(j->scratch - channels * wide, 0, channels * wide); /* the last array: zeros */
+    return 1;
 }
 
 static int run(job *j)
 {
     const tn_call *call = j->call;
-    if (!prepare(j)) return -1;
+    const int64_t values = call->outer * call->channels * call->inner;
+    const int64_t most_chunks = call->inner == 1 ? call->outer / BLOCK : call->channels;
+    if (call->dtype < 0 || call->dtype >= (int32_t)(sizeof codes / sizeof *codes))
+        return TN_UNKNOWN_DTYPE;
+    j->code = &codes[call->dtype];
+    j->chunks = most(1, least(least(MOST_CHUNKS, values / LEAST_CHUNK), most_chunks));
+    j->threads = values < FEW || !call->parallel ? 1 : most(1, least(call->threads, j->chunks));
+    if (!allocate(j)) return TN_NO_MEMORY;
+    ask_for_large_pages(j);
+    count(j);
     if (j->before) j->before(j);
-    unsigned threads = (unsigned)least(call->threads, j->chunks);
-    if (threads <= 1 || call->outer * call->channels * call->inner < FEW) work(j);
-    else call->parallel(work, j, threads, 0);
+    if (j->threads == 1) work(j);
+    else call->parallel(work, j, (unsigned)j->threads, 0);
     free(j->sums);
-    return 0;
+    return TN_DONE;
 }
+
+static void after_moments(job *j)
+{
+    j->code->finish_moments(j);
+    j->code->constants(j);
+}
+
+static void before_products(job *j) { j->code->constants(j); }
+static void after_products(job *j) { j->code->finish_products(j); }
+static void before_inference(job *j) { j->code->constants_given(j); }
 
 int JOIN(tn_forward, TN_LEVEL)(const tn_call *call)
 {
@@ -238,13 +251,15 @@ int JOIN(tn_forward, TN_LEVEL)(const tn_call *call)
 
 int JOIN(tn_backward, TN_LEVEL)(const tn_call *call)
 {
-    job j = {.call = call, .before = constants_known, .passes = {PRODUCTS, GRADIENT},
+    job j = {.call = call,
+             .passes = {PRODUCTS, GRADIENT},
+             .before = before_products,
              .between = after_products};
     return run(&j);
 }
 
 int JOIN(tn_infer, TN_LEVEL)(const tn_call *call)
 {
-    job j = {.call = call, .before = constants_given, .passes = {NONE, NORMALIZE}};
+    job j = {.call = call, .passes = {NO_PASS, NORMALIZE}, .before = before_inference};
     return run(&j);
 }

@@ -1,44 +1,57 @@
 /* Batch normalization on the processor: what the bindings of all frameworks call.
  *
- * An array is (outer, channels, inner), contiguous; inner is 1 where the channels are last. Values
- * per channel are float, or double where the array is of doubles.
+ * An array is (outer, channels, inner), contiguous; inner is 1 where the channels are last. Numbers
+ * per channel (mean, gamma and so on) are float, or double where the array is of doubles.
  */
 #ifndef TRUENORM_BATCHNORM_H
 #define TRUENORM_BATCHNORM_H
 
 #include <stdint.h>
 
-enum { TN_FLOAT32, TN_FLOAT64, TN_FLOAT16, TN_BFLOAT16 };
+/* The version of the interface between this library and the Python code that calls it. Raise it
+ * here and in library.py when a function or a field of tn_call is added, moved or means something
+ * else: library.py does not use a library of another version. */
+#define TN_INTERFACE 1
 
-/* Runs work(context) on several threads at once, and returns when all are done. */
+#define TN_EXPORT __attribute__((visibility("default")))
+
+enum { TN_FLOAT32, TN_FLOAT64, TN_FLOAT16, TN_BFLOAT16 };       /* tn_call.dtype */
+enum { TN_DONE = 0, TN_NO_MEMORY = -1, TN_UNKNOWN_DTYPE = -2 }; /* what a call returns */
+
+/* Runs work(context) on at most this many threads at once, and returns when all are done. The
+ * arguments are those of OpenMP's GOMP_parallel, which can be given as it is; flags are 0. */
 typedef void (*tn_parallel)(void (*work)(void *), void *context, unsigned threads, unsigned flags);
 
 typedef struct {
     int64_t outer, channels, inner;
     int32_t dtype, relu, threads, unbiased;
     double epsilon, momentum;
-    tn_parallel parallel;
+    tn_parallel parallel; /* NULL: one thread */
     const void *x, *dy;
     const void *gamma, *beta; /* NULL: ones, zeros */
-    void *mean, *variance;    /* out of tn_forward; given to the others */
-    void *low, *rstd;         /* out of tn_forward; low is what rounding takes from the mean */
-    void *dgamma, *dbeta;     /* out of tn_backward */
-    void *y;                  /* out: y, or dx (NULL: not wanted) */
-    /* Moving statistics, and out of tn_forward, there or elsewhere, as one step has moved them: by
-     * (1 - momentum) of the way to the batch's, whose variance is the unbiased one if asked for. What
-     * the batch does not have, or not as a finite number, moves nothing. NULL: there are none. */
+    void *mean, *variance;    /* written by tn_forward, read by the others */
+    void *low, *rstd;         /* likewise; the mean before it is rounded is mean + low */
+    void *dgamma, *dbeta;     /* written by tn_backward */
+    void *y;                  /* the output, or dx in tn_backward; NULL: not wanted */
+    /* The moving statistics, and where tn_forward writes them as they are after one step. Both may
+     * be the same memory. A step goes (1 - momentum) of the way to the batch's mean and variance,
+     * the latter divided by n - 1 instead of n if `unbiased`. A channel whose batch statistics are
+     * not finite keeps its old values. So do all channels if too few values count: the mean if none
+     * does, the variance if fewer than two do. NULL: there are none. */
     const void *moving_mean, *moving_variance;
     void *moved_mean, *moved_variance;
-    /* Bytes, where inner is 1: which rows count in the statistics. NULL: all. If none does, the moving
-     * statistics normalise. */
+    /* One byte per row, only where inner is 1: whether the row counts in the statistics. If no row
+     * does, the moving statistics normalise. NULL: all rows count. */
     const uint8_t *mask;
 } tn_call;
 
-/* What tn_forward, tn_backward and tn_infer are: 0, or -1 where there is no memory. tn_infer
- * normalises with the mean and variance given; tn_backward does not read the variance. */
+/* tn_forward and tn_backward are a training step; tn_infer normalises with the mean and variance
+ * that are given. tn_backward does not read the variance. They return TN_DONE or what went wrong.
+ */
 typedef int tn_pass(const tn_call *call);
 tn_pass tn_forward, tn_backward, tn_infer;
 
+/* The library's own threads, as a tn_parallel. */
 void tn_own_threads(void (*work)(void *), void *context, unsigned threads, unsigned flags);
 
 #endif

@@ -1,70 +1,133 @@
-/* The moments as a typed call of XLA's foreign function interface, x (outer, channels[, inner]) and,
- * where the channels are last, perhaps a mask (outer) -> mean, variance, low, rstd as rows. What its C interface lays down is declared here as far as it is
- * used, so that nothing of XLA is needed to build.
+/* The moments as a typed call of XLA's foreign function interface:
+ *
+ *   x (outer, channels[, inner]) and, only without inner, perhaps a mask (outer)
+ *   -> a matrix whose four rows are mean, variance, low and rstd
  */
 #define _GNU_SOURCE
 #include <sched.h>
 #include <stdatomic.h>
-#include <stddef.h>
-#include <string.h>
+#include <stdlib.h>
 #include <unistd.h>
 
 #include "batchnorm.h"
-
-enum { METADATA = 1, EXECUTE = 3, F16 = 10, F32 = 11, F64 = 12, BF16 = 16 };
-
-typedef struct { size_t size; int type; void *next; } extension;
-typedef struct { size_t size; void *extensions; int major, minor; } version;
-typedef struct { size_t size; version api; uint32_t traits; } metadata;
-typedef struct { extension base; metadata *wanted; } metadata_extension;
-typedef struct { size_t size; void *extensions; version api; } interface;
-typedef struct { size_t size; void *extensions; int type; void *data; int64_t rank, *shape; } buffer;
-typedef struct { size_t size; void *extensions; int64_t count; int *types; buffer **buffers; } buffers;
-typedef struct {
-    size_t size;
-    extension *extensions;
-    const interface *xla;
-    void *context;
-    int stage;
-    buffers operands, results;
-} frame;
+#include "xla.h"
 
 /* How many processors this process may use; asked once. */
 static int processors(void)
 {
     static atomic_int found;
-    if (!found) {
+    if (found) return found;
+    long count = sysconf(_SC_NPROCESSORS_ONLN); /* -1 if it is not known */
 #ifdef __linux__
-        cpu_set_t mine;
-        found = sched_getaffinity(0, sizeof mine, &mine) ? 1 : CPU_COUNT(&mine);
-#else
-        found = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    cpu_set_t mine;
+    if (sched_getaffinity(0, sizeof mine, &mine) == 0) count = CPU_COUNT(&mine);
 #endif
-    }
-    return found;
+    return found = count < 1 ? 1 : (int)count;
 }
 
-__attribute__((visibility("default"))) void *tn_xla_moments(frame *f)
+static int dtype_of(int xla)
 {
-    if (f->extensions && f->extensions->type == METADATA) { /* asked which version this is of */
-        version *answer = &((metadata_extension *)f->extensions)->wanted->api;
-        answer->major = 0;
-        answer->minor = f->xla && f->xla->api.major == 0 ? f->xla->api.minor : 3;
+    switch (xla) {
+    case XLA_F32: return TN_FLOAT32;
+    case XLA_F64: return TN_FLOAT64;
+    case XLA_F16: return TN_FLOAT16;
+    case XLA_BF16: return TN_BFLOAT16;
+    default: return -1;
+    }
+}
+
+/* Whether XLA is of a version whose structs are those of xla.h. */
+static int is_known(const xla_api *api)
+{
+    return api->struct_size >= XLA_SIZE(xla_api, XLA_FFI_Error_Create) &&
+           api->api_version.struct_size >= XLA_SIZE(xla_version, minor_version) &&
+           api->api_version.major_version == XLA_MAJOR &&
+           api->api_version.minor_version >= XLA_OLDEST_MINOR;
+}
+
+/* For which version of the interface this function was made; asked when it is registered.
+ *
+ * The structs of xla.h are the same in several versions, so the answer is XLA's own version if it
+ * is one of these, and to a newer XLA the newest one; XLA knows whether it still supports that. An
+ * XLA that does not say its version is of the oldest. Version -1 is refused by every XLA: then JAX
+ * raises an exception when it registers the function, and the kernel does without it. */
+static void tell_version(const xla_call_frame *frame)
+{
+    const xla_metadata_extension *asked = (const void *)frame->extension_start;
+    if (asked->extension_base.struct_size < XLA_SIZE(xla_metadata_extension, metadata)) return;
+    if (asked->metadata->struct_size < XLA_SIZE(xla_metadata, api_version)) return;
+    xla_version *answer = &asked->metadata->api_version;
+    answer->major_version = answer->minor_version = -1;
+    if (frame->struct_size < XLA_SIZE(xla_call_frame, rets)) return;
+    if (frame->api && !is_known(frame->api)) return;
+    const int theirs = frame->api ? frame->api->api_version.minor_version : XLA_OLDEST_MINOR;
+    answer->major_version = XLA_MAJOR;
+    answer->minor_version = theirs < XLA_NEWEST_MINOR ? theirs : XLA_NEWEST_MINOR;
+}
+
+static int are_buffers(const xla_buffers *given, int64_t least, int64_t most)
+{
+    if (given->struct_size < XLA_SIZE(xla_buffers, args)) return 0;
+    if (given->size < least || given->size > most) return 0;
+    for (int64_t i = 0; i < given->size; i++)
+        if (given->types[i] != XLA_BUFFER ||
+            given->args[i]->struct_size < XLA_SIZE(xla_buffer, dims))
+            return 0;
+    return 1;
+}
+
+/* Whether the arguments can be those of the call that the head of this file describes. */
+static int is_expected(const xla_call_frame *frame)
+{
+    if (!are_buffers(&frame->args, 1, 2) || !are_buffers(&frame->rets, 1, 1)) return 0;
+    const int64_t rank = frame->args.args[0]->rank;
+    return rank == 2 || (rank == 3 && frame->args.size == 1);
+}
+
+static tn_call call_of(const xla_call_frame *frame)
+{
+    const xla_buffer *x = frame->args.args[0];
+    const int64_t channels = x->dims[1], row = channels * (x->dtype == XLA_F64 ? 8 : 4);
+    char *rows = frame->rets.args[0]->data;
+    return (tn_call){
+        .outer = x->dims[0],
+        .channels = channels,
+        .inner = x->rank == 3 ? x->dims[2] : 1,
+        .dtype = dtype_of(x->dtype),
+        .threads = processors(),
+        .parallel = tn_own_threads,
+        .x = x->data,
+        .mean = rows,
+        .variance = rows + row,
+        .low = rows + 2 * row,
+        .rstd = rows + 3 * row,
+        .mask = frame->args.size > 1 ? frame->args.args[1]->data : NULL,
+    };
+}
+
+static void *failure(const xla_call_frame *frame, int code, const char *message)
+{
+    xla_error error = {.struct_size = XLA_SIZE(xla_error, errc), .message = message, .errc = code};
+    return frame->api->XLA_FFI_Error_Create(&error);
+}
+
+/* Returns NULL, or an error that XLA raises in the program that called it. */
+TN_EXPORT void *tn_xla_moments(xla_call_frame *frame)
+{
+    if (frame->extension_start && frame->extension_start->type == XLA_METADATA) {
+        tell_version(frame);
         return NULL;
     }
-    if (f->stage != EXECUTE) return NULL;
-    const buffer *x = f->operands.buffers[0];
-    char *rows = f->results.buffers[0]->data;
-    const int64_t channels = x->shape[1], row = channels * (x->type == F64 ? 8 : 4);
-    const tn_call call = {
-        .outer = x->shape[0], .channels = channels, .inner = x->rank == 3 ? x->shape[2] : 1,
-        .dtype = x->type == F32 ? TN_FLOAT32 : x->type == F64 ? TN_FLOAT64
-                 : x->type == F16 ? TN_FLOAT16 : TN_BFLOAT16,
-        .threads = processors(), .parallel = tn_own_threads,
-        .x = x->data, .mean = rows, .variance = rows + row, .low = rows + 2 * row,
-        .rstd = rows + 3 * row,
-        .mask = f->operands.count > 1 ? f->operands.buffers[1]->data : NULL,
-    };
-    if (tn_forward(&call) < 0) memset(rows, 0xff, (size_t)(4 * row)); /* no memory: NaN */
-    return NULL;
+    if (frame->struct_size < XLA_SIZE(xla_call_frame, rets) || !frame->api || !is_known(frame->api))
+        abort(); /* such an XLA was refused above and does not call; no error could reach it */
+    if (frame->stage != XLA_EXECUTE) return NULL;
+    if (!is_expected(frame))
+        return failure(frame, XLA_INVALID_ARGUMENT, "BatchNormalization: unexpected arguments");
+    const tn_call call = call_of(frame);
+    switch (tn_forward(&call)) {
+    case TN_DONE: return NULL;
+    case TN_NO_MEMORY:
+        return failure(frame, XLA_RESOURCE_EXHAUSTED, "BatchNormalization: no memory for its sums");
+    default: return failure(frame, XLA_INVALID_ARGUMENT, "BatchNormalization: unexpected dtype");
+    }
 }

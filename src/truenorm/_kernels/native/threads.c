@@ -1,7 +1,8 @@
 /* The library's own threads, for frameworks that do not lend theirs.
  *
  * They are started when first needed and sleep in between. One caller at a time has them; one that
- * finds them busy does its work alone. A forked child starts its own.
+ * finds them busy does its work alone, and so does one for whom no thread could be started. A
+ * forked child starts its own.
  */
 #include "batchnorm.h"
 
@@ -29,6 +30,7 @@ static void *serve(void *unused)
     return unused;
 }
 
+/* In a forked child, which has none of its parent's threads. */
 static void forget(void)
 {
     pthread_mutex_init(&busy, NULL);
@@ -38,21 +40,23 @@ static void forget(void)
     started = wanted = running = 0;
 }
 
+/* Starts threads until there are so many, or no more can be had. */
 static void start(unsigned helpers)
 {
     static int registered;
     sigset_t all, before;
     pthread_t thread;
     if (started >= helpers) return;
-    if (!registered) registered = !pthread_atfork(NULL, NULL, forget);
-    sigfillset(&all); /* signals are for the program's threads */
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    if (!registered) registered = pthread_atfork(NULL, NULL, forget) == 0;
+    if (!registered) return;
+    sigfillset(&all); /* a signal is for the program's own threads to handle */
+    if (pthread_sigmask(SIG_SETMASK, &all, &before)) return;
     for (; started < helpers && !pthread_create(&thread, NULL, serve, NULL); started++)
         pthread_detach(thread);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-__attribute__((visibility("default"))) void tn_own_threads(void (*work)(void *), void *context, unsigned threads, unsigned flags)
+TN_EXPORT void tn_own_threads(void (*work)(void *), void *context, unsigned threads, unsigned flags)
 {
     (void)flags;
     if (pthread_mutex_trylock(&busy)) {
@@ -68,7 +72,7 @@ __attribute__((visibility("default"))) void tn_own_threads(void (*work)(void *),
     pthread_mutex_unlock(&lock);
     work(context);
     pthread_mutex_lock(&lock);
-    wanted = 0; /* Who has not come by now finds nothing left to do. */
+    wanted = 0; /* a thread that has not come by now would find nothing left to do */
     while (running) pthread_cond_wait(&done, &lock);
     pthread_mutex_unlock(&lock);
     pthread_mutex_unlock(&busy);

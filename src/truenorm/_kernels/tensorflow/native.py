@@ -103,12 +103,17 @@ def backward(
 
 @cache
 def _operations() -> Any:
-    """What TensorFlow makes of the library; None without one."""
+    """What TensorFlow makes of the library; None without one.
+
+    TensorFlow sees the operations only if it is the first to load the library.
+    """
+    if not library.is_whole():
+        return None
     try:
         found = tf.load_op_library(str(library.PATH))
     except (tf.errors.NotFoundError, OSError):
         return None
-    return found if hasattr(found, "truenorm_forward") else None
+    return found if library.loaded() is not None and hasattr(found, "truenorm_forward") else None
 
 
 _operations()  # Graphs that were saved with them find them as soon as this is imported.

@@ -17,6 +17,9 @@ GROUP = 32
 FEW = 2048
 """Up to so many rows all is float64; of more, the rounding of float32 averages out."""
 
+MOST = 16
+"""Graphs that are kept: sequences may have any length."""
+
 
 @tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
 def centred_sums(rows: Tensor, shift: Vector) -> Tensor:
@@ -43,14 +46,64 @@ def _sums(rows: Tensor, shift: Vector) -> Tensor:
     return tf.stack([tf.cast(shift, "float64"), first, second])
 
 
-def joined(sums: Sequence[Tensor]) -> Tensor:
-    """All sites' sums side by side, so that one array goes to the host."""
-    return tf.concat(sums, axis=1)
+def joined(parts: Sequence[tuple[Vector, Tensor]]) -> Tensor:
+    """Counts and sums of all calls side by side, shape (4, channels of all calls)."""
+    rows = [
+        tf.concat([tf.cast(tf.broadcast_to(count, tf.shape(sums)[1:]), "float64")[None], sums], 0)
+        for count, sums in parts
+    ]
+    return tf.concat([tf.zeros((4, 0), "float64"), *rows], axis=1)
 
 
 def compiled(function: Callable[..., Any], jit: bool) -> Callable[..., Any]:
-    """The function as a graph, as ``predict`` has it."""
-    return tf.function(function, reduce_retracing=True, autograph=False) if jit else function
+    """The function as a graph for each shape of its arguments; as it is for more than :data:`MOST`.
+
+    ``predict`` has one graph for all, in which a batch has no size and a sequence may have no
+    length: then a Python branch on them goes one way, and ``TimeDistributed`` becomes a vectorised
+    map.
+    """
+    if not jit:
+        return function
+    graphs: dict[Any, Callable[..., Any]] = {}
+
+    def run(*arguments: Any) -> Any:
+        key = tuple((a.shape, a.dtype) for a in tf.nest.flatten(arguments))
+        if key not in graphs and len(graphs) < MOST:
+            graphs[key] = tf.function(function, autograph=False)
+        return graphs.get(key, function)(*arguments)
+
+    return run
+
+
+def anew(function: Any) -> Callable[..., Any] | None:
+    """A ``tf.function`` that has not been traced yet, of what this one was made of."""
+    plain = getattr(function, "python_function", None)
+    return None if plain is None else tf.function(plain)
+
+
+def program() -> Any:
+    """What is being traced; see :mod:`truenorm._kernels.sums`."""
+    return None if tf.executing_eagerly() else id(tf.compat.v1.get_default_graph())
+
+
+def tell(function: Callable[[np.ndarray[Any, Any]], None], value: Any) -> None:
+    """Hand numbers to a Python function whenever the program comes by."""
+    tf.numpy_function(function, [value], [])
+
+
+def told() -> None:
+    """A program has ended when it returns."""
+
+
+def is_mapped(x: Any) -> bool:
+    """``tf.vectorized_map`` traces its function once, under this name."""
+    del x
+    return any(part.startswith("loop_body") for part in tf.get_current_name_scope().split("/"))
+
+
+def in_replica() -> bool:
+    """Whether a strategy runs this thread for one of its replicas."""
+    return tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
 
 
 def processes() -> tuple[int, int]:

@@ -23,11 +23,10 @@ from truenorm._kernels.contract import Moving, Normalized, Options, Tensor, Vect
 
 DTYPES = {getattr(torch, name): code for name, code in library.DTYPES.items()}
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-NO_STEP = (0.0, False, None, None, None, None)
 Layout = tuple[int, int, int]
 
 
-class Call(NamedTuple):
+class Plan(NamedTuple):
     """What one call is of, beside tensors that are differentiated or kept."""
 
     layout: Layout
@@ -90,8 +89,8 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
         moving = Moving(mean, variance, moving.momentum, moving.unbiased)
     # Mean, variance, what rounding takes from the mean, rstd; and the moving ones after the step.
     rows = torch.empty(6 if writable else 4, layout[1], dtype=wide, device="cpu")
-    call = Call(layout, axis % x.dim(), epsilon, relu, rows, moving)
-    output = _Normalize.apply(x, _wide(gamma, wide), _wide(beta, wide), mask, call)
+    plan = Plan(layout, axis % x.dim(), epsilon, relu, rows, moving)
+    output = _Normalize.apply(x, _wide(gamma, wide), _wide(beta, wide), mask, plan)
     count = layout[0] * layout[2] if mask is None else mask.sum().to(wide)
     if moving is None or not writable:
         return Normalized(output, rows[0], rows[1], count)
@@ -116,28 +115,61 @@ def infer(
     x, layout = _dense(x.detach(), axis)
     output = torch.empty_like(x)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weights = (_wide(weight, wide) for weight in (gamma, beta, mean, variance))
-    _run("tn_infer", x, layout, epsilon, False, None, *weights, *[None] * 4, output, *NO_STEP, None)
+    gamma, beta, mean, variance = (_wide(weight, wide) for weight in (gamma, beta, mean, variance))
+    call = library.Call(
+        *(*layout, DTYPES[x.dtype]),
+        threads=torch.get_num_threads(),
+        epsilon=epsilon,
+        parallel=_parallel(),
+        x=_address(x),
+        gamma=_address(gamma),
+        beta=_address(beta),
+        mean=_address(mean),
+        variance=_address(variance),
+        y=_address(output),
+    )
+    library.run("tn_infer", call)
     return output
 
 
 class _Normalize(torch.autograd.Function):
-    """The output; the statistics are written to ``call.rows``.
+    """The output; the statistics are written to ``plan.rows``.
 
     Without ``setup_context``, with which PyTorch inspects signatures at each call.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, gamma: Any, beta: Any, mask: Any, call: Call) -> Any:
+    def forward(ctx: Any, x: Any, gamma: Any, beta: Any, mask: Any, plan: Plan) -> Any:
         output = torch.empty_like(x)
-        kept = _addresses(call.rows)
-        arrays = (None, gamma, beta, *kept[:4], None, None, output)
-        moving = call.moving or Moving(None, None)
-        step = (moving.momentum or 0.0, moving.unbiased, *moving[:2], *(kept[4:] or (None, None)))
-        _run("tn_forward", x, call.layout, call.epsilon, call.relu, *arrays, *step, mask)
-        ctx.call = call[:4]
+        mean, variance, low, rstd, *moved = _addresses(plan.rows)
+        moved_mean, moved_variance = moved or (0, 0)
+        moving = plan.moving or Moving(None, None)
+        call = library.Call(
+            *(*plan.layout, DTYPES[x.dtype]),
+            relu=plan.relu,
+            threads=torch.get_num_threads(),
+            unbiased=moving.unbiased,
+            epsilon=plan.epsilon,
+            momentum=moving.momentum or 0.0,
+            parallel=_parallel(),
+            x=_address(x),
+            gamma=_address(gamma),
+            beta=_address(beta),
+            mean=mean,
+            variance=variance,
+            low=low,
+            rstd=rstd,
+            y=_address(output),
+            moving_mean=_address(moving.mean),
+            moving_variance=_address(moving.variance),
+            moved_mean=moved_mean,
+            moved_variance=moved_variance,
+            mask=_address(mask),
+        )
+        library.run("tn_forward", call)
+        ctx.plan = plan[:4]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, gamma, beta, mask, call.rows)
+        ctx.save_for_backward(x, gamma, beta, mask, plan.rows)
         return output
 
     @staticmethod
@@ -145,20 +177,39 @@ class _Normalize(torch.autograd.Function):
         if gradient is None:
             return None, None, None, None, None
         x, gamma, beta, mask, rows = ctx.saved_tensors
-        layout, channel, epsilon, relu = ctx.call
+        layout, channel, _, relu = ctx.plan
         needed = ctx.needs_input_grad
         plain = _plain(gradient, x, gamma, beta, mask, rows) and not _batched(gradient)
         if torch.is_grad_enabled() or not plain:
-            found = _differentiable(gradient, x, gamma, beta, mask, rows, *ctx.call[1:])
+            found = _differentiable(gradient, x, gamma, beta, mask, rows, *ctx.plan[1:])
         else:
             x, layout = _dense(x, channel)  # Who keeps tensors elsewhere may order them anew.
             if gradient.stride() != x.stride() or gradient.is_neg():
                 gradient = torch.empty_like(x).copy_(gradient)
             d_x = torch.empty_like(x) if needed[0] else None
-            sums = [torch.empty(layout[1], dtype=rows.dtype, device="cpu") for _ in range(2)]
-            arrays = (gradient, gamma, beta, *_addresses(rows)[:4], *sums, d_x)
-            _run("tn_backward", x, layout, epsilon, relu, *arrays, *NO_STEP, mask)
-            found = (d_x, *sums)
+            d_gamma, d_beta = (
+                torch.empty(layout[1], dtype=rows.dtype, device="cpu") for _ in range(2)
+            )
+            mean, _, low, rstd = _addresses(rows)[:4]
+            call = library.Call(
+                *(*layout, DTYPES[x.dtype]),
+                relu=relu,
+                threads=torch.get_num_threads(),
+                parallel=_parallel(),
+                x=_address(x),
+                dy=_address(gradient),
+                gamma=_address(gamma),
+                beta=_address(beta),
+                mean=mean,
+                low=low,
+                rstd=rstd,
+                dgamma=_address(d_gamma),
+                dbeta=_address(d_beta),
+                y=_address(d_x),
+                mask=_address(mask),
+            )
+            library.run("tn_backward", call)
+            found = (d_x, d_gamma, d_beta)
         needed = zip(found, needed, strict=False)
         return *(part if needs else None for part, needs in needed), None, None
 
@@ -199,25 +250,10 @@ _LAST = closed_form.Rows(
 )
 
 
-def _run(name: str, x: Tensor, layout: Layout, epsilon: float, relu: bool, *given: Any) -> None:
-    """Call a function of the library with tensors, addresses, or None.
-
-    They are those of its call from dy to y; momentum and unbiased; and the rest.
-    """
-    momentum, unbiased = given[10:12]
-    library.run(
-        name,
-        *layout,
-        *(DTYPES[x.dtype], relu, torch.get_num_threads(), unbiased),
-        *(epsilon, momentum, _parallel()),
-        *map(_address, (x, *given[:10], *given[12:])),
-    )
-
-
 def _address(tensor: Any) -> int:
-    """That of a tensor's memory; an address as it is, and 0 for None."""
-    if tensor is None or type(tensor) is int:
-        return tensor or 0
+    """That of a tensor's memory; 0 for None."""
+    if tensor is None:
+        return 0
     address = tensor.data_ptr()
     if address == 0 and tensor.numel() > 0:
         raise RuntimeError("a tensor of BatchNormalization has no memory")

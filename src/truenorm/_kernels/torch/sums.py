@@ -42,15 +42,52 @@ def _total(values: Tensor) -> Vector:
     return groups.sum(0, dtype=torch.float64) + values[whole:].sum(0, dtype=torch.float64)
 
 
-def joined(sums: Sequence[Tensor]) -> Tensor:
-    """All sites' sums side by side, so that one array goes to the host."""
-    return torch.cat(list(sums), dim=1)
+def joined(parts: Sequence[tuple[Vector, Tensor]]) -> Tensor:
+    """Counts and sums of all calls side by side, shape (4, channels of all calls)."""
+    rows = [
+        torch.cat([torch.as_tensor(count, device=sums.device).expand(sums.shape[1:])[None], sums])
+        for count, sums in parts
+    ]
+    return torch.cat(rows, dim=1) if rows else torch.zeros((4, 0), dtype=torch.float64)
 
 
 def compiled(function: Callable[..., Any], jit: bool) -> Callable[..., Any]:
     """The function without gradients: PyTorch runs it as it is."""
     del jit
     return torch.no_grad()(function)
+
+
+def anew(function: Any) -> Callable[..., Any] | None:
+    """None: what ``torch.compile`` made notices by itself that a method is another one."""
+    del function
+
+
+def program() -> Any:
+    """PyTorch runs what it comes by: nothing is traced."""
+    return None
+
+
+def tell(function: Callable[[np.ndarray[Any, Any]], None], value: Any) -> None:
+    """Hand numbers to a Python function."""
+    function(value.cpu().numpy())
+
+
+def told() -> None:
+    """It has been at once."""
+
+
+def is_mapped(x: Any) -> bool:
+    """Inside ``torch.vmap`` a tensor has no memory of its own to point to."""
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
+def in_replica() -> bool:
+    """PyTorch's replicas are processes."""
+    return False
 
 
 def processes() -> tuple[int, int]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import keras
 
+from truenorm._checks import check_integer
 from truenorm._errors import OutputError
 from truenorm._records.files import replacing
 from truenorm._records.study import Study, Trial
@@ -21,12 +20,13 @@ from truenorm._study.folder import (
     DATA,
     Arrays,
     Spec,
-    digest,
     open_folder,
     read_result,
-    write_data,
+    write_arrays,
 )
-from truenorm._study.pool import OnEvent, run_all
+from truenorm._study.pool import run_all
+from truenorm._study.progress import OnEvent
+from truenorm._study.settings import context, digest
 
 POSITIONS: tuple[Position, ...] = get_args(Position)
 
@@ -137,9 +137,10 @@ or 'before_activation' or 'after_activation' or 'before_layer'. Received: 'behin
     chosen = backend or keras.config.backend()
     checks.check_backend(chosen)
     names, numbers = checks.check_positions(positions), checks.check_seeds(seeds)
-    for option, value in (("epochs", epochs), ("batch_size", batch_size), ("workers", workers)):
-        if option != "workers" or value is not None:
-            checks.check_count(option, value)
+    epochs = check_integer("epochs", epochs)
+    batch_size = check_integer("batch_size", batch_size)
+    if workers is not None:
+        check_integer("workers", workers)
     checks.check_timeout(timeout)
     arrays = checks.check_data(data)
     model = _built(build, numbers[0], arrays)
@@ -152,13 +153,7 @@ or 'before_activation' or 'after_activation' or 'before_layer'. Received: 'behin
         "epochs": epochs,
         "batch_size": batch_size,
         "recalibrate": recalibrate,
-        "backend": chosen,
-        "built_on": keras.config.backend(),
-        "versions": _versions(chosen),
-        "floatx": keras.config.floatx(),
-        "dtype_policy": keras.config.dtype_policy().name,
-        "data": digest([array for pair in arrays for array in pair]),
-        "model": digest(_nameless(keras.saving.serialize_keras_object(model))),
+        **context(model, arrays, chosen),
     }
     with tempfile.TemporaryDirectory(prefix="truenorm-") as temporary:
         folder = Path(temporary if directory is None else directory).resolve()
@@ -231,7 +226,7 @@ def _write_inputs(
 ) -> None:
     """Write what the trials start from, where it is not there already."""
     if todo and not (folder / DATA).exists():
-        write_data(folder, *arrays)
+        write_arrays(folder, *arrays)
     for seed, base in {spec.seed: folder / spec.base for spec in todo}.items():
         if not base.exists():
             model = _built(build, seed, arrays)
@@ -239,50 +234,3 @@ def _write_inputs(
                 model.optimizer.build(model.trainable_variables)
             with replacing(base) as temporary:
                 model.save(temporary)
-
-
-def _versions(backend: str) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("truenorm", "keras", "numpy", backend):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # such as tensorflow-cpu
-            found[package] = "unknown"
-    return found
-
-
-def _nameless(config: Any) -> Any:
-    """A model's config with every object's name replaced by its number.
-
-    Keras counts on in the names that it gives (``dense``, ``dense_1``), so the second model that
-    ``build`` makes in a process has other names than the first, and is still the same.
-    """
-    numbers = {name: f"#{i}" for i, name in enumerate(dict.fromkeys(_names(config)))}
-
-    def renamed(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: renamed(v) for k, v in cast(dict[str, Any], value).items()}
-        if isinstance(value, list | tuple):
-            return [renamed(item) for item in cast(Sequence[Any], value)]
-        return numbers.get(value, value) if isinstance(value, str) else value
-
-    return renamed(config)
-
-
-def _names(value: Any) -> Iterator[str]:
-    """The names of the objects in a config; a dtype policy's name is its value and stays."""
-    if isinstance(value, dict):
-        content = cast(dict[str, Any], value)
-        inner = content.get("config")
-        if isinstance(inner, dict) and not str(content.get("class_name")).endswith("Policy"):
-            own = cast(dict[str, Any], inner).get("name")
-            if isinstance(own, str):
-                yield own
-    for item in _items(value):
-        yield from _names(item)
-
-
-def _items(value: Any) -> Sequence[Any]:
-    if isinstance(value, dict):
-        return tuple(cast(dict[str, Any], value).values())
-    return tuple(cast(Sequence[Any], value)) if isinstance(value, list | tuple) else ()

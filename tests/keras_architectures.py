@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import keras
 import numpy as np
-from models import predict, shake
+from small_models import predict, shake
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """One of several processes that collect statistics together, on the backend in use.
 
-``python processes.py RANK FOLDER PORT PORT`` writes what it got of each way of collecting.
+``python collecting_process.py RANK FOLDER PORT PORT`` writes what it got of each way of collecting.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from models import dense, shake
+from small_models import dense, shake
 
 import truenorm as tn
 

@@ -1,9 +1,9 @@
 """Two replicas that train one layer once, on the backend in use: run as a program of its own.
 
-``python replicas.py RANK INPUTS...`` reads from each file ``x``, ``gradient``, ``gamma``, ``beta``
-and perhaps ``mask`` and ``axis``, gives the first ``split`` samples to one replica and the others
-to the second. It writes output, gradients and moving statistics, and how many collectives each way
-took.
+``python training_replica.py RANK INPUTS...`` reads from each file ``x``, ``gradient``, ``gamma``,
+``beta`` and perhaps ``mask`` and ``axis``, gives the first ``split`` samples to one replica and the
+others to the second. It writes output, gradients and moving statistics, and how many collectives
+each way took.
 """
 
 from __future__ import annotations

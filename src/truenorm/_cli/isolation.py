@@ -1,0 +1,124 @@
+"""``--isolate``: a command runs again, in a separate process with limits, and hands over its file.
+
+All of it runs there, not only the loading: a model can ask for memory when it is run, too. This
+process only waits, puts the file that was made in its place, and says in one line what went wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from truenorm._errors import is_out_of_memory
+from truenorm._records.files import replacing
+from truenorm._records.tables import printable
+
+Isolate = Annotated[
+    bool,
+    typer.Option(
+        "--isolate/--no-isolate",
+        help="Open the file in a separate process with limits: memory, files, no network.",
+    ),
+]
+MaxMemory = Annotated[
+    float | None,
+    typer.Option(
+        min=0.5,
+        metavar="GIB",
+        help="Memory that the isolated process may take; by default 3 and more by the files' size.",
+        show_default=False,
+    ),
+]
+MADE = "made.keras"
+
+_handover: Path | None = None
+"""In the separate process: where files are left."""
+
+
+def isolated(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with ``--isolate`` and ``--max-memory``."""
+
+    @functools.wraps(command)
+    def run(*, isolate: bool, max_memory: float | None, **options: Any) -> None:
+        if isolate and _handover is None:
+            raise typer.Exit(_run_apart(options, max_memory))
+        command(**options)
+
+    own = {"isolate": Isolate, "max_memory": MaxMemory}
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+        for (name, kind), default in zip(own.items(), (True, None), strict=True)
+    ]
+    signature = inspect.signature(command, eval_str=True)
+    keywords = [
+        one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in signature.parameters.values()
+    ]
+    run.__signature__ = signature.replace(parameters=[*keywords, *added])  # pyright: ignore[reportAttributeAccessIssue]
+    return run
+
+
+def handed_over() -> Path | None:
+    """Where to save instead, if this is the separate process: the other one puts it in place."""
+    return None if _handover is None else _handover / MADE
+
+
+def is_apart() -> bool:
+    """Whether this is the separate process."""
+    return _handover is not None
+
+
+def loaded() -> None:
+    """Loading, which is timed in the separate process, is over."""
+    if _handover is not None and hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def enter(folder: str, *, arguments: list[str], file: str, memory: int) -> None:
+    """In the separate process: run the command."""
+    global _handover
+    from truenorm._cli import main
+    from truenorm.archive import _isolation
+
+    _handover = Path(folder)
+    sys.argv = ["truenorm", *arguments]
+    try:
+        main()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        refusal = _isolation.too_much_memory(file, memory)
+        print(f"truenorm: {printable(str(refusal))}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run_apart(options: Mapping[str, Any], max_memory: float | None) -> int:
+    """Run the command of this process in a separate one; gives its exit code."""
+    from truenorm.archive import _isolation
+
+    file = str(options["file"])
+    memory = _isolation.memory_for([file, options.get("data")])
+    if max_memory is not None:
+        memory = int(max_memory * _isolation.GIB)
+    arguments = {"arguments": sys.argv[1:], "file": file, "memory": memory}
+    with _isolation.confined(f"{__name__}:enter", arguments, memory=memory) as ended:
+        ended.check(file, memory)
+        sys.stderr.write(ended.complaints)
+        made = ended.folder / MADE
+        if ended.code == 0 and made.is_file():
+            _put_in_place(made, options["out"])
+            if not options["as_json"]:
+                print(f"Saved as {printable(str(options['out']))}")
+    return ended.code
+
+
+def _put_in_place(made: Path, out: Path) -> None:
+    with replacing(out) as temporary:
+        shutil.copyfile(made, temporary)

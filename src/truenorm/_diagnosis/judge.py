@@ -1,0 +1,49 @@
+"""The loss and metrics that a model is compiled with, of outputs however they were made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from truenorm._model.trainer import compile_like
+from truenorm._model.values import as_float64
+
+ops: Any = keras.ops
+
+
+class _Outputs(keras.Model):
+    """Stands in the place of the model: Keras computes loss and metrics of what it is given."""
+
+    def call(self, outputs: Any) -> Any:
+        return outputs
+
+
+class Judge:
+    """Scores a model's outputs, batch by batch.
+
+    Args:
+        model: A compiled model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model: Any = _Outputs(name="judge")
+        self._model.output_names = getattr(model, "output_names", None)  # a loss may be given so
+        compile_like(model, self._model)
+        self.able = getattr(self._model, "loss", None) is not None
+        """Whether there is a loss, and the labels so far made it."""
+
+    def scores(self, outputs: Any, labels: Any) -> dict[str, float]:
+        """The loss and metrics of a batch; empty if outputs and labels alone do not make them."""
+        if not self.able:
+            return {}
+        judge = self._model
+        judge.reset_metrics()
+        try:
+            loss = judge.compute_loss(None, labels, outputs, None, training=False)
+            found = {"loss": loss} | judge.compute_metrics(None, labels, outputs, None)
+            found["loss"] = loss  # the judge's own tracker of it was not asked
+            return {name: float(as_float64(ops.convert_to_tensor(v))) for name, v in found.items()}
+        except Exception:  # labels for a loss of the model's own: an error of any kind
+            self.able = False
+            return {}

@@ -1,0 +1,43 @@
+"""PyTorch: what happens when a computation runs. See :mod:`truenorm._kernels.run_time`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def when_run(receive: Callable[[], None], tensor: Any) -> None:
+    """At once."""
+    del tensor
+    receive()
+
+
+def tell(receive: Callable[[dict[str, Any]], None], tensors: Mapping[str, Any]) -> bool:
+    """At once; not of tensors inside ``torch.vmap``, which have no numbers of their own."""
+    try:
+        found = {name: None if t is None else _numbers(t) for name, t in tensors.items()}
+    except RuntimeError:
+        return False
+    receive(found)
+    return True
+
+
+def _numbers(tensor: Any) -> np.ndarray[Any, Any]:
+    return tensor.detach().to("cpu", torch.float64).numpy()
+
+
+def settle() -> None:
+    """All is told at once."""
+
+
+def place() -> None:
+    """A value is one everywhere."""
+
+
+def is_value(tensor: Any) -> bool:
+    """A value is one everywhere."""
+    del tensor
+    return True

@@ -1,0 +1,94 @@
+"""What shall stand in the place of a layer when a model is made anew.
+
+An *edit* maps a layer to the *chain* of pieces that stands in its place: an empty chain removes the
+layer, two pieces insert one, a piece of another class replaces it. Moving a BatchNormalization
+behind its activation is ``{bn: [], activation: [activation, bn]}``. All rewrites are edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+
+from truenorm._errors import ModelError
+from truenorm._keras_internals import operation_like
+
+
+@dataclass(eq=False)
+class Piece:
+    """A new layer for the new model, and what it shall be.
+
+    Args:
+        layer: A layer that is not called anywhere yet.
+        source: The layer of the old model that it stands for, whose state it gets; None for a
+            layer that has no forerunner. An operation that is not a layer has no state.
+        values: One array per variable, in Keras's order, where they are not the source's. What
+            else is set on a variable comes from that of the same name.
+        arguments: What it is called with besides its input. In the place of its own source it is
+            called with all that the source was called with.
+        frozen: Names of variables that the source does not have and that shall not learn.
+    """
+
+    layer: Any
+    source: Any = None
+    values: Sequence[Any] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    frozen: Collection[str] = ()
+
+
+Edit = Mapping[Any, Sequence[Piece]]
+
+
+def copy_of(
+    layer: Any,
+    values: Sequence[Any] | None = None,
+    *,
+    training: bool | None = None,
+    frozen: Collection[str] = (),
+    **changes: Any,
+) -> Piece:
+    """A copy of a layer; ``changes`` go over its config, ``training`` into its call."""
+    arguments = {} if training is None else {"training": training}
+    if not isinstance(layer, keras.Layer):
+        return Piece(operation_like(layer), layer, values, arguments, frozen)
+    return Piece(from_config(layer, type(layer), **changes), layer, values, arguments, frozen)
+
+
+def through(chain: Sequence[Piece], operation: Any, args: Any, kwargs: Any) -> Any:
+    """What the chain that stands in the place of an operation makes of its arguments."""
+    value = given = args[0] if args else next(iter(kwargs.values()))
+    for piece in chain:
+        if piece.source is operation and value is given:
+            value = piece.layer(*args, **kwargs)
+        else:
+            value = piece.layer(value, **piece.arguments)
+    return value
+
+
+def from_config(layer: Any, kind: Any, **changes: Any) -> Any:
+    """A layer of a class from the config of another one, with changes."""
+    try:
+        try:
+            new = kind.from_config({**layer.get_config(), **changes})
+        except (TypeError, ValueError):  # it can only name a function or class of the user's
+            config = {**layer.get_config(), **_objects_of(layer), **changes}
+            new = kind.from_config(config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ModelError(
+            f"This {type(layer).__name__} cannot be made again from its config",
+            where=layer.name,
+            received=str(error).strip().splitlines()[0],
+            remedy="give its class a complete get_config()",
+        ) from error
+    if new.dtype_policy != layer.dtype_policy:
+        new.dtype_policy = layer.dtype_policy  # SpatialDropout's config, for one, has half of it
+    return new
+
+
+def _objects_of(layer: Any) -> dict[str, Any]:
+    """The functions, initializers and so on that the config of a layer names."""
+    found = {name: getattr(layer, name, None) for name in layer.get_config()}
+    return {k: v for k, v in found.items() if callable(v) and not isinstance(v, keras.Layer)}

@@ -1,0 +1,155 @@
+"""Opening a file in a separate process with limits, so that this one survives whatever it does.
+
+What the limits are, and what they do not hold, is written in :mod:`truenorm.archive._confinement`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from truenorm._errors import ArchiveError
+from truenorm._records.files import owned_name, remove_abandoned
+
+GIB = 2**30
+MEMORY, FOR_EACH_PROCESSOR, FOR_EACH_BYTE = 3 * GIB, 64 * 2**20, 16
+"""What an isolated process may take: a framework with its compiler, its threads, and a multiple of
+what the files hold that it opens (weights as they are made, as they are read, their gradients…)."""
+SECONDS = 300.0
+"""How long loading may take. Running the model is not timed."""
+MOST_COMPLAINTS = 2**20
+
+_CONFINEMENT = Path(__file__).with_name("_confinement.py")
+
+
+def memory_for(files: Iterable[str | os.PathLike[str] | None]) -> int:
+    """How many bytes of private memory a process that opens these files may take."""
+    held = sum(Path(file).stat().st_size for file in files if file and Path(file).is_file())
+    wanted = MEMORY + FOR_EACH_PROCESSOR * (os.cpu_count() or 1) + FOR_EACH_BYTE * held
+    if not hasattr(os, "sysconf"):
+        return wanted
+    return min(wanted, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a separate process ended.
+
+    Args:
+        folder: Where it could write; it is removed afterwards.
+        code: Its exit code; below 0 the signal that ended it.
+        complaints: The beginning of what it wrote to standard error.
+    """
+
+    folder: Path
+    code: int
+    complaints: str
+
+    def check(self, path: str, memory: int) -> None:
+        """Raise if a signal ended it."""
+        if self.code >= 0:
+            return
+        if self.code == -getattr(signal, "SIGALRM", 0):
+            raise ArchiveError(
+                "The file takes too long to load, and was given up",
+                where=path,
+                expected=f"{SECONDS:g} seconds at most",
+                remedy="if you trust the file, load it without limits: isolate=False "
+                "(--no-isolate)",
+            )
+        raise too_much_memory(path, memory, f"the process was ended by {_name(-self.code)}")
+
+
+def too_much_memory(path: str, memory: int, received: str | None = None) -> ArchiveError:
+    """The error of a file that took more than was allowed, or that ended its process."""
+    return ArchiveError(
+        "The file could not be opened within its limits",
+        where=path,
+        expected=f"{memory / GIB:.3g} GiB of memory at most",
+        received=received,
+        remedy="if you trust the file, allow more: max_memory (--max-memory), or isolate=False "
+        "(--no-isolate)",
+    )
+
+
+def not_enough_memory(path: str, received: str) -> ArchiveError:
+    """The error of a file for which a framework could not get memory."""
+    return ArchiveError(
+        "There is not enough memory to load this file",
+        where=path,
+        received=received or None,
+        remedy="do not load it anywhere unless you trust it; to an isolated process more can be "
+        "allowed: max_memory (--max-memory)",
+    )
+
+
+@contextmanager
+def confined(
+    entry: str, arguments: Mapping[str, Any], *, memory: int, output: int | None = None
+) -> Generator[Ended]:
+    """Call ``module:function`` in a separate process with limits, and wait for its end.
+
+    Args:
+        entry: The function; it is given the path of the folder that it may write to.
+        arguments: Its keywords, as JSON can say them.
+        memory: Bytes of private memory that the process may take.
+        output: Where its standard output goes; None for this process's.
+    """
+    with _folder() as folder:
+        job = {"folder": str(folder), "memory": memory, "seconds": SECONDS, "entry": entry,
+               "arguments": arguments, "path": sys.path}  # fmt: skip
+        process = subprocess.Popen(  # noqa: S603 (this Python, and a file of ours)
+            [sys.executable, "-P", str(_CONFINEMENT), json.dumps(job)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "TMPDIR": str(folder), "JOBLIB_MULTIPROCESSING": "0"},
+        )
+        try:
+            complaints = _beginning(process.stderr)
+            process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        yield Ended(folder, process.returncode, complaints)
+
+
+@contextmanager
+def _folder() -> Generator[Path]:
+    """A folder that is removed at the end; what killed processes left of them goes first."""
+    place = Path(tempfile.gettempdir())
+    remove_abandoned(place, "truenorm-")
+    folder = place / f"truenorm-{owned_name()}"
+    folder.mkdir(0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _beginning(stream: IO[bytes] | None) -> str:
+    """What is written to a pipe until it is closed, as far as it is kept."""
+    if stream is None:
+        return ""
+    with stream:
+        kept = stream.read(MOST_COMPLAINTS)
+        while stream.read(MOST_COMPLAINTS):
+            pass
+    return kept.decode(errors="replace")
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,170 @@
+"""The separate process that opens other people's files: what it cannot do, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import pytest
+import small_models as models
+from altered_keras_files import layer_named, with_config
+
+import truenorm as tn
+from truenorm import archive
+from truenorm.archive import _isolation
+from truenorm.archive._isolation import confined
+
+SMALL = 2**28
+
+
+def test_it_can_write_to_its_folder_only_and_open_no_socket(tmp_path: Path) -> None:
+    (tmp_path / "there").write_bytes(b"precious")
+    arguments = {"outside": str(tmp_path), "parent": os.getpid()}
+    with confined("confined_jobs:attempts", arguments, memory=SMALL) as ended:
+        assert (ended.code, ended.complaints) == (0, "")
+        outcomes = json.loads((ended.folder / "outcomes.json").read_text())
+        folder = ended.folder
+    assert not folder.exists()
+    allowed = {name for name, outcome in outcomes.items() if outcome == "done"}
+    assert allowed == {
+        "write in the folder", "rename in the folder", "write to nothing", "read outside",
+        "a little memory",
+    }  # fmt: skip
+    refused = {outcome for name, outcome in outcomes.items() if name not in allowed}
+    assert refused == {"PermissionError", "MemoryError"}
+    assert outcomes["much memory"] == "MemoryError"
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("there", b"precious")]
+
+
+def test_a_process_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_isolation, "SECONDS", 0.5)
+    with confined("confined_jobs:sleep", {}, memory=SMALL) as ended:
+        pass
+    with pytest.raises(tn.ArchiveError) as refused:
+        ended.check("f.keras", SMALL)
+    assert str(refused.value) == (
+        "The file takes too long to load, and was given up (at 'f.keras'). Expected: 0.5 seconds "
+        "at most. Remedy: if you trust the file, load it without limits: isolate=False "
+        "(--no-isolate)."
+    )
+
+
+def test_a_process_that_crashes_is_one_line() -> None:
+    with confined("confined_jobs:abort", {}, memory=SMALL) as ended:
+        pass
+    assert len(ended.complaints) == _isolation.MOST_COMPLAINTS  # not all three megabytes
+    with pytest.raises(tn.ArchiveError) as refused:
+        ended.check("f.keras", SMALL)
+    assert str(refused.value) == (
+        "The file could not be opened within its limits (at 'f.keras'). Expected: 0.25 GiB of "
+        "memory at most. Received: the process was ended by SIGABRT. Remedy: if you trust the "
+        "file, allow more: max_memory (--max-memory), or isolate=False (--no-isolate)."
+    )
+
+
+def test_memory_is_by_the_size_of_the_files(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(bytes(1000))
+    base = _isolation.memory_for([])
+    assert _isolation.memory_for([tmp_path / "small", None, tmp_path / "none"]) == base + 16_000
+    assert 0 < base <= 4 * _isolation.GIB + 64 * 2**20 * (os.cpu_count() or 1)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dense, truenorm's BatchNormalization, ReLU, dense."""
+    path = tmp_path_factory.mktemp("isolation") / "model.keras"
+    archive.save(models.shake(models.dense("truenorm")), path)
+    return path
+
+
+def test_what_loads_there_is_loaded_here(file: Path) -> None:
+    model = archive.load(file, isolate=True)
+    assert type(model.get_layer("bn")) is tn.BatchNormalization
+
+
+def wide_states(tmp_path: Path) -> Path:
+    """A recurrent layer that keeps a state for each of sixteen million places of 64 samples."""
+    layers = [
+        keras.Input((2, 4, 4, 1), batch_size=1, name="in"),
+        keras.layers.ConvLSTM2D(2, 3, padding="same", stateful=True),
+        keras.layers.BatchNormalization(),
+    ]
+    keras.Sequential(layers).save(tmp_path / "base.keras")
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: wide(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            large = [64, 2, 4000, 4000, 1]
+            return large if value == [1, 2, 4, 4, 1] else [wide(inner) for inner in value]
+        return value
+
+    return with_config(
+        tmp_path / "base.keras", lambda c: c.update(wide(c)), tmp_path / "evil.keras"
+    )
+
+
+def test_memory_that_no_variable_asks_for_ends_the_other_process_only(tmp_path: Path) -> None:
+    evil = wide_states(tmp_path)
+    assert evil.stat().st_size < 100_000
+    with pytest.raises(tn.ArchiveError) as refused:
+        archive.load(evil, isolate=True, max_memory=3 * 2**29)
+    message = str(refused.value)
+    assert "max_memory (--max-memory)" in message
+    assert message.startswith(
+        ("There is not enough memory to load this file (at '", "The file could not be opened")
+    )
+
+
+def test_a_layer_of_more_parameters_than_the_file_holds_is_refused(
+    file: Path, tmp_path: Path
+) -> None:
+    def wide(config: Any) -> None:
+        layer_named(config, "hidden")["config"]["units"] = 10_000_000
+
+    with pytest.raises(tn.ArchiveError) as refused:
+        archive.load(with_config(file, wide, tmp_path / "wide.keras"))
+    assert "far more parameters than the file has values" in str(refused.value)
+    assert "Expected: 1000162 parameters at most. Received: 50000000 or more." in str(refused.value)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "truenorm", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ,
+    )
+
+
+def test_memory_that_running_takes_is_one_line_of_the_command(tmp_path: Path) -> None:
+    layers = [
+        keras.Input((4, 4, 3)),
+        keras.layers.UpSampling2D((40_000, 40_000)),
+        keras.layers.BatchNormalization(),
+    ]
+    keras.Sequential(layers).save(tmp_path / "evil.keras")
+    done = command("inspect", str(tmp_path / "evil.keras"), "--max-memory", "2")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("truenorm: ")]
+    assert lines == [done.stderr.splitlines()[-1]]
+    assert "The file could not be opened within its limits" in lines[0]
+    assert "Expected: 2 GiB of memory at most" in lines[0]
+
+
+def test_a_command_puts_its_file_in_place_and_leaves_nothing_else(
+    file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.keras"
+    done = command("replace", str(file), "--to", "keras", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"Saved as {out}\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["out.keras"]
+    assert type(archive.load(out).get_layer("bn")) is keras.layers.BatchNormalization

@@ -369,16 +369,16 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return kernels.normalize_synchronized if self.synchronized else kernels.normalize
 
     def _renormalize(self, batch: Normalized, gamma: Vector | None, beta: Vector | None) -> Tensor:
-        r"""Batch renormalization: :math:`(\hat x r + d) \gamma + \beta`."""
+        r"""Batch renormalization: :math:`\hat x (r \gamma) + (d \gamma + \beta)`."""
+        scale, offset = self._renorm().correction(batch)
+        if gamma is not None:
+            gamma = ops.cast(gamma, scale.dtype)
+            scale, offset = scale * gamma, offset * gamma
+        if beta is not None:
+            offset = offset + ops.cast(beta, offset.dtype)
         shape = [1] * len(batch.output.shape)
         shape[self.axis] = -1
-        r, d = (ops.reshape(part, shape) for part in self._renorm().correction(batch))
-        output = batch.output * r + d
-        if gamma is not None:
-            output = output * ops.reshape(ops.cast(gamma, output.dtype), shape)
-        if beta is not None:
-            output = output + ops.reshape(ops.cast(beta, output.dtype), shape)
-        return output
+        return batch.output * ops.reshape(scale, shape) + ops.reshape(offset, shape)
 
     def _activate(self, output: Tensor) -> Tensor:
         return output if self.activation is None else self.activation(output)

@@ -116,7 +116,11 @@ def infer(
     if not _has_native_kernels():
         return None
     dtype = torch.promote_types(x.dtype, torch.float32)
-    mean, variance = mean.to(dtype), variance.to(dtype)
+    # Copies: autograd keeps them, and a training step writes to the variables in place.
+    gamma, mean, variance = (
+        None if value is None else value.to(dtype, copy=differentiated)
+        for value in (gamma, mean, variance)
+    )
     try:
         if x.device.type == "cpu" and not _near_zero(mean, variance, epsilon):
             return None

@@ -169,7 +169,8 @@ class _Normalize(torch.autograd.Function):
         library.run("tn_forward", call)
         ctx.plan = plan[:4]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, gamma, beta, mask, plan.rows)
+        # Beta only for ReLU's derivative: an optimizer may change it before the backward pass.
+        ctx.save_for_backward(x, gamma, beta if plan.relu else None, mask, plan.rows)
         return output
 
     @staticmethod

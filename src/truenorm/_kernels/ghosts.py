@@ -114,9 +114,12 @@ def _pooled(
     total = ops.sum(counts, axis=1)
     weights = counts / ops.where(total > 0, total, 1.0)[:, None]
 
+    def total_of(terms: Tensor) -> Tensor:
+        return ops.sum(ops.where(counts > 0, weights * terms, 0.0), axis=1, keepdims=True)
+
     def average(statistic: Tensor) -> Vector:
-        terms = ops.where(counts > 0, weights * statistic, 0.0)
-        return ops.reshape(ops.sum(terms, axis=1), [-1])
+        first = total_of(statistic)
+        return ops.reshape(first + total_of(statistic - first), [-1])  # what rounding took from it
 
     filled = ops.sum(ops.cast(counts > 0, counts.dtype), axis=1)
     numbers = (ops.reshape(value, [-1] if several else []) for value in (total, filled))

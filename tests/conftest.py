@@ -15,7 +15,7 @@ from hypothesis import settings
 # A shell ignores Ctrl-C for what it starts in the background; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Names only: tests/rewrites/test_random_rewrites.py says how many examples; all others run as ever.
+# Names only: the test_random_*.py say how many examples; all others run as ever.
 settings.register_profile("random", print_blob=True)
 settings.register_profile("fuzz", print_blob=True)  # tests/fuzz
 

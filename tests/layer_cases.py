@@ -24,7 +24,7 @@ class Case:
     dtype: str = "float32"
     scale: bool = True
     center: bool = True
-    masked: bool = False
+    masked: bool | str = False  # or "keras": without the last axis, not the channels
     mean: float = 0.5
     deviation: float = 1.5
 
@@ -35,7 +35,8 @@ class Case:
             self.dtype,
             *([] if self.scale else ["no_gamma"]),
             *([] if self.center else ["no_beta"]),
-            *(["masked"] if self.masked else []),
+            *(["masked"] if self.masked is True else []),
+            *(["keras_mask"] if self.masked == "keras" else []),
             *([f"mean{self.mean:g}_std{self.deviation:g}"] if self.mean != 0.5 else []),
         ]
         return "-".join(flags)
@@ -48,7 +49,7 @@ class Case:
         """Arrays of this case, the same each time; exact in the case's dtype."""
         rng = np.random.default_rng(7)
         x = rng.normal(self.mean, self.deviation, self.shape)
-        rows = tuple(np.delete(self.shape, self.axis))
+        rows = tuple(np.delete(self.shape, -1 if self.masked == "keras" else self.axis))
         mask = rng.random(rows) < 0.6 if self.masked else None
         gamma = rng.uniform(0.5, 2, self.channels) if self.scale else None
         beta = rng.normal(size=self.channels) if self.center else None
@@ -92,6 +93,13 @@ MASKS = (
     Case((6, 7, 1), masked=True),
     Case((6, 1, 7), 1, masked=True, scale=False),
 )
+KERAS_MASKS = (
+    *(Case((6, 7, 5), axis, masked="keras") for axis in (1, 0)),
+    *(Case((4, 5, 6, 3), axis, masked="keras") for axis in (1, 2)),
+    Case((64, 5), 0, masked="keras"),  # a channel counts, or not
+    Case((5, 5, 5), 1, masked="keras"),
+    Case((6, 1, 7), 1, masked="keras", center=False),
+)
 DTYPES = tuple(
     Case(shape, axis, dtype, masked=masked)
     for dtype in ("float64", "float16", "bfloat16")
@@ -100,6 +108,7 @@ DTYPES = tuple(
         ((4, 5, 6, 3), -1, False),
         ((4, 5, 6, 3), 1, False),
         ((4, 5, 6, 3), -1, True),
+        ((4, 5, 6, 3), 1, "keras"),
     )
 )
 HARD = (
@@ -110,7 +119,7 @@ HARD = (
     ),
     Case((8, 9, 9, 5), mean=1000, deviation=0.05, masked=True),
 )
-CASES = SHAPES + PARAMETERS + MASKS + DTYPES + HARD
+CASES = SHAPES + PARAMETERS + MASKS + KERAS_MASKS + DTYPES + HARD
 
 
 def rounded(array: Any, dtype: str) -> np.ndarray:
@@ -254,11 +263,13 @@ def truth(
     forward = reference.forward(drawn.x, drawn.gamma, drawn.beta, **options)
     upstream = drawn.gradient * (forward.output > 0) if relu else drawn.gradient
     backward = reference.backward(upstream, drawn.x, drawn.gamma, **options)
-    mean, variance = zeros, zeros + 1
-    if forward.count > 0:
-        mean = reference.moving(mean, forward.mean, momentum)
-    if forward.count > 1:
-        variance = reference.moving(variance, forward.variance, momentum)
+    mean, variance = (
+        np.where(forward.count >= least, reference.moving(old, of_batch, momentum), old)
+        for least, old, of_batch in (
+            (1, zeros, forward.mean),
+            (2, zeros + 1, forward.variance),
+        )
+    )
     return Step(
         np.maximum(forward.output, 0) if relu else forward.output,
         backward.x,

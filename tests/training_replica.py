@@ -1,9 +1,9 @@
 """Two replicas that train one layer once, on the backend in use: run as a program of its own.
 
 ``python training_replica.py RANK INPUTS...`` reads from each file ``x``, ``gradient``, ``gamma``,
-``beta`` and perhaps ``mask``, gives the first ``split`` samples to one replica and the others to
-the second. It writes output, gradients and moving statistics, and how many collectives each way
-took.
+``beta`` and perhaps ``mask`` and ``axis``, gives the first ``split`` samples to one replica and the
+others to the second. It writes output, gradients and moving statistics, and how many collectives
+each way took.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ Arrays = dict[str, Any]
 
 
 def build(given: Arrays) -> Any:
-    layer = BatchNormalization(synchronized=True, momentum=0.0)
+    axis = int(given.get("axis", -1))
+    layer = BatchNormalization(axis=axis, synchronized=True, momentum=0.0)
     layer.build((None, *given["x"].shape[1:]))
     layer.gamma.assign(given["gamma"])
     layer.beta.assign(given["beta"])
@@ -107,7 +108,7 @@ def on_tensorflow(given: Arrays) -> Arrays:
 def fitted(strategy: Any, given: Arrays) -> Arrays:
     """The statistics after ``fit`` of one batch, as Keras compiles it."""
     with strategy.scope():
-        layer = BatchNormalization(synchronized=True, momentum=0.0)
+        layer = BatchNormalization(axis=int(given.get("axis", -1)), synchronized=True, momentum=0.0)
         network = keras.Sequential([keras.Input(given["x"].shape[1:]), layer])
         network.compile("sgd", "mse")
     network.fit(given["x"], given["x"], batch_size=len(given["x"]), verbose=0)

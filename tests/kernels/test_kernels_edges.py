@@ -99,7 +99,7 @@ def test_forward_accumulators_and_vectorized_maps(relu: bool, masked: bool) -> N
 
     x, toward = tf.constant(X), tf.constant(RNG.normal(size=X.shape).astype("float32"))
     mask = np.arange(len(X)) % 3 < 2 if masked else None
-    options = Options(-1, EPSILON, mask, relu=relu)
+    options = Options(-1, EPSILON, tensor(mask[:, None], "bool") if masked else None, relu=relu)
 
     def call(x: Any) -> Any:
         return kernels.normalize(x, None, None, options).output
@@ -209,7 +209,7 @@ def test_forward_mode_reads_nothing_that_does_not_count() -> None:
     toward = RNG.normal(size=X.shape).astype("float32")
 
     def call(x: Any) -> Any:
-        return kernels.normalize(x, None, None, Options(-1, EPSILON, mask)).output
+        return kernels.normalize(x, None, None, Options(-1, EPSILON, mask[:, None])).output
 
     _, change = jax.jvp(call, (x,), (toward,))
     _, clean = jax.jvp(call, (X,), (toward,))
@@ -223,7 +223,7 @@ def test_third_derivatives(masked: bool) -> None:
 
     x = torch.tensor(RNG.normal(3, 2, (6, 3)), requires_grad=True)
     gamma = torch.tensor(RNG.uniform(0.5, 2, 3), requires_grad=True)
-    mask = torch.arange(6) < 4 if masked else None
+    mask = torch.arange(6)[:, None] < 4 if masked else None
     directions = [torch.tensor(RNG.normal(size=(6, 3))) for _ in range(2)]
 
     def third(normalize: Any) -> Any:

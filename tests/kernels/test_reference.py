@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from layer_cases import MASKS, PARAMETERS, SHAPES, Case
+from layer_cases import KERAS_MASKS, MASKS, PARAMETERS, SHAPES, Case
 
 from truenorm._kernels import reference
 
@@ -25,7 +25,9 @@ def differences(loss: Any, at: np.ndarray, step: float = 1e-5) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in SHAPES + PARAMETERS + MASKS if np.prod(c.shape) < 1000], ids=str
+    "case",
+    [c for c in SHAPES + PARAMETERS + MASKS + KERAS_MASKS if np.prod(c.shape) < 1000],
+    ids=str,
 )
 def test_gradients_are_those_of_finite_differences(case: Case) -> None:
     drawn = case.draw()
@@ -50,23 +52,31 @@ def test_forward_by_hand() -> None:
     result = reference.forward([[1.0], [3.0]], [2.0], [10.0], epsilon=0.0)
     assert result.mean.tolist() == [2.0]
     assert result.variance.tolist() == [1.0]
-    assert result.count == 2
+    assert result.count.tolist() == [2]
     assert result.output.tolist() == [[8.0], [12.0]]
 
 
 def test_a_masked_value_changes_no_statistic() -> None:
     x = np.array([[1.0], [3.0], [np.nan]])
     result = reference.forward(x, epsilon=0.0, mask=[True, True, False])
-    assert (result.mean.item(), result.variance.item(), result.count) == (2.0, 1.0, 2)
+    assert (result.mean.item(), result.variance.item(), result.count.item()) == (2.0, 1.0, 2)
     assert result.output[:2].tolist() == [[-1.0], [1.0]]
 
 
 def test_no_value_leaves_the_fallback() -> None:
     x = np.array([[1.0], [3.0]])
     result = reference.forward(x, epsilon=0.0, mask=[False, False], fallback=([1.0], [4.0]))
-    assert result.count == 0
+    assert result.count.tolist() == [0]
     assert result.output.tolist() == [[0.0], [1.0]]
     gradient = reference.backward(
         np.ones((2, 1)), x, epsilon=0.0, mask=[False, False], fallback=([1.0], [4.0])
     )
     assert gradient.x.tolist() == [[0.5], [0.5]]
+
+
+def test_a_mask_without_the_last_axis_counts_per_channel() -> None:
+    x = np.array([[[1.0, 3.0], [5.0, 7.0]], [[9.0, 11.0], [2.0, 4.0]]])  # (samples, channels, time)
+    result = reference.forward(x, axis=1, mask=[[True, False], [True, True]])
+    assert result.count.tolist() == [4, 2]
+    assert result.mean.tolist() == [6.0, 3.0]
+    assert result.variance.tolist() == [17.0, 1.0]

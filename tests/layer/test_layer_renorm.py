@@ -92,12 +92,25 @@ def test_one_value_per_channel_moves_the_means_only() -> None:
     assert changed == {"moving_mean", "renorm_mean"}
 
 
-@pytest.mark.parametrize("clipping", [{"rmax": 1.0, "rmin": 2.0}, {"dmax": -1.0}, {"max": 1.0}])
-def test_impossible_limits(clipping: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    ("clipping", "problem"),
+    [
+        ({"max": 1.0}, "Received invalid keys in the renorm_clipping of BatchNormalization"),
+        ({"max": None}, "Received invalid keys in the renorm_clipping of BatchNormalization"),
+        (
+            {"rmax": 1.0, "rmin": 2.0},
+            "In the renorm_clipping of BatchNormalization rmax should be rmin or more",
+        ),
+        (
+            {"dmax": -1.0},
+            "In the renorm_clipping of BatchNormalization dmax should be non-negative",
+        ),
+    ],
+)
+def test_impossible_limits(clipping: dict[str, float | None], problem: str) -> None:
     with pytest.raises(OptionError) as caught:
         BatchNormalization(renorm=True, renorm_clipping=clipping)
     assert str(caught.value) == (
-        "The renorm_clipping of BatchNormalization limits the correction r, d. Expected: rmin and "
-        "rmax with rmin <= rmax, and dmax of 0 or more; each may be missing. "
-        f"Received: {clipping!r}."
+        f"{problem}. Expected: rmin and rmax with rmin <= rmax, and dmax of 0 or more; each may be "
+        f"missing. Received: {clipping!r}."
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import pytest
 from layer_cases import EPSILON, array, error, tensor
 
 from truenorm import BatchNormalization
@@ -60,11 +61,24 @@ def case(*, masked: bool) -> dict[str, Any]:
     return given
 
 
-def test_two_replicas_are_as_one(tmp_path: pathlib.Path) -> None:
-    cases = [case(masked=False), case(masked=True)]
+def masked_by_channel() -> dict[str, Any]:
+    """Channels first; one of them has no value on one of the replicas."""
+    given = case(masked=False) | {"axis": 1}
+    rng = np.random.default_rng(1)
+    given["gamma"], given["beta"] = (rng.uniform(0.5, 2, 6).astype("float32") for _ in range(2))
+    given["mask"] = rng.random((8, 6)) < 0.7
+    given["mask"][SPLIT:, 2] = False
+    return given
+
+
+@pytest.mark.parametrize(
+    "cases", [[case(masked=False), case(masked=True)], [masked_by_channel()]], ids=["rows", "keras"]
+)
+def test_two_replicas_are_as_one(cases: list[dict[str, Any]], tmp_path: pathlib.Path) -> None:
     for given, found in zip(cases, run(tmp_path, cases), strict=True):
         x, gamma = given["x"], given["gamma"]
-        options: dict[str, Any] = {"axis": -1, "epsilon": EPSILON, "mask": given.get("mask")}
+        axis = given.get("axis", -1)
+        options: dict[str, Any] = {"axis": axis, "epsilon": EPSILON, "mask": given.get("mask")}
         forward = reference.forward(x, gamma, given["beta"], **options)
         backward = reference.backward(given["gradient"], x, gamma, **options)
 
@@ -80,7 +94,7 @@ def test_two_replicas_are_as_one(tmp_path: pathlib.Path) -> None:
             if "collectives" in part:
                 assert part["collectives"].tolist() == [1, 1]
             if "fitted" in part:
-                assert error(part["fitted"], reference.forward(x).variance) < 1e-6
+                assert error(part["fitted"], reference.forward(x, axis=axis).variance) < 1e-6
 
 
 def test_alone_it_is_the_plain_layer() -> None:

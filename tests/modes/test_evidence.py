@@ -10,6 +10,7 @@ import pytest
 
 import truenorm as tn
 from truenorm._kernels import reference
+from truenorm._modes import evidence
 from truenorm._modes.evidence import statistics_of
 
 registered = keras.saving.register_keras_serializable("evidence")
@@ -169,11 +170,14 @@ def judged(numbers: dict[str, Any], outputs: Any, axis: int = -1, dtype: str = "
 
 
 @pytest.mark.parametrize("axis", [-1, 1])
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_output_shows_which_normalisation_it_is(axis: int, masked: bool) -> None:
+@pytest.mark.parametrize("masked", [None, "without_channels", "keras", "silent_channel"])
+def test_the_output_shows_which_normalisation_it_is(axis: int, masked: str | None) -> None:
     generator = np.random.default_rng(1)
     x = generator.normal(2, 3, (6, 5, 4)).astype("float32")
-    mask = generator.random(np.delete(x.shape, axis)) < 0.5 if masked else None
+    rows = np.delete(x.shape, axis if masked == "without_channels" else -1)
+    mask = None if masked is None else generator.random(rows) < 0.5
+    if masked == "silent_channel":
+        mask[:, 1] = False
     numbers = numbers_of(x, mask, axis)
     gamma, beta = numbers["gamma"], numbers["beta"]
     options: dict[str, Any] = {"axis": axis, "epsilon": 1e-3}
@@ -184,6 +188,36 @@ def test_the_output_shows_which_normalisation_it_is(axis: int, masked: bool) -> 
     assert judged(numbers, 0.5 * batch + 0.5 * moving, axis) == "neither"
     assert judged(numbers, x, axis) == "neither"
     assert judged(numbers, batch[:1], axis) == "neither"
+
+
+def test_of_many_values_a_few_channels_tell_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "MOST_VALUES", 60)
+    generator = np.random.default_rng(1)
+    x = generator.normal(2, 3, (6, 5, 5)).astype("float32")
+    mask = generator.random((6, 5)) < 0.5
+    mask[:, 0] = False
+    numbers = numbers_of(x, mask, 1)
+    batch = reference.forward(x, numbers["gamma"], numbers["beta"], axis=1, mask=mask).output
+    batch[:, 3:] = 0  # not looked at
+    assert judged(numbers, batch, 1) == "batch"
+
+
+def test_a_mask_that_lets_nothing_count_or_does_not_fit_tells_nothing() -> None:
+    x = np.random.default_rng(1).normal(2, 3, (6, 5, 4)).astype("float32")
+    batch = reference.forward(x).output
+    assert judged(numbers_of(x, np.zeros((6, 5), bool)), batch) == "unknown"
+    assert judged(numbers_of(x, np.ones((6, 4), bool)), batch) == "unknown"
+
+
+@pytest.mark.parametrize("kind", [Same, Forced])
+def test_a_mask_of_samples_and_channels(kind: Any) -> None:
+    x = np.random.default_rng(1).normal(2, 3, (8, 3, 4)).astype("float32")
+    x[:, 1], x[2:5, 0] = 0, 0
+    inputs = keras.Input((3, 4))
+    model = keras.Model(inputs, kind(axis=1, name="bn")(keras.layers.Masking()(inputs)))
+    with tn.observe(model) as seen:
+        model(x, training=True)
+    assert seen.modes["bn"].statistics == ("batch" if kind is Same else "moving")
 
 
 def test_what_rounding_could_explain_is_unknown() -> None:

@@ -29,11 +29,11 @@ import keras
 from truenorm._kernels.contract import (
     Normalized,
     Options,
-    Scalar,
     Tensor,
     Vector,
     statistics_dtype,
 )
+from truenorm._kernels.masks import by_channel, silent
 
 ops: Any = keras.ops
 
@@ -51,15 +51,13 @@ def normalize(
 ) -> Normalized:
     """See :mod:`truenorm._kernels`; with ``gather``, of the batches of all replicas together."""
     channel = options.axis % len(x.shape)
-    if options.mask is not None:
-        valid = ops.expand_dims(ops.cast(options.mask, "bool"), channel)
-        options = options._replace(mask=valid)
     result = normalize_apart(x, gamma, beta, options, (channel,), gather=gather)
+    each = options.mask is not None and by_channel(options.mask, channel)
     return Normalized(
         result.output,
         ops.reshape(result.mean, [-1]),
         ops.reshape(result.variance, [-1]),
-        ops.reshape(result.count, []),
+        ops.reshape(result.count, [-1] if each else []),
     )
 
 
@@ -74,27 +72,15 @@ def normalize_apart(
 ) -> Normalized:
     """Statistics for each index of the axes ``kept``, of which the last holds the channels.
 
-    The mask has a shape that stretches to that of ``x``, of size 1 for the channels; the statistics
-    and their count come in shapes that stretch to that of ``x``, too.
+    The statistics and their count come in shapes that stretch to that of ``x``.
     """
     _, epsilon, valid, moving, relu = options
     dtype = statistics_dtype(x.dtype)
     values = ops.cast(x, dtype)
     reduced = [a for a in range(len(x.shape)) if a not in kept]
-    shape = ops.shape(x)
     broadcast = [1] * len(x.shape)
-    broadcast[kept[-1]] = shape[kept[-1]]
-
-    if valid is None:
-        rows = 1
-        for a in reduced:
-            rows = rows * shape[a]
-        count = ops.cast(rows, dtype)
-    else:
-        row_shape = list(shape)
-        row_shape[kept[-1]] = 1
-        valid = ops.broadcast_to(valid, row_shape)
-        count = ops.sum(ops.cast(valid, dtype), axis=reduced, keepdims=True)
+    broadcast[kept[-1]] = ops.shape(x)[kept[-1]]
+    valid, count = _counted(x, valid, kept[-1], reduced, dtype)
     share = 1.0 / ops.where(count > 0, count, 1.0)
 
     def average(terms: Tensor) -> Tensor:
@@ -123,6 +109,8 @@ def normalize_apart(
         variance = ops.where(count > 0, variance, given_variance)
 
     scale = ops.rsqrt(variance + epsilon)
+    if valid is not None and by_channel(valid, kept[-1]):
+        scale = ops.where(silent(count, kept[-1]), 0.0, scale)
     if gamma is not None:
         scale = scale * ops.reshape(ops.cast(gamma, dtype), broadcast)
     output = (deviations - delta) * scale
@@ -136,19 +124,38 @@ def normalize_apart(
     )
 
 
+def _counted(
+    x: Tensor, mask: Tensor | None, channel: int, reduced: list[int], dtype: str
+) -> tuple[Tensor | None, Tensor]:
+    """The mask, stretched over the axes that are reduced, and how many values count."""
+    shape = list(ops.shape(x))
+    if mask is None:
+        rows = 1
+        for a in reduced:
+            rows = rows * shape[a]
+        return None, ops.cast(rows, dtype)
+    if not by_channel(mask, channel):
+        shape[channel] = 1
+    mask = ops.broadcast_to(mask, shape)
+    count = ops.sum(ops.cast(mask, "int32"), axis=reduced, keepdims=True)
+    return mask, ops.cast(count, dtype)
+
+
 def _merged(
-    count: Scalar, shift: Vector, delta: Vector, variance: Vector, gather: Gather
+    count: Tensor, shift: Tensor, delta: Tensor, variance: Tensor, gather: Gather
 ) -> tuple[Tensor, ...]:
     """Count, shift, delta and variance of all replicas together; one collective."""
-    shape = ops.shape(delta)
-    vectors = (ops.reshape(part, [-1]) for part in (count, shift, delta, variance))
-    rows = gather(ops.concatenate(list(vectors)))
-    counts, parts = rows[:, :1], ops.reshape(rows[:, 1:], [rows.shape[0], 3, -1])
-    total = ops.sum(counts)
+    shape, own = ops.shape(delta), ops.reshape(count, [-1])
+    vectors = (ops.reshape(part, [-1]) for part in (shift, delta, variance))
+    rows, width = gather(ops.concatenate([own, *vectors])), ops.shape(own)[0]
+    counts, parts = rows[:, :width], ops.reshape(rows[:, width:], [rows.shape[0], 3, -1])
+    total = ops.sum(counts, axis=0)
     weights = counts / ops.where(total > 0, total, 1.0)
     shifts, deltas, variances = parts[:, 0], parts[:, 1], parts[:, 2]
     shift = ops.stop_gradient(ops.sum(weights * shifts, axis=0))
     offsets = (ops.stop_gradient(shifts) - shift) + deltas
     delta = ops.sum(weights * offsets, axis=0)
     variance = ops.sum(weights * (variances + ops.square(offsets - delta)), axis=0)
-    return total, *(ops.reshape(part, shape) for part in (shift, delta, variance))
+    return ops.reshape(total, ops.shape(count)), *(
+        ops.reshape(part, shape) for part in (shift, delta, variance)
+    )

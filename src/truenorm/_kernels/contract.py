@@ -46,10 +46,11 @@ class Options(NamedTuple):
     Args:
         axis: Which axis holds the channels; all the others are reduced.
         epsilon: Added to the variance, in units of ``x`` squared.
-        mask: Booleans in the shape of ``x`` without its channel axis (axes of size 1 stretch), or
+        mask: Booleans of the rank of ``x``, each axis of its size or 1 (``masks.aligned``), or
             None. False: the value does not count in the statistics. It is normalised all the same.
-        moving: A layer's moving statistics, or None. They normalise if the mask leaves no value;
-            and a kernel to which it costs nothing moves them (``Normalized.moved``).
+        moving: A layer's moving statistics, or None. They normalise a channel of which the mask
+            leaves no value; and a kernel to which it costs nothing moves them
+            (``Normalized.moved``).
         relu: Whether negative outputs become 0, in the same pass where the backend can.
     """
 
@@ -68,7 +69,8 @@ class Normalized(NamedTuple):
         mean: Mean per channel, :func:`statistics_dtype`; no gradient. None where the step has been
             taken in memory.
         variance: Population (biased) variance per channel, as ``mean``.
-        count: Number of values per channel that the statistics are of.
+        count: Number of values per channel that the statistics are of: one number, or one for
+            each channel where the mask differs between channels.
         batches: Number of (ghost) batches that the statistics are the average of.
         moved: Where the kernel has taken the step, by the rules of ``_layer/moving_average.py``:
             the moving mean and variance after it, or nothing if they lie where those before it lay.
@@ -78,8 +80,8 @@ class Normalized(NamedTuple):
     output: Tensor
     mean: Vector
     variance: Vector
-    count: Scalar
-    batches: Scalar = 1
+    count: Scalar | Vector
+    batches: Scalar | Vector = 1
     moved: tuple[Vector, ...] | None = None
 
 

@@ -18,6 +18,7 @@ import keras
 
 from truenorm._kernels.composite import normalize_apart
 from truenorm._kernels.contract import Kernel, Moving, Normalized, Options, Scalar, Tensor, Vector
+from truenorm._kernels.masks import by_channel
 
 ops: Any = keras.ops
 
@@ -39,13 +40,15 @@ def normalize_ghosts(
     """
     mask, moving = options.mask, options.moving
     channel = options.axis % len(x.shape)
+    several = mask is not None and by_channel(mask, channel)
     samples, *inner = ops.shape(x)
     static = isinstance(samples, int)
     groups = max(1, samples // size) if static else ops.maximum(1, samples // size)
     if each is not None and static and samples % groups == 0 and groups <= MOST_CALLS:
         fallback = None if moving is None else Moving(moving.mean, moving.variance)
         options = options._replace(axis=channel, moving=fallback)
-        return _one_by_one(each, groups, x, gamma, beta, options)
+        output, ghosts = _one_by_one(each, groups, x, gamma, beta, options)
+        return Normalized(output, *_pooled(ghosts, groups, several))
     rows = -(-samples // groups)
     padding = rows * groups - samples
 
@@ -56,16 +59,16 @@ def normalize_ghosts(
 
     valid = None
     if mask is not None or not static or padding:
-        row_shape = [samples, *inner]
-        row_shape[channel] = 1
-        given = ops.ones(row_shape, "bool") if mask is None else ops.expand_dims(mask, channel)
-        given = ops.broadcast_to(ops.cast(given, "bool"), row_shape)
+        stretched = [samples, *inner]
+        if not several:
+            stretched[channel] = 1
+        given = ops.broadcast_to(True if mask is None else mask, stretched)
         inside = ops.reshape(ops.arange(rows * groups) < samples, [rows, groups, *[1] * len(inner)])
         valid = ops.logical_and(split(given), inside)
     options = options._replace(mask=valid)
     result = normalize_apart(split(x), gamma, beta, options, (1, channel + 1))
     output = ops.reshape(result.output, [rows * groups, *inner])[:samples]
-    return Normalized(output, *_pooled(result, groups))
+    return Normalized(output, *_pooled(result[1:4], groups, several))
 
 
 def _one_by_one(
@@ -75,15 +78,17 @@ def _one_by_one(
     gamma: Vector | None,
     beta: Vector | None,
     options: Options,
-) -> Normalized:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The output, and mean, variance and count of each ghost batch."""
+
     def split(values: Tensor) -> list[Tensor]:
         samples, *inner = ops.shape(values)
         return ops.unstack(ops.reshape(values, [samples // groups, groups, *inner]), groups, 1)
 
     masks = [None] * groups
     if options.mask is not None:
-        shape = list(ops.shape(x))
-        del shape[options.axis]
+        shape = list(ops.shape(options.mask))
+        shape[0] = ops.shape(x)[0]
         masks = split(ops.broadcast_to(options.mask, shape))
     parts = [
         each(part, gamma, beta, options._replace(mask=mask))
@@ -91,23 +96,31 @@ def _one_by_one(
     ]
     output = ops.reshape(ops.stack([part.output for part in parts], 1), ops.shape(x))
     dtype = parts[0].mean.dtype
-    mean, variance, count = (
+    return output, tuple(
         ops.reshape(ops.stack([ops.cast(value, dtype) for value in values]), [1, groups, -1])
         for values in zip(*(part[1:4] for part in parts), strict=True)
     )
-    return Normalized(output, *_pooled(Normalized(output, mean, variance, count), groups))
 
 
-def _pooled(ghosts: Normalized, groups: Scalar) -> tuple[Vector, Vector, Scalar, Scalar]:
-    """Mean, variance, count, and number of ghost batches with values, over all of them."""
-    ones = ops.ones([1, groups, *[1] * (len(ghosts.mean.shape) - 2)], ghosts.mean.dtype)
-    counts = ghosts.count * ones
-    total = ops.sum(counts)
-    weights = counts / ops.where(total > 0, total, 1.0)
+def _pooled(
+    ghosts: tuple[Tensor, ...], groups: Scalar, several: bool
+) -> tuple[Vector, Vector, Scalar | Vector, Scalar | Vector]:
+    """Mean, variance, count, and number of ghost batches with values, over all of them.
+
+    The latter two may be ``several``: one for each channel.
+    """
+    mean, variance, count = ghosts
+    counts = count * ops.ones([1, groups, *[1] * (len(mean.shape) - 2)], mean.dtype)
+    total = ops.sum(counts, axis=1)
+    weights = counts / ops.where(total > 0, total, 1.0)[:, None]
+
+    def total_of(terms: Tensor) -> Tensor:
+        return ops.sum(ops.where(counts > 0, weights * terms, 0.0), axis=1, keepdims=True)
 
     def average(statistic: Tensor) -> Vector:
-        terms = ops.where(counts > 0, weights * statistic, 0.0)
-        return ops.reshape(ops.sum(terms, axis=1), [-1])
+        first = total_of(statistic)
+        return ops.reshape(first + total_of(statistic - first), [-1])  # what rounding took from it
 
-    filled = ops.sum(ops.cast(counts > 0, counts.dtype))
-    return average(ghosts.mean), average(ghosts.variance), total, filled
+    filled = ops.sum(ops.cast(counts > 0, counts.dtype), axis=1)
+    numbers = (ops.reshape(value, [-1] if several else []) for value in (total, filled))
+    return average(mean), average(variance), *numbers

@@ -36,17 +36,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from truenorm._kernels.masks import lacking
+
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Forward:
-    """Output and statistics of one training batch; ``count`` is 0 where nothing was counted."""
+    """Output and statistics of one training batch, and how many values of each channel counted."""
 
     output: Array
     mean: Array
     variance: Array
-    count: float
+    count: Array
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,24 @@ def forward(
     mask: Any = None,
     fallback: tuple[Any, Any] | None = None,
 ) -> Forward:
-    """Normalise with the batch's statistics, or with ``fallback`` where no value counts."""
+    """Normalise with the batch's statistics, or with ``fallback`` if no value counts.
+
+    A mask is Keras's, or in the shape of ``x`` without its channel axis, or in that of ``x``: see
+    ``masks.py``.
+    """
     rows, weights = _rows(x, axis, mask)
-    count = float(weights.sum())
-    if count > 0:
-        mean = (weights * np.where(weights > 0, rows, 0)).sum(axis=0) / count
-        deviations = np.where(weights > 0, rows - mean, 0)
-        variance = (weights * deviations**2).sum(axis=0) / count
-    elif fallback is not None:
-        mean, variance = (np.asarray(value, np.float64) for value in fallback)
-    else:
-        mean = variance = np.zeros(rows.shape[1])
-    output = infer(x, mean, variance, gamma, beta, axis=axis, epsilon=epsilon)
+    count = weights.sum(axis=0)
+    share = 1 / np.maximum(count, 1)
+    mean = np.where(weights > 0, rows, 0).sum(axis=0) * share
+    variance = np.square(np.where(weights > 0, rows - mean, 0)).sum(axis=0) * share
+    if fallback is not None:
+        mean, variance = (
+            np.where(count > 0, own, np.asarray(given, np.float64))
+            for own, given in zip((mean, variance), fallback, strict=True)
+        )
+    # A channel without a value, in a batch that has some, gives beta.
+    spread = np.where((count == 0) & count.any(), np.inf, variance)
+    output = infer(x, mean, spread, gamma, beta, axis=axis, epsilon=epsilon)
     return Forward(output, mean, variance, count)
 
 
@@ -98,15 +106,15 @@ def backward(
     g, _ = _rows(gradient, axis, None)
     batch = forward(x, axis=axis, epsilon=epsilon, mask=mask, fallback=fallback)
     mean, variance, count = batch.mean, batch.variance, batch.count
-    r = 1 / np.sqrt(variance + epsilon)
+    r = np.where((count == 0) & count.any(), 0, 1 / np.sqrt(variance + epsilon))
     scale = r if gamma is None else r * np.asarray(gamma, np.float64)
     deviations = rows - mean
     dx = scale * g
-    if count > 0:
-        d_variance = -0.5 * scale * r**2 * (g * deviations).sum(axis=0)
-        d_mean = -scale * g.sum(axis=0)
-        through = 2 * deviations / count * d_variance + d_mean / count
-        dx = dx + np.where(weights > 0, through, 0)
+    share = 1 / np.maximum(count, 1)
+    d_variance = -0.5 * scale * r**2 * (g * deviations).sum(axis=0)
+    d_mean = -scale * g.sum(axis=0)
+    through = 2 * deviations * share * d_variance + d_mean * share
+    dx = dx + np.where(weights > 0, through, 0)
     return Gradients(
         _unrows(dx, x, axis), (g * deviations).sum(axis=0) * r, np.asarray(g.sum(axis=0))
     )
@@ -140,12 +148,17 @@ def moving(old: Any, batch: Any, momentum: float) -> Array:
 
 
 def _rows(x: Any, axis: int, mask: Any) -> tuple[Array, Array]:
-    """The values as (n, channels), and as (n, 1) whether each row counts."""
-    last = np.moveaxis(np.asarray(x, np.float64), axis, -1)
-    weights = np.ones(last.shape[:-1])
+    """The values as (n, channels), and in the same shape whether each of them counts."""
+    values = np.asarray(x, np.float64)
+    weights = np.ones_like(values)
     if mask is not None:
-        weights = weights * np.asarray(mask, bool)
-    return last.reshape(-1, last.shape[-1]), weights.reshape(-1, 1)
+        counts = np.asarray(mask, bool)
+        if counts.ndim < values.ndim:
+            counts = np.expand_dims(counts, lacking(counts.shape, values.shape, axis)[0])
+        weights *= counts
+    last = (np.moveaxis(array, axis, -1) for array in (values, weights))
+    rows, weights = (array.reshape(-1, array.shape[-1]) for array in last)
+    return rows, weights
 
 
 def _unrows(rows: Array, x: Any, axis: int) -> Array:

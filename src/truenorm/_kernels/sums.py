@@ -40,7 +40,8 @@ from typing import Any
 
 import keras
 
-from truenorm._kernels.contract import Scalar, Tensor, statistics_dtype
+from truenorm._kernels.contract import Scalar, Tensor, Vector, statistics_dtype
+from truenorm._kernels.masks import aligned, by_channel
 
 if keras.config.backend() == "jax":
     from truenorm._kernels.jax.sums import (
@@ -104,19 +105,26 @@ SHARE = 16
 """The shift is the mean of one value in so many."""
 
 
-def batch_sums(x: Tensor, *, axis: int, mask: Tensor | None = None) -> tuple[Scalar, Tensor]:
-    """Count (an integer scalar) and, per channel, shift, S and Q: float64 of shape (3, channels).
+def batch_sums(
+    x: Tensor, *, axis: int, mask: Tensor | None = None
+) -> tuple[Scalar | Vector, Tensor]:
+    """Count and, per channel, shift, S and Q: float64 of shape (3, channels).
 
     Args:
         x: Values, floating point, any rank from 2.
         axis: Which axis holds the channels.
-        mask: Booleans in the shape of ``x`` without its channel axis, or None. False: the value
-            does not count.
+        mask: A mask as the layer takes it, or None. False: the value does not count.
+
+    Returns:
+        The count, an integer scalar, or one for each channel where the mask may differ between
+        them (``masks.by_channel``); and the sums.
     """
     dtype = statistics_dtype(x.dtype)
     if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
         x = ops.cast(x, dtype)
     rank = len(x.shape)
+    if mask is not None:
+        mask = ops.moveaxis(aligned(mask, x, axis), axis, -1)
     if axis % rank != rank - 1:
         x = ops.moveaxis(x, axis, -1)
     shape = ops.shape(x)
@@ -127,8 +135,11 @@ def batch_sums(x: Tensor, *, axis: int, mask: Tensor | None = None) -> tuple[Sca
         drawn = ops.maximum(ops.cast(ops.shape(sample)[0], dtype), 1.0)
         shift = ops.sum(sample, axis=0) / drawn
     else:
-        valid = ops.reshape(ops.broadcast_to(ops.cast(mask, "bool"), shape[:-1]), (-1, 1))
-        count = ops.sum(ops.cast(valid, "int32"))
+        several = by_channel(mask, -1)
+        width = shape[-1] if several else 1
+        valid = ops.reshape(ops.broadcast_to(mask, (*shape[:-1], width)), (-1, width))
+        count = ops.sum(ops.cast(valid, "int32"), axis=0)
+        count = count if several else count[0]
         some = ops.cast(ops.maximum(count, 1), dtype)
         shift = ops.sum(ops.where(valid, ops.cast(rows, dtype), 0.0), axis=0) / some
         rows = ops.where(valid, ops.cast(rows, dtype), shift)  # no deviation: adds nothing

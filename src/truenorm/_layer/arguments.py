@@ -17,7 +17,7 @@ def check_average(momentum: Any, epsilon: Any) -> None:
     """Refuse a momentum that is no weight, and an epsilon below 0."""
     if momentum is not None and not 0 <= momentum <= 1:
         raise OptionError(
-            "The momentum of BatchNormalization is the weight of the old moving statistics",
+            "`momentum` must be the weight of the old moving statistics of BatchNormalization",
             expected="a number from 0 to 1, or None for the mean over all batches",
             received=repr(momentum),
         )
@@ -31,12 +31,19 @@ def check_average(momentum: Any, epsilon: Any) -> None:
 
 def check_renorm(renorm: bool, clipping: Mapping[str, float | None] | None) -> None:
     """Refuse limits of the correction that are unknown or contradict each other."""
+    if not renorm:
+        return
     given = {name: value for name, value in (clipping or {}).items() if value is not None}
-    lowest, highest = given.get("rmin", 0.0), given.get("rmax", float("inf"))
-    fits = set(given) <= set(_CLIPPING) and lowest <= highest and given.get("dmax", 0.0) >= 0
-    if renorm and not fits:
+    problem = None
+    if not set(clipping or {}) <= set(_CLIPPING):
+        problem = "Received invalid keys in the renorm_clipping of BatchNormalization"
+    elif given.get("rmin", 0.0) > given.get("rmax", float("inf")):
+        problem = "In the renorm_clipping of BatchNormalization rmax should be rmin or more"
+    elif given.get("dmax", 0.0) < 0:
+        problem = "In the renorm_clipping of BatchNormalization dmax should be non-negative"
+    if problem is not None:
         raise OptionError(
-            "The renorm_clipping of BatchNormalization limits the correction r, d",
+            problem,
             expected="rmin and rmax with rmin <= rmax, and dmax of 0 or more; each may be missing",
             received=repr(clipping),
         )

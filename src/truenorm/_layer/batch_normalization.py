@@ -8,8 +8,9 @@ from typing import Any, cast
 import keras
 
 from truenorm import _kernels as kernels
-from truenorm._errors import DataError, OptionError
+from truenorm._errors import OptionError
 from truenorm._kernels import Normalized, Options, Tensor, Vector
+from truenorm._kernels.masks import aligned
 from truenorm._layer.arguments import (
     FreezePolicy,
     check_average,
@@ -89,8 +90,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         inputs: Tensor of any numeric dtype, rank 2 or more.
         training: Whether the batch's statistics normalise (and move the moving statistics).
             ``fit`` passes True, ``evaluate`` and ``predict`` False; a bare call means False.
-        mask: Optional booleans in the shape of ``inputs`` without the channel axis; where False,
-            the value does not count in the batch's statistics.
+        mask: Optional booleans; where False, the value does not count in the batch's statistics.
+            As all masks of Keras it has the shape of ``inputs`` without the last axis, whatever
+            ``axis`` is: with ``axis=1``, a mask (N, C) of inputs (N, C, T) excludes values per
+            sample and channel. A mask that does not fit so may have the shape of ``inputs``
+            without the channel axis. Axes of size 1 stretch. In inference mode it decides nothing.
 
     Returns:
         A tensor of the shape of ``inputs``, in the layer's compute dtype.
@@ -293,7 +297,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Normalise with the batch's or the moving statistics; see the class."""
-        self._check_mask(inputs, mask)
         if training and self.trainable and self._policy != "statistics":
             return self._normalize_batch(inputs, mask)
         return self._activate(self._normalize_moving(inputs))
@@ -320,7 +323,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         options = Options(
             axis=self.axis,
             epsilon=self.epsilon,
-            mask=mask,
+            mask=None if mask is None else aligned(mask, inputs, self.axis, where=self.path),
             moving=kernels.Moving(mean, variance, momentum, self.bessel_correction),
             relu=rectifies,
         )
@@ -366,35 +369,16 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return kernels.normalize_synchronized if self.synchronized else kernels.normalize
 
     def _renormalize(self, batch: Normalized, gamma: Vector | None, beta: Vector | None) -> Tensor:
-        r"""Batch renormalization: :math:`(\hat x r + d) \gamma + \beta`."""
+        r"""Batch renormalization: :math:`\hat x (r \gamma) + (d \gamma + \beta)`."""
+        scale, offset = self._renorm().correction(batch)
+        if gamma is not None:
+            gamma = ops.cast(gamma, scale.dtype)
+            scale, offset = scale * gamma, offset * gamma
+        if beta is not None:
+            offset = offset + ops.cast(beta, offset.dtype)
         shape = [1] * len(batch.output.shape)
         shape[self.axis] = -1
-        r, d = (ops.reshape(part, shape) for part in self._renorm().correction(batch))
-        output = batch.output * r + d
-        if gamma is not None:
-            output = output * ops.reshape(ops.cast(gamma, output.dtype), shape)
-        if beta is not None:
-            output = output + ops.reshape(ops.cast(beta, output.dtype), shape)
-        return output
+        return batch.output * ops.reshape(scale, shape) + ops.reshape(offset, shape)
 
     def _activate(self, output: Tensor) -> Tensor:
         return output if self.activation is None else self.activation(output)
-
-    def _check_mask(self, inputs: Tensor, mask: Tensor | None) -> None:
-        if mask is None:
-            return
-        shape = cast(list[int | None], list(inputs.shape))
-        channel = self.axis % len(shape)
-        expected = shape[:channel] + shape[channel + 1 :]
-        received = list(mask.shape)
-        fits = len(received) == len(expected) and all(
-            have in (want, 1, None) or want is None
-            for have, want in zip(received, expected, strict=True)
-        )
-        if not fits:
-            raise DataError(
-                "The mask does not fit the input of BatchNormalization",
-                where=self.path,
-                expected=f"shape {tuple(expected)}, that of the input without axis {self.axis}",
-                received=f"shape {tuple(received)} for an input of shape {tuple(shape)}",
-            )

@@ -21,7 +21,17 @@ from typing import Any
 
 import keras
 
-from truenorm._kernels import Normalized, Scalar, Tensor, Variable, Vector, blend, isfinite, where
+from truenorm._kernels import (
+    Normalized,
+    Scalar,
+    Tensor,
+    Variable,
+    Vector,
+    blend,
+    isfinite,
+    statistics_dtype,
+    where,
+)
 from truenorm._layer.renorm import Renorm
 
 ops: Any = keras.ops
@@ -75,7 +85,7 @@ class MovingStatistics:
         """The weights of the old mean and variance in this step, whose batch is counted."""
         if self.seen is None:
             return self.momentum, self.momentum
-        seen = self.seen.value
+        seen = _wide(self.seen.value)
         counted = seen + ops.cast(ops.stack([some, enough]), seen.dtype)
         self.seen.assign(counted)
         of_mean, of_variance = (counted[i] - 1 for i in (0, 1))
@@ -88,11 +98,17 @@ class MovingStatistics:
 def move(variable: Variable, value: Vector, momentum: Scalar, enters: Tensor) -> Vector:
     """One step toward the value, in the channels where it enters; what the variable is then."""
     old = variable.value
-    if keras.backend.standardize_dtype(value.dtype) != variable.dtype:
-        value = ops.cast(value, variable.dtype)
+    if value.dtype != old.dtype:
+        old = _wide(old)
+        value = ops.cast(value, old.dtype)
     new = where(enters, blend(old, value, momentum), old)
     variable.assign(new)
     return new
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32 at least: PyTorch's ``model.half()`` makes 16-bit tensors of float32 variables."""
+    return ops.cast(values, statistics_dtype(values.dtype))
 
 
 def _unbiased(count: Scalar, batches: Scalar) -> Scalar:

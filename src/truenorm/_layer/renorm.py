@@ -54,11 +54,14 @@ class Renorm:
 
         They are 1 and 0 where the batch has no value: it is normalised with the moving statistics.
         """
-        deviation = self.deviation.value
+        # Their own dtype may be another: PyTorch's model.double() changes that of the tensors.
+        mean, deviation = (
+            ops.cast(variable.value, batch.mean.dtype) for variable in (self.mean, self.deviation)
+        )
         least = self.epsilon**0.5  # no division by zero early in training
         deviation = ops.where(deviation < least, least, deviation)
         r = self.deviation_of(batch.variance) / deviation
-        d = (batch.mean - self.mean.value) / deviation
+        d = (batch.mean - mean) / deviation
         r = _clip(r, self.clipping.get("rmin"), self.clipping.get("rmax"))
         most = self.clipping.get("dmax")
         d = _clip(d, None if most is None else -most, most)

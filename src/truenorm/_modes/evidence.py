@@ -17,6 +17,7 @@ import numpy as np
 
 from truenorm._keras_internals import moments_method
 from truenorm._kernels import reference
+from truenorm._kernels.masks import lacking
 from truenorm._kernels.run_time import tell, when_run
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.hooks import noted, put_in_place
@@ -120,12 +121,17 @@ def statistics_of(
     x, y, mask = (numbers[name] for name in ("inputs", "outputs", "mask"))
     if x.shape != y.shape:
         return "neither"
-    if not x.size or (mask is not None and mask.shape != tuple(np.delete(x.shape, axis))):
+    mask = _stretched(mask, x, axis)
+    if mask is None or not mask.any():
         return "unknown"
-    few = range(max(1, min(x.shape[axis], MOST_VALUES * x.shape[axis] // x.size)))
+    # Of a channel without a value that counts, the batch says nothing.
+    others = tuple(a for a in range(x.ndim) if a != axis % x.ndim)
+    channels = np.flatnonzero(mask.any(others))
+    few = channels[: max(1, MOST_VALUES * x.shape[axis] // x.size)]
     x, y = (np.take(array, few, axis).astype(np.float64) for array in (x, y))
+    mask = np.take(mask, few, axis)
     mean, variance, gamma, beta = (
-        None if numbers[name] is None else numbers[name][: len(few)].astype(np.float64)
+        None if numbers[name] is None else numbers[name][few].astype(np.float64)
         for name in ("mean", "variance", "gamma", "beta")
     )
     with np.errstate(all="ignore"):  # a number that is not finite makes it unknown
@@ -143,6 +149,16 @@ def statistics_of(
         if _apart(y, batch) <= near:
             return "batch"
         return "moving" if _apart(y, moving) <= near else "neither"
+
+
+def _stretched(mask: Any, x: Any, axis: int) -> Any:
+    """Whether each value counts, in the shape of the input; None if the mask does not fit it."""
+    if mask is None:
+        return np.ones(x.shape, bool)
+    lacks = lacking(mask.shape, x.shape, axis)
+    if not lacks:
+        return None
+    return np.broadcast_to(np.expand_dims(mask.astype(bool), lacks[0]), x.shape)
 
 
 def _apart(a: Any, b: Any) -> float:

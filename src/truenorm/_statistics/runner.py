@@ -27,6 +27,7 @@ from truenorm import _kernels as kernels
 from truenorm._errors import ModelError
 from truenorm._keras_internals import in_symbolic_scope, layers_in, stateless_scope
 from truenorm._kernels import sums as collecting
+from truenorm._kernels.masks import silent
 from truenorm._model.hooks import Wrapper, intercepted, patched, wrapped
 from truenorm._records.moments import Array
 from truenorm._records.population import Population
@@ -313,7 +314,7 @@ def _in_use(layer: Any, own: Any, count: Any, found: Any) -> tuple[Any, Any]:
     known = count > 0
     batch_mean = ops.where(known, batch_mean, ops.cast(moving_mean, dtype))
     batch_variance = ops.where(known, batch_variance, ops.cast(moving_variance, dtype))
-    return (
-        ops.where(given > 0, mean, batch_mean + mean * ops.sqrt(batch_variance)),
-        ops.where(given > 0, variance, batch_variance * variance),
-    )
+    scaled, shifted = batch_variance * variance, batch_mean + mean * ops.sqrt(batch_variance)
+    if len(count.shape) > 0:  # each channel has its own; a silent one gives beta
+        scaled = ops.where(silent(count, 0), np.inf, scaled)
+    return ops.where(given > 0, mean, shifted), ops.where(given > 0, variance, scaled)

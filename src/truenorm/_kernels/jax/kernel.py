@@ -27,6 +27,7 @@ from truenorm._kernels.contract import (
     statistics_dtype,
 )
 from truenorm._kernels.jax import native
+from truenorm._kernels.masks import by_channel, silent
 
 
 def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options) -> Normalized:
@@ -43,11 +44,12 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
         output, mean, variance = cast(Any, _normalize(epsilon, relu, rows, scale, offset))
         count = jnp.asarray(before * after, dtype)
     else:
-        shape = x.shape[:channel] + x.shape[channel + 1 :]
+        width = channels if by_channel(mask, channel) else 1
+        shape = (*x.shape[:channel], width, *x.shape[channel + 1 :])
         counts = jnp.broadcast_to(jnp.asarray(mask, bool), shape)
-        counts = counts.reshape((before, 1, after) if after != 1 else (before, 1))
+        counts = counts.reshape((before, width, after) if after != 1 else (before, width))
         output, mean, variance = _masked(epsilon, relu, rows, scale, offset, counts, moving)
-        count = counts.sum(dtype=dtype)
+        count = _count(counts, dtype) if width != 1 else _count(counts, dtype)[0]
     return Normalized(
         output.reshape(x.shape),
         jax.lax.stop_gradient(mean),
@@ -70,7 +72,7 @@ def _normalize(
 def _forward(epsilon: float, relu: bool, rows: Tensor, gamma: Vector, beta: Vector) -> Any:
     values = rows.astype(gamma.dtype)
     if native.takes(rows):
-        shift, delta, variance = _compiled_moments(rows, gamma.dtype)
+        shift, delta, variance = _compiled_moments(values, jax.lax.stop_gradient(rows))
     else:
         shift, delta, variance = closed_form.moments(_ROWS, values, _share(rows))
     rstd = jax.lax.rsqrt(variance + epsilon)
@@ -108,56 +110,65 @@ def _masked(
     moving: Moving | None,
 ) -> tuple[Tensor, Vector, Vector]:
     """Ordinary code but for the moments, so that forward mode is defined."""
-    shift, delta, variance = cast(Any, _masked_moments(rows, counts, gamma.dtype))
+    # Cast once: what reaches the rows in several ways is added in the wider type.
+    values = rows.astype(gamma.dtype)
+    shift, delta, variance = _masked_moments(values, jax.lax.stop_gradient(rows), counts)
+    count = _count(counts, gamma.dtype)
     if moving is not None:  # It normalises where nothing counts.
-        some = counts.any()
-        delta = jnp.where(some, delta, moving.mean.astype(gamma.dtype) - shift)
-        variance = jnp.where(some, variance, moving.variance.astype(gamma.dtype))
+        delta = jnp.where(count > 0, delta, moving.mean.astype(gamma.dtype) - shift)
+        variance = jnp.where(count > 0, variance, moving.variance.astype(gamma.dtype))
     rstd = jax.lax.rsqrt(variance + epsilon)
-    deviations = rows.astype(gamma.dtype) - _spread(shift, rows)
-    output = closed_form.forward(_ROWS, deviations, delta, rstd, gamma, beta)
+    if counts.shape[1] != 1:
+        rstd = jnp.where(silent(count, 0), 0, rstd)
+    output = closed_form.forward(_ROWS, values - _spread(shift, rows), delta, rstd, gamma, beta)
     output = output.astype(rows.dtype)
     return jax.nn.relu(output) if relu else output, shift + delta, variance
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _masked_moments(rows: Tensor, counts: Tensor, dtype: Any) -> Any:
-    if rows.ndim == 2 and native.takes(rows):
-        return native.moments(rows, counts[:, 0], dtype=dtype)
-    share = 1.0 / jnp.maximum(counts.sum(dtype=dtype), 1.0)
-    return tuple(closed_form.moments(_ROWS, rows.astype(dtype), share, counts))
+@jax.custom_jvp
+def _masked_moments(values: Tensor, rows: Tensor, counts: Tensor) -> Any:
+    """Those of the values that count; the rows are the same in the dtype of the input."""
+    if counts.shape[1:] == (1,) and native.takes(rows):
+        return native.moments(rows, counts[:, 0], dtype=values.dtype)
+    share = 1.0 / jnp.maximum(_count(counts, values.dtype), 1.0)
+    return tuple(closed_form.moments(_ROWS, values, share, counts))
 
 
 @_masked_moments.defjvp
-def _moving_masked_rows(dtype: Any, at: Any, tangents: Any) -> Any:
-    rows, counts = at
-    change = jnp.where(counts, tangents[0].astype(dtype), 0)
-    share = 1.0 / jnp.maximum(counts.sum(dtype=dtype), 1.0)
-    moments = cast(Any, _masked_moments(rows, counts, dtype))
-    return moments, _moments_move(rows, change, moments, share, counts)
+def _moving_masked_values(at: Any, tangents: Any) -> Any:
+    values, rows, counts = at
+    change = jnp.where(counts, tangents[0], 0)
+    share = 1.0 / jnp.maximum(_count(counts, values.dtype), 1.0)
+    moments = _masked_moments(values, rows, counts)
+    return moments, _moments_move(values, change, moments, share, counts)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _compiled_moments(rows: Tensor, dtype: Any) -> Any:
-    return native.moments(rows, dtype=dtype)
+@jax.custom_jvp
+def _compiled_moments(values: Tensor, rows: Tensor) -> Any:
+    return native.moments(rows, dtype=values.dtype)
 
 
 @_compiled_moments.defjvp
-def _moving_rows(dtype: Any, at: Any, tangents: Any) -> Any:
-    rows, change = at[0], tangents[0].astype(dtype)
-    moments = _compiled_moments(rows, dtype)
-    return moments, _moments_move(rows, change, moments, _share(rows), True)
+def _moving_values(at: Any, tangents: Any) -> Any:
+    values, rows = at
+    moments = _compiled_moments(values, rows)
+    return moments, _moments_move(values, tangents[0], moments, _share(rows), True)
 
 
 def _moments_move(
-    rows: Tensor, change: Tensor, moments: Any, share: Scalar, counts: Tensor
+    values: Tensor, change: Tensor, moments: Any, share: Scalar, counts: Tensor
 ) -> tuple[Vector, Vector, Vector]:
-    """How the moments change with the rows: all of the mean's change is in its correction."""
+    """How the moments change with the values: all of the mean's change is in its correction."""
     shift, delta, _ = moments
-    deviations = (rows.astype(change.dtype) - _spread(shift, rows)) - _spread(delta, rows)
+    deviations = (values - _spread(shift, values)) - _spread(delta, values)
     of_mean = _total(change) * share
     of_variance = 2 * _total(jnp.where(counts, deviations, 0) * change) * share
     return jnp.zeros_like(shift), of_mean, of_variance
+
+
+def _count(counts: Tensor, dtype: Any) -> Vector:
+    """How many values count in each channel, or in all of them alike."""
+    return counts.sum((0, 2)[: counts.ndim - 1], dtype="int32").astype(dtype)
 
 
 def _share(rows: Tensor) -> float:

@@ -28,6 +28,7 @@ from truenorm._kernels.contract import (
     Vector,
     statistics_dtype,
 )
+from truenorm._kernels.masks import by_channel
 from truenorm._kernels.tensorflow import native
 
 tf: Any = tensorflow
@@ -42,7 +43,8 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     dtype = statistics_dtype(x.dtype)
     compiled = native.takes(x)
     takes_moving = compiled and _same(dtype, moving)
-    if mask is not None and not (takes_moving and last):
+    plain = mask is None or (takes_moving and last and not by_channel(mask, channel))
+    if not plain:
         return composite.normalize(x, gamma, beta, options)
     scale = tf.ones(channels, dtype) if gamma is None else tf.cast(gamma, dtype)
     offset = tf.zeros(channels, dtype) if beta is None else tf.cast(beta, dtype)
@@ -53,7 +55,7 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     rows = tf.reshape(x, (before, channels) if flat else (before, channels, after))
     counts = tf.zeros(0, tf.bool)  # of size 0: all
     if mask is not None:
-        counts = tf.reshape(tf.broadcast_to(tf.cast(mask, tf.bool), shape[:-1]), [-1])
+        counts = tf.reshape(tf.broadcast_to(tf.squeeze(mask, -1), shape[:-1]), [-1])
     moves, momentum = (), None
     if moving is not None and takes_moving:
         moves, momentum = moving[:2], moving.momentum

@@ -19,12 +19,12 @@ import math
 from functools import lru_cache
 from typing import Any
 
-import keras
 import torch
 from torch import distributed
 
 from truenorm._kernels import composite
 from truenorm._kernels.contract import Normalized, Options, Scalar, Tensor, Vector
+from truenorm._kernels.masks import by_channel
 from truenorm._kernels.torch import native
 
 MOST_GROUPS = 32  # These three weigh time against digits.
@@ -48,14 +48,13 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     A compiler gets the composite, which it fuses; without the compiled passes so do masks, and
     batches of one value or none.
     """
-    if options.mask is not None:
-        options = options._replace(mask=keras.ops.convert_to_tensor(options.mask, "bool"))
     axis, epsilon, mask, moving, relu = options
-    if native.takes(x, gamma, beta, mask, *(moving[:2] if moving else ())):
+    several = mask is not None and by_channel(mask, axis)
+    if not several and native.takes(x, gamma, beta, mask, *(moving[:2] if moving else ())):
         if mask is None:
             return native.normalize(x, gamma, beta, options)
-        last = x.movedim(axis, -1).contiguous()
-        batch = native.normalize(last, gamma, beta, options._replace(axis=-1))
+        last, mask = (values.movedim(axis, -1).contiguous() for values in (x, mask))
+        batch = native.normalize(last, gamma, beta, options._replace(axis=-1, mask=mask))
         return batch._replace(output=batch.output.movedim(-1, axis))
     channels = x.shape[axis]
     count = x.numel() // max(channels, 1)
@@ -117,7 +116,11 @@ def infer(
     if not _has_native_kernels():
         return None
     dtype = torch.promote_types(x.dtype, torch.float32)
-    mean, variance = mean.to(dtype), variance.to(dtype)
+    # Copies: autograd keeps them, and a training step writes to the variables in place.
+    gamma, mean, variance = (
+        None if value is None else value.to(dtype, copy=differentiated)
+        for value in (gamma, mean, variance)
+    )
     try:
         if x.device.type == "cpu" and not _near_zero(mean, variance, epsilon):
             return None

@@ -75,12 +75,12 @@ def _batched(gradient: Tensor) -> bool:
 
 
 def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options) -> Normalized:
-    """See :mod:`truenorm._kernels`; a mask is of booleans, and the channels are last then."""
+    """See :mod:`truenorm._kernels`; with a mask the channels are last, and it is theirs alike."""
     axis, epsilon, mask, moving, relu = options
     x, layout = _dense(x, axis)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if mask is not None:
-        mask = mask.broadcast_to(x.shape[:-1]).contiguous()
+        mask = mask.squeeze(-1).broadcast_to(x.shape[:-1]).contiguous()
     writable = moving is not None and moving.momentum is not None and not in_stateless_scope()
     writable &= hasattr(torch.autograd.graph, "increment_version")
     if moving is not None:
@@ -91,7 +91,7 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     rows = torch.empty(6 if writable else 4, layout[1], dtype=wide, device="cpu")
     plan = Plan(layout, axis % x.dim(), epsilon, relu, rows, moving)
     output = _Normalize.apply(x, _wide(gamma, wide), _wide(beta, wide), mask, plan)
-    count = layout[0] * layout[2] if mask is None else mask.sum(dtype=wide)
+    count = layout[0] * layout[2] if mask is None else mask.sum().to(wide)
     if moving is None or not writable:
         return Normalized(output, rows[0], rows[1], count)
     # Not in forward, which checkpoints repeat.
@@ -169,7 +169,8 @@ class _Normalize(torch.autograd.Function):
         library.run("tn_forward", call)
         ctx.plan = plan[:4]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, gamma, beta, mask, plan.rows)
+        # Beta only for ReLU's derivative: an optimizer may change it before the backward pass.
+        ctx.save_for_backward(x, gamma, beta if plan.relu else None, mask, plan.rows)
         return output
 
     @staticmethod

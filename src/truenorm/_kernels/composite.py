@@ -89,7 +89,8 @@ def normalize_apart(
         rows = 1
         for a in reduced:
             rows = rows * shape[a]
-        count = ops.cast(rows, dtype)
+        # A product, because a symbol of PyTorch's would become a number in a cast.
+        count = ops.cast(rows, dtype) if ops.is_tensor(rows) else ops.ones((), dtype) * rows
     else:
         row_shape = list(shape)
         row_shape[kept[-1]] = 1

@@ -69,10 +69,8 @@ def _normalize(
 
 def _forward(epsilon: float, relu: bool, rows: Tensor, gamma: Vector, beta: Vector) -> Any:
     values = rows.astype(gamma.dtype)
-    if native.takes(rows):
-        shift, delta, variance = _compiled_moments(rows, gamma.dtype)
-    else:
-        shift, delta, variance = closed_form.moments(_ROWS, values, _share(rows))
+    moments = _compiled_moments if native.takes(rows) else _moments_of_all
+    shift, delta, variance = cast(Any, moments(rows, gamma.dtype))
     rstd = jax.lax.rsqrt(variance + epsilon)
     deviations = values - _spread(shift, rows)
     output = closed_form.forward(_ROWS, deviations, delta, rstd, gamma, beta)
@@ -123,7 +121,12 @@ def _masked(
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _masked_moments(rows: Tensor, counts: Tensor, dtype: Any) -> Any:
     if rows.ndim == 2 and native.takes(rows):
-        return native.moments(rows, counts[:, 0], dtype=dtype)
+        return native.moments(rows, counts[:, 0], dtype=dtype, plain=_moments_of_counted)
+    return _moments_of_counted(rows, counts, dtype)
+
+
+def _moments_of_counted(rows: Tensor, counts: Tensor, dtype: Any) -> Any:
+    counts = counts.reshape(rows.shape[0], 1, *counts.shape[2:])
     share = 1.0 / jnp.maximum(counts.sum(dtype=dtype), 1.0)
     return tuple(closed_form.moments(_ROWS, rows.astype(dtype), share, counts))
 
@@ -139,7 +142,11 @@ def _moving_masked_rows(dtype: Any, at: Any, tangents: Any) -> Any:
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _compiled_moments(rows: Tensor, dtype: Any) -> Any:
-    return native.moments(rows, dtype=dtype)
+    return native.moments(rows, dtype=dtype, plain=_moments_of_all)
+
+
+def _moments_of_all(rows: Tensor, dtype: Any) -> Any:
+    return tuple(closed_form.moments(_ROWS, rows.astype(dtype), _share(rows)))
 
 
 @_compiled_moments.defjvp

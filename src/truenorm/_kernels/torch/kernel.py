@@ -45,8 +45,8 @@ def blend(old: Vector, value: Vector, momentum: Scalar) -> Vector:
 def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options) -> Normalized:
     """See :mod:`truenorm._kernels`.
 
-    A compiler gets the composite, which it fuses; without the compiled passes so do masks, and
-    batches of one value or none.
+    Who watches the operations gets the composite, which a compiler fuses; without the compiled
+    passes so do masks, and batches of one value or none.
     """
     if options.mask is not None:
         options = options._replace(mask=keras.ops.convert_to_tensor(options.mask, "bool"))
@@ -64,7 +64,7 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
         or count < 2
         or not _has_native_kernels()
         or x.device.type not in ("cpu", "cuda")
-        or torch.compiler.is_compiling()
+        or native.watched(x, gamma, beta)
     ):
         return composite.normalize(x, gamma, beta, options)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -106,8 +106,7 @@ def infer(
         or x.device.type not in ("cpu", "cuda")
         or not x.dtype.is_floating_point
         or x.numel() == 0
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or native.watched(x, gamma, beta, mean, variance)
     ):
         return None
     given = (gamma, beta, mean, variance)
@@ -118,10 +117,7 @@ def infer(
         return None
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean, variance = mean.to(dtype), variance.to(dtype)
-    try:
-        if x.device.type == "cpu" and not _near_zero(mean, variance, epsilon):
-            return None
-    except RuntimeError:  # torch.func.vmap over the statistics, a tracer: no number to look at
+    if x.device.type == "cpu" and not _near_zero(mean, variance, epsilon):
         return None
     scale = _parameter(gamma, 1.0, channels, dtype, x.device)
     offset = _parameter(beta, 0.0, channels, dtype, x.device)

@@ -40,7 +40,7 @@ def total(terms: Tensor, axis: int) -> Tensor:
 
 
 def sums(terms: Tensor, axes: Sequence[int]) -> Tensor:
-    """The sum over some axes, which stay with size 1; other backends have good ones of their own."""
+    """The sum over some axes, which stay with size 1; the other backends have good sums."""
     if not ADDS_IN_SEQUENCE:
         return ops.sum(terms, axis=axes, keepdims=True)
     for axis in reversed(axes):

@@ -20,6 +20,7 @@ import tensorflow  # noqa: ICN001 - its types are wrong: it becomes Any
 
 from truenorm._kernels import composite
 from truenorm._kernels.contract import (
+    Kernel,
     Moving,
     Normalized,
     Options,
@@ -36,8 +37,10 @@ tf: Any = tensorflow
 
 def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options) -> Normalized:
     """See :mod:`truenorm._kernels`. Masks take the compiled passes, or else the composite."""
+    if isinstance(x, tf.RaggedTensor):
+        return _normalize_ragged(normalize, x, gamma, beta, options)
     axis, epsilon, mask, moving, relu = options
-    x = tf.convert_to_tensor(x)
+    x = _with_channels(tf.convert_to_tensor(x), axis, gamma, beta, moving)
     channel = axis % len(x.shape)
     channels, last = x.shape[channel], channel == len(x.shape) - 1
     dtype = statistics_dtype(x.dtype)
@@ -77,6 +80,30 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     )
 
 
+def _with_channels(
+    x: Tensor, axis: int, gamma: Vector | None, beta: Vector | None, moving: Moving | None
+) -> Tensor:
+    """The tensor, whose number of channels the weights know where its shape does not."""
+    if x.shape[axis] is None:
+        shape = x.shape.as_list()
+        weights = (gamma, beta, *(moving[:2] if moving else ()))
+        shape[axis] = next((w.shape[0] for w in weights if w is not None), None)
+        x = tf.ensure_shape(x, shape)
+    return x
+
+
+def _normalize_ragged(
+    kernel: Kernel, x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options
+) -> Normalized:
+    """Of the values that are there; the channels are an axis of equal lengths."""
+    axis = options.axis % len(x.shape) - x.ragged_rank
+    mask = options.mask
+    if isinstance(mask, tf.RaggedTensor):
+        mask = mask.flat_values
+    found = kernel(x.flat_values, gamma, beta, options._replace(axis=axis, mask=mask))
+    return found._replace(output=x.with_flat_values(found.output))
+
+
 def _same(dtype: str, moving: Moving | None) -> bool:
     """Whether the moving statistics, if there are any, are of this dtype."""
     return moving is None or moving.mean.dtype == moving.variance.dtype == dtype
@@ -86,6 +113,8 @@ def normalize_synchronized(
     x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options
 ) -> Normalized:
     """See :mod:`truenorm._kernels`: over the replicas of the ``tf.distribute`` strategy."""
+    if isinstance(x, tf.RaggedTensor):
+        return _normalize_ragged(normalize_synchronized, x, gamma, beta, options)
     replica = tf.distribute.get_replica_context()
     replicas = getattr(replica, "num_replicas_in_sync", 1)  # None between replicas
     if replicas == 1:

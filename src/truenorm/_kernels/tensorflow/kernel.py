@@ -97,7 +97,7 @@ def _normalize_ragged(
 ) -> Normalized:
     """Of the values that are there; the channels are an axis of equal lengths."""
     axis = options.axis % len(x.shape) - x.ragged_rank
-    mask = options.mask
+    mask: Any = options.mask
     if isinstance(mask, tf.RaggedTensor):
         mask = mask.flat_values
     found = kernel(x.flat_values, gamma, beta, options._replace(axis=axis, mask=mask))

@@ -26,6 +26,7 @@ from typing import Any
 
 import keras
 
+from truenorm._kernels import blocks
 from truenorm._kernels.contract import (
     Normalized,
     Options,
@@ -86,9 +87,7 @@ def normalize_apart(
     def average(terms: Tensor) -> Tensor:
         if valid is not None:
             terms = ops.where(valid, terms, 0.0)
-        if len(reduced) > 1:  # In two steps: TensorFlow adds what it is given in sequence.
-            terms = ops.sum(terms, axis=reduced[1:], keepdims=True)
-        return ops.sum(terms, axis=reduced[:1], keepdims=True) * share
+        return blocks.sums(terms, reduced) * share
 
     # A choice between the product and the difference: without it XLA contracts the two in one
     # place, and rounds the shift in another.
@@ -96,7 +95,7 @@ def normalize_apart(
     shift = ops.where(ops.isfinite(shift), shift, 0.0)
     deviations = values - shift
     delta = average(deviations)
-    variance = average(ops.square(deviations - delta))
+    variance = average(ops.square(deviations - blocks.spread(delta, values)))
     if gather is not None:
         count, shift, delta, variance = _merged(count, shift, delta, variance, gather)
         deviations = values - shift
@@ -113,9 +112,10 @@ def normalize_apart(
         scale = ops.where(silent(count, kept[-1]), 0.0, scale)
     if gamma is not None:
         scale = scale * ops.reshape(ops.cast(gamma, dtype), broadcast)
-    output = (deviations - delta) * scale
+    output = (deviations - blocks.spread(delta, values)) * blocks.spread(scale, values)
     if beta is not None:
-        output = output + ops.reshape(ops.cast(beta, dtype), broadcast)
+        offset = ops.reshape(ops.cast(beta, dtype), broadcast)
+        output = output + blocks.spread(offset, values)
     return Normalized(
         ops.cast(ops.relu(output) if relu else output, x.dtype),
         ops.stop_gradient(shift + delta),
@@ -133,7 +133,9 @@ def _counted(
         rows = 1
         for a in reduced:
             rows = rows * shape[a]
-        return None, ops.cast(rows, dtype)
+        # A product, because a symbol of PyTorch's would become a number in a cast.
+        count = ops.cast(rows, dtype) if ops.is_tensor(rows) else ops.ones((), dtype) * rows
+        return None, count
     if not by_channel(mask, channel):
         shape[channel] = 1
     mask = ops.broadcast_to(mask, shape)

@@ -74,7 +74,7 @@ def _forward(epsilon: float, relu: bool, rows: Tensor, gamma: Vector, beta: Vect
     if native.takes(rows):
         shift, delta, variance = _compiled_moments(values, jax.lax.stop_gradient(rows))
     else:
-        shift, delta, variance = closed_form.moments(_ROWS, values, _share(rows))
+        shift, delta, variance = _moments_of_all(values, gamma.dtype)
     rstd = jax.lax.rsqrt(variance + epsilon)
     deviations = values - _spread(shift, rows)
     output = closed_form.forward(_ROWS, deviations, delta, rstd, gamma, beta)
@@ -129,9 +129,14 @@ def _masked(
 def _masked_moments(values: Tensor, rows: Tensor, counts: Tensor) -> Any:
     """Those of the values that count; the rows are the same in the dtype of the input."""
     if counts.shape[1:] == (1,) and native.takes(rows):
-        return native.moments(rows, counts[:, 0], dtype=values.dtype)
-    share = 1.0 / jnp.maximum(_count(counts, values.dtype), 1.0)
-    return tuple(closed_form.moments(_ROWS, values, share, counts))
+        return native.moments(rows, counts[:, 0], dtype=values.dtype, plain=_moments_of_counted)
+    return _moments_of_counted(values, counts, values.dtype)
+
+
+def _moments_of_counted(rows: Tensor, counts: Tensor, dtype: Any) -> Any:
+    counts = counts[:, None] if counts.ndim == 1 else counts
+    share = 1.0 / jnp.maximum(_count(counts, dtype), 1.0)
+    return tuple(closed_form.moments(_ROWS, rows.astype(dtype), share, counts))
 
 
 @_masked_moments.defjvp
@@ -145,7 +150,11 @@ def _moving_masked_values(at: Any, tangents: Any) -> Any:
 
 @jax.custom_jvp
 def _compiled_moments(values: Tensor, rows: Tensor) -> Any:
-    return native.moments(rows, dtype=values.dtype)
+    return native.moments(rows, dtype=values.dtype, plain=_moments_of_all)
+
+
+def _moments_of_all(rows: Tensor, dtype: Any) -> Any:
+    return tuple(closed_form.moments(_ROWS, rows.astype(dtype), _share(rows)))
 
 
 @_compiled_moments.defjvp

@@ -1,104 +1,109 @@
 """TensorFlow on a processor: the compiled passes as two operations (``native/tensorflow.c``).
 
 XLA cannot compile them into a graph, and other machines and devices do not have them: there
-TensorFlow's own operations are used. So they are where nothing is differentiated, which may be the
-graph of a model that is exported.
+TensorFlow's own operations are used.
 """
 
 from __future__ import annotations
 
 import contextlib
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow  # noqa: ICN001 - its types are wrong: it becomes Any
 
 from truenorm._kernels import library
-from truenorm._kernels.contract import Scalar, Tensor, Vector
+from truenorm._kernels.contract import Tensor, Vector
+from truenorm._kernels.tensorflow import plain
+from truenorm._kernels.tensorflow.plain import Plan, Step
 
 tf: Any = tensorflow
-record: Any = None
 control_flow_util: Any = None
-with contextlib.suppress(ImportError):  # another version of TensorFlow may not have them
-    from tensorflow.python.eager import record
+with contextlib.suppress(ImportError):  # another version of TensorFlow may not have it
     from tensorflow.python.ops import control_flow_util
-
-
-class Step(NamedTuple):
-    """The step of the moving statistics: their weight, and whether the variance is unbiased."""
-
-    momentum: float
-    unbiased: bool
 
 
 def takes(x: Tensor) -> bool:
     """Whether the compiled passes can take this tensor in the graph that is being built."""
     return not (
         x.dtype.name not in library.DTYPES
-        or not _trains_here()
+        or _is_for_xla()
         or isinstance(tf.distribute.get_strategy(), tf.distribute.ParameterServerStrategy)
         or tf.config.list_physical_devices("GPU")
         or _operations() is None
     )
 
 
-def _trains_here() -> bool:
-    """Whether something is differentiated, and not by XLA; no where it is not known."""
+def _is_for_xla() -> bool:
+    """Whether XLA will compile what is being built; yes where it is not known."""
     try:
-        graph = tf.compat.v1.get_default_graph()
-        return bool(
-            record.could_possibly_record()
-            and not control_flow_util.GraphOrParentsInXlaContext(graph)
-        )
+        return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
     except AttributeError:
-        return False
+        return True
 
 
 def forward(
-    rows: Tensor,
-    gamma: Vector,
-    beta: Vector,
-    mask: Tensor,
-    *moving: Vector,
-    epsilon: float,
-    relu: bool,
-    step: Step,
+    plan: Plan, rows: Tensor, gamma: Vector, beta: Vector, *others: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Output, and in rows: mean, variance, what rounding takes from the mean, and rstd.
-
-    And the moving mean and variance after a step of this momentum, if they are given. ``rows`` is
-    (outer, channels, inner); the mask (outer,), or () if all count.
-    """
+    """See ``plain.py``."""
+    moving = others[:2] if plan.step else [tf.zeros(0, gamma.dtype)] * 2
+    step = plan.step or Step(1.0, False)
     output, kept = _operations().truenorm_forward(
-        *(rows, gamma, beta, *(moving or [tf.zeros(0, gamma.dtype)] * 2), mask),
-        tf.constant((epsilon, step.momentum), tf.float64),
-        relu=relu,
+        *(_with_inner(rows), gamma, beta, *moving, *_mask(plan, others)),
+        tf.constant((plan.epsilon, step.momentum), tf.float64),
+        relu=plan.relu,
         unbiased=step.unbiased,
-        moves=bool(moving),
+        moves=plan.step is not None,
         threads=_threads(),
     )
-    return output, tf.ensure_shape(kept, (4 + len(moving), None))
+    return tf.reshape(output, tf.shape(rows)), tf.ensure_shape(kept, (6 if plan.step else 4, None))
 
 
 def backward(
-    gradient: Tensor,
+    plan: Plan,
     rows: Tensor,
     gamma: Vector,
     beta: Vector,
-    mask: Tensor,
     kept: Tensor,
-    *,
-    epsilon: Scalar,
-    relu: bool,
-) -> tuple[Tensor, Vector, Vector]:
-    """The gradients of a loss with respect to rows, gamma and beta."""
+    gradient: Tensor,
+    *mask: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See ``plain.py``."""
     d_rows, sums = _operations().truenorm_backward(
-        *(rows, gamma, beta, kept, gradient, mask, tf.convert_to_tensor(epsilon, tf.float64)),
-        relu=relu,
+        *(_with_inner(rows), gamma, beta, kept, _with_inner(gradient), *_mask(plan, mask)),
+        tf.convert_to_tensor(plan.epsilon, tf.float64),
+        relu=plan.relu,
         threads=_threads(),
     )
-    d_gamma, d_beta = tf.unstack(tf.ensure_shape(sums, (2, None)))
-    return d_rows, d_gamma, d_beta
+    return tf.reshape(d_rows, tf.shape(rows)), tf.ensure_shape(sums, (2, None))
+
+
+@tf.RegisterGradient("TruenormForward")
+def _of_forward(op: Any, gradient: Tensor, _: Tensor) -> Any:
+    """For forward accumulators, which look past the custom gradient of an eager call."""
+    rows, gamma, beta, _, _, mask, numbers = op.inputs
+    plan = Plan(numbers[0], op.get_attr("relu"), None, masked=True)
+    d_rows, sums = backward(plan, rows, gamma, beta, op.outputs[1], gradient, mask)
+    return d_rows, *tf.unstack(sums), *[None] * 4
+
+
+@tf.RegisterGradient("TruenormBackward")
+def _of_backward(op: Any, *cotangents: Tensor) -> Any:
+    rows, gamma, beta, kept, gradient, mask, epsilon = op.inputs
+    mask = tf.concat([mask, tf.fill([tf.shape(rows)[0] - tf.size(mask)], True)], 0)
+    plan = Plan(tf.cast(epsilon, gamma.dtype), op.get_attr("relu"), None, masked=True)
+    given = (rows, gamma, beta, kept, gradient, mask)
+    of_rows, of_gamma, of_gradient = plain.second(plan, cotangents, *given)
+    return of_rows, of_gamma, None, None, of_gradient, None, None
+
+
+def _with_inner(rows: Tensor) -> Tensor:
+    return rows[..., None] if len(rows.shape) == 2 else rows
+
+
+def _mask(plan: Plan, others: tuple[Tensor, ...]) -> tuple[Tensor]:
+    """The mask among them; of size 0 if there is none."""
+    return others[-1:] if plan.masked else (tf.zeros(0, tf.bool),)
 
 
 @cache
@@ -112,18 +117,6 @@ def _operations() -> Any:
         with contextlib.suppress(tf.errors.NotFoundError, OSError):
             found = tf.load_op_library(str(library.PATH))
     return found if library.loaded() is not None and hasattr(found, "truenorm_forward") else None
-
-
-_operations()  # Graphs that were saved with them find them as soon as this is imported.
-
-
-@tf.RegisterGradient("TruenormForward")
-def _gradient(op: Any, gradient: Any, _: Any) -> Any:
-    """For what looks past the custom gradient: vectorized maps, forward accumulators."""
-    rows, gamma, beta, _, _, mask, numbers = op.inputs
-    kept, relu = op.outputs[1], op.get_attr("relu")
-    found = backward(gradient, rows, gamma, beta, mask, kept, epsilon=numbers[0], relu=relu)
-    return *found, *[None] * 4
 
 
 def _threads() -> int:

@@ -2,7 +2,7 @@ r"""PyTorch: the compiled passes on a processor; else native kernels around accu
 
 ``torch.nn.functional.batch_norm`` adds float32 numbers one after the other, so that its mean of
 100,000 values is off by 5e-6 standard deviations. Where the compiled passes (``native.py``)
-cannot be used, the same native kernel is asked for the statistics of about 32 groups of rows (a
+cannot be used, the same native kernel is asked for the statistics of groups of 2048 rows at most (a
 free view: groups as channels), which are merged exactly (law of total variance) in float64. The
 native inference kernel normalises with them, and the native training-mode backward, given these
 statistics, is the closed form that differentiates through them. It keeps x, mean and rstd. PyTorch
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import distributed
@@ -30,7 +30,7 @@ from truenorm._kernels.torch import native
 MOST_GROUPS = 32  # These three weigh time against digits.
 MOST_GROUPED_CHANNELS = 2**12  # More running sums than these do not stay in the cache.
 FEWEST_GROUPED_ROWS = 32
-MANY_ROWS = 2048  # Beyond them, sums in sequence show in the gradients of gamma and beta.
+MANY_ROWS = 2048  # Beyond them, sums in sequence show.
 LARGEST_RATIO = 8.0
 
 aten: Any = torch.ops.aten
@@ -45,8 +45,8 @@ def blend(old: Vector, value: Vector, momentum: Scalar) -> Vector:
 def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options) -> Normalized:
     """See :mod:`truenorm._kernels`.
 
-    A compiler gets the composite, which it fuses; without the compiled passes so do masks, and
-    batches of one value or none.
+    Who watches the operations gets the composite, which a compiler fuses; without the compiled
+    passes so do masks, and batches of one value or none.
     """
     axis, epsilon, mask, moving, relu = options
     several = mask is not None and by_channel(mask, axis)
@@ -63,7 +63,7 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
         or count < 2
         or not _has_native_kernels()
         or x.device.type not in ("cpu", "cuda")
-        or torch.compiler.is_compiling()
+        or native.watched(x, gamma, beta)
     ):
         return composite.normalize(x, gamma, beta, options)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -105,8 +105,7 @@ def infer(
         or x.device.type not in ("cpu", "cuda")
         or not x.dtype.is_floating_point
         or x.numel() == 0
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or native.watched(x, gamma, beta, mean, variance)
     ):
         return None
     given = (gamma, beta, mean, variance)
@@ -121,10 +120,7 @@ def infer(
         None if value is None else value.to(dtype, copy=differentiated)
         for value in (gamma, mean, variance)
     )
-    try:
-        if x.device.type == "cpu" and not _near_zero(mean, variance, epsilon):
-            return None
-    except RuntimeError:  # torch.func.vmap over the statistics, a tracer: no number to look at
+    if x.device.type == "cpu" and not _near_zero(mean, variance, epsilon):
         return None
     scale = _parameter(gamma, 1.0, channels, dtype, x.device)
     offset = _parameter(beta, 0.0, channels, dtype, x.device)
@@ -171,12 +167,12 @@ class _Normalize(torch.autograd.Function):
             gradient = aten.threshold_backward(gradient, output, 0)
         gradient, needs = gradient.contiguous(), list(ctx.needs_input_grad[:3])
         kept = (gamma, mean, rstd)
-        groups = _groups(len(rows), len(mean)) if len(rows) >= MANY_ROWS and rows.dim() == 2 else 1
+        many = rows.dim() == 2 and len(rows) >= MANY_ROWS and rows.device.type == "cpu"
         # Derivatives of a derivative (create_graph=True) are those of one native call.
-        if groups == 1 or torch.is_grad_enabled() or not any(needs[1:]):
+        if torch.is_grad_enabled() or not (many and any(needs[1:])):
             gradients = _native_backward(gradient, rows, kept, ctx.epsilon, needs)
         else:
-            gradients = _grouped_backward(gradient, rows, kept, ctx.epsilon, needs, groups)
+            gradients = _grouped_backward(gradient, rows, kept, ctx.epsilon, needs)
         return (*gradients, None, None, None, None)
 
 
@@ -190,28 +186,29 @@ def _native_backward(
 
 
 def _grouped_backward(
-    gradient: Tensor,
-    rows: Tensor,
-    kept: tuple[Vector, ...],
-    epsilon: float,
-    needs: list[bool],
-    groups: int,
-) -> tuple[Tensor, Vector, Vector]:
-    """With the sums over the rows in groups, as in :func:`_moments`: one pass more over both."""
-    d_rows, _, _ = _native_backward(gradient, rows, kept, epsilon, [needs[0], False, False])
-    shape = (-1, groups * rows.shape[1])
-    _, *sums = _native_backward(
-        gradient.reshape(shape),
-        rows.reshape(shape),
-        tuple(values.repeat(groups) for values in kept),
-        epsilon,
-        [False, True, True],
-    )
-    wide = torch.float64 if rows.device.type == "cpu" else kept[0].dtype
-    d_gamma, d_beta = (
-        part.reshape(groups, -1).sum(0, dtype=wide).to(kept[0].dtype) for part in sums
-    )
-    return d_rows, d_gamma, d_beta
+    gradient: Tensor, rows: Tensor, kept: tuple[Vector, ...], epsilon: float, needs: list[bool]
+) -> tuple[Tensor | None, Vector, Vector]:
+    """With the sums over the rows in groups, as in :func:`_moments`."""
+    sums = torch.zeros(2, rows.shape[1], dtype=torch.float64, device="cpu")
+    for cut in _cuts(*rows.shape):
+        _, *parts = _native_backward(
+            _grouped(gradient, cut),
+            _grouped(rows, cut),
+            tuple(values.repeat(cut.groups) for values in kept),
+            epsilon,
+            [False, True, True],
+        )
+        sums += torch.stack(parts).reshape(2, cut.groups, -1).sum(1, dtype=sums.dtype)
+    d_gamma, d_beta = sums.to(kept[0].dtype)
+    if not needs[0]:
+        return None, d_gamma, d_beta
+    # As in closed_form.backward: dx = g scale + x slope + level.
+    gamma, mean, rstd = kept
+    scale = gamma * rstd
+    slope = -scale * rstd * d_gamma / len(rows)
+    level = -scale * d_beta / len(rows) - slope * mean
+    d_rows = torch.addcmul(level, rows.to(level.dtype), slope)
+    return d_rows.addcmul_(gradient, scale).to(rows.dtype), d_gamma, d_beta
 
 
 def normalize_synchronized(
@@ -250,27 +247,48 @@ class _Sum(torch.autograd.Function):
 def _moments(rows: Tensor) -> tuple[Vector, Vector]:
     """Mean and population variance per channel, from those of groups of rows."""
     channels = rows.shape[1]
-    groups = _groups(len(rows), channels) if rows.dim() == 2 else 1
-    grouped = rows.reshape(-1, groups * channels, *rows.shape[2:])
-    means, variances = torch.batch_norm_update_stats(grouped, None, None, 0.0)
-    if groups == 1:
-        return means, variances
-    wide = torch.float64 if rows.device.type == "cpu" else rows.dtype
-    means = means.reshape(groups, channels).to(wide)
-    mean = means.mean(0)
-    between = means.sub_(mean).square_().mean(0)
-    variance = variances.reshape(groups, channels).mean(0, dtype=wide).add_(between)
+    if rows.dim() == 3 or rows.device.type != "cpu":
+        return torch.batch_norm_update_stats(rows, None, None, 0.0)
+    cuts = _cuts(len(rows), channels)
+    found = [torch.batch_norm_update_stats(_grouped(rows, cut), None, None, 0.0) for cut in cuts]
+    if len(cuts) == cuts[0].groups == 1:
+        return found[0]
+    means, variances = (
+        torch.cat([part.reshape(-1, channels) for part in parts]).double()
+        for parts in zip(*found, strict=True)
+    )
+    shares = [cut.rows / cut.groups / len(rows) for cut in cuts for _ in range(cut.groups)]
+    weights = torch.tensor(shares, dtype=torch.float64, device="cpu")[:, None]
+    mean = (means * weights).sum(0)
+    variance = ((variances + means.sub_(mean).square_()) * weights).sum(0)
     return mean.to(rows.dtype), variance.to(rows.dtype)
 
 
+class _Cut(NamedTuple):
+    """Some of the rows, as groups of equal size."""
+
+    start: int
+    rows: int
+    groups: int
+
+
 @lru_cache(maxsize=1024)
-def _groups(rows: int, channels: int) -> int:
-    """How many groups of equal size: the divisor of the rows nearest to the number wanted."""
-    wanted = max(
-        1, min(MOST_GROUPS, MOST_GROUPED_CHANNELS // channels, rows // FEWEST_GROUPED_ROWS)
-    )
-    divisors = [k for k in range(1, 2 * wanted + 1) if rows % k == 0]
-    return min(divisors, key=lambda k: max(k, wanted) / min(k, wanted))
+def _cuts(rows: int, channels: int) -> list[_Cut]:
+    """How rows are divided, so that no group is too long for a sum in sequence."""
+    most = max(1, min(MOST_GROUPS, MOST_GROUPED_CHANNELS // channels))
+    cuts, start = [], 0
+    while start < rows:
+        length = min(rows - start, most * MANY_ROWS)
+        groups = max(1, min(most, length // FEWEST_GROUPED_ROWS))
+        cuts.append(_Cut(start, length // groups * groups, groups))
+        start += cuts[-1].rows
+    return cuts
+
+
+def _grouped(rows: Tensor, cut: _Cut) -> Tensor:
+    """The rows of a cut, with the groups side by side as channels: a view."""
+    part = rows[cut.start : cut.start + cut.rows]
+    return part.reshape(-1, cut.groups * rows.shape[1])
 
 
 def _near_zero(mean: Vector, variance: Vector, epsilon: float) -> bool:

@@ -42,28 +42,32 @@ def takes(x: Tensor, *weights: Tensor | None) -> bool:
 
     All must have memory here: while Keras finds out shapes, weights have none.
     """
-    return (
-        x.dtype in DTYPES
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        and _plain(x, *weights)
-        and library.loaded() is not None
-    )
+    return x.dtype in DTYPES and _plain(x, *weights) and library.loaded() is not None
+
+
+def watched(*tensors: Tensor | None) -> bool:
+    """Whether somebody sees each operation on these; yes where it is not known.
+
+    A compiler, a tracer, an exporter, a function transform, a dispatch mode, a subclass of tensors:
+    they need operations that they know, and may have no numbers to decide by.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return True
+    if any(tensor is not None and type(tensor) not in PLAIN for tensor in tensors):
+        return True
+    try:
+        return (
+            forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
+            or torch._C._len_torch_dispatch_stack() > 0  # pyright: ignore[reportPrivateUsage]
+            or torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+        )
+    except AttributeError:  # another version of PyTorch
+        return True
 
 
 def _plain(*tensors: Tensor | None) -> bool:
     """Whether these are numbers in memory, and nobody watches what is done with them."""
-    for tensor in tensors:
-        if tensor is not None and not (type(tensor) in PLAIN and tensor.is_cpu):
-            return False
-    try:
-        return (
-            forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
-            and torch._C._len_torch_dispatch_stack() == 0  # pyright: ignore[reportPrivateUsage]
-            and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
-        )
-    except AttributeError:  # another version of PyTorch: who watches is not known
-        return False
+    return all(tensor is None or tensor.is_cpu for tensor in tensors) and not watched(*tensors)
 
 
 def _batched(gradient: Tensor) -> bool:

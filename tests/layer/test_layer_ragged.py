@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from layer_cases import array, error
 
+import truenorm as tn
 from truenorm import BatchNormalization
 from truenorm._kernels import reference
 
@@ -77,3 +78,18 @@ def test_channels_that_only_run_time_knows(axis: int) -> None:
     true = reference.forward(x, axis=axis)
     assert error(array(call(x)), true.output) < 1e-6
     assert error(array(layer.moving_mean), true.mean) < 1e-6
+
+
+@pytest.mark.parametrize("tool", [tn.collect, tn.recalibrate])
+def test_the_statistics_of_ragged_data(tool: Any) -> None:
+    """Of the values that are there, wherever the batches are cut."""
+    layer: Any = BatchNormalization(name="bn")
+    model: Any = keras.Sequential([keras.Input((None, 3)), layer])
+    tool(model, ragged(), batch_size=3)
+    population = tn.collect(model, [ragged()[:3], ragged()[3:]], max_samples=4)
+    moments = population.sites["bn"]
+    assert (population.samples, population.batches) == (4, 2)
+    assert error(moments.mean, X.astype(float).mean(0)) < 1e-12
+    assert error(moments.variance, X.astype(float).var(0)) < 1e-12
+    if tool is tn.recalibrate:
+        assert error(array(layer.moving_mean), X.astype(float).mean(0)) < 1e-6

@@ -19,11 +19,12 @@ import numpy as np
 
 from truenorm._diagnosis.judge import Judge
 from truenorm._errors import DataError
+from truenorm._model.data import size_of
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Array, Moments
 from truenorm._records.population import Population
 from truenorm._statistics.fixed_point import Sample
-from truenorm._statistics.runner import Run, Runner, Use, size_of
+from truenorm._statistics.runner import Run, Runner, Use
 from truenorm._statistics.tally import Pass, Tally
 
 When = Literal["in_training", "in_inference", "recalibrated"]

@@ -119,6 +119,9 @@ def batch_sums(
         The count, an integer scalar, or one for each channel where the mask may differ between
         them (``masks.by_channel``); and the sums.
     """
+    if hasattr(x, "flat_values"):  # TensorFlow's ragged tensors: the values that are there
+        axis = axis % len(x.shape) - x.ragged_rank
+        x, mask = x.flat_values, getattr(mask, "flat_values", mask)
     dtype = statistics_dtype(x.dtype)
     if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
         x = ops.cast(x, dtype)

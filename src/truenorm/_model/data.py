@@ -21,13 +21,19 @@ def input_batches(model: Any, data: Any, batch_size: int) -> Iterator[Any]:
         yield inputs
 
 
+def size_of(inputs: Any) -> int:
+    """Samples in a batch, of arrays or of TensorFlow's ragged tensors, which have no ``len``."""
+    first = keras.tree.flatten(inputs)[0]
+    return int(first.shape[0]) if hasattr(first, "shape") else len(first)
+
+
 def limited(
     batches: Iterable[Any], max_batches: int | None = None, max_samples: int | None = None
 ) -> Iterator[Any]:
     """The first batches, the last one cut where the samples are enough; endless data ends here."""
     left = math.inf if max_samples is None else max_samples
     for inputs in itertools.islice(batches, max_batches):
-        size = len(keras.tree.flatten(inputs)[0])
+        size = size_of(inputs)
         if size > left:
             inputs = keras.tree.map_structure(lambda a, n=int(left): a[:n], inputs)
         yield inputs
@@ -160,7 +166,9 @@ def _slices(
     if isinstance(labels, list) and not any(hasattr(a, "shape") for a in cast(list[Any], labels)):
         labels = np.asarray(labels)
     arrays: Any = (inputs, labels)[: 1 if labels is None else 2]
-    lengths = {len(array) for array in keras.tree.flatten(arrays)}
+    leaves = keras.tree.flatten(arrays)
+    lengths = {size_of(leaf) for leaf in leaves}
+    shuffle = shuffle and not any(hasattr(leaf, "flat_values") for leaf in leaves)  # ragged
     if len(lengths) != 1:
         raise DataError(
             "The input arrays have different numbers of samples",

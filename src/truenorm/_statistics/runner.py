@@ -28,6 +28,7 @@ from truenorm._errors import ModelError
 from truenorm._keras_internals import in_symbolic_scope, layers_in, stateless_scope
 from truenorm._kernels import sums as collecting
 from truenorm._kernels.masks import silent
+from truenorm._model.data import size_of
 from truenorm._model.hooks import Wrapper, intercepted, patched, wrapped
 from truenorm._records.moments import Array
 from truenorm._records.population import Population
@@ -234,11 +235,6 @@ class Runner:
 
     def _hear(self, path: str, sums: Array) -> None:
         self._told.append((path, sums))
-
-
-def size_of(inputs: Any) -> int:
-    """Samples in a batch."""
-    return len(keras.tree.flatten(inputs)[0])
 
 
 def _as_structure(names: Iterable[str]) -> list[dict[str, tuple[()]]]:

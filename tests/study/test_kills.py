@@ -23,6 +23,8 @@ from truenorm._study.folder import open_folder
 from truenorm._study.pool import Progress
 from truenorm._study.said import MARK, complaints, epochs
 
+pytestmark = pytest.mark.any_backend
+
 MB = 1 << 20
 HERE = os.getpid()
 

@@ -24,6 +24,8 @@ from truenorm._study.lock import only_driver
 from truenorm._study.pool import NO_ROOM, Event, Progress, failed, run_all
 from truenorm._study.stored import load, merge
 
+pytestmark = pytest.mark.any_backend
+
 
 def run(folder: Path | None, **options: Any) -> Study:
     chosen: dict[str, Any] = {

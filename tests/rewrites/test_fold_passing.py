@@ -166,8 +166,16 @@ def shuffled(affine: Any) -> Any:
     return replace(affine, scale=affine.scale[::-1], shift=affine.shift[::-1])
 
 
-@pytest.mark.parametrize("fault", [other_channel, other_shift, shuffled])
-@pytest.mark.parametrize("way", WAYS)
+FAULTS = (other_channel, other_shift, shuffled)
+# Each way with one of them, in turn; with the others in `make long`.
+PLANTED = [
+    pytest.param(way, fault, marks=() if at % 3 == turn else pytest.mark.long)
+    for at, way in enumerate(WAYS)
+    for turn, fault in enumerate(FAULTS)
+]
+
+
+@pytest.mark.parametrize(("way", "fault"), PLANTED)
 def test_a_wrong_map_gives_no_model(
     way: str, fault: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

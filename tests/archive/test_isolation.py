@@ -19,6 +19,8 @@ from truenorm import archive
 from truenorm.archive import _isolation
 from truenorm.archive._isolation import confined
 
+pytestmark = pytest.mark.any_backend
+
 SMALL = 2**28
 
 

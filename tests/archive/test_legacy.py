@@ -19,6 +19,8 @@ import truenorm as tn
 from truenorm import archive
 from truenorm.archive._keras2 import translated
 
+pytestmark = pytest.mark.any_backend
+
 
 def layer(kind: str, name: str, feeds: str | None, **config: Any) -> dict[str, Any]:
     """As Keras 2 wrote it into a functional model."""

@@ -21,6 +21,8 @@ import truenorm as tn
 from truenorm import archive
 from truenorm.archive._classes import CODE, Classes
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:

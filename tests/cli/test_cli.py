@@ -23,6 +23,8 @@ from truenorm._backends import Backend
 from truenorm._cli.data import read_data
 from truenorm._cli.shell import _backend_name
 
+pytestmark = pytest.mark.any_backend
+
 EVIL_JSON = rb'"name": "<b>\u001b[31m[i]\n"'
 EVIL_SHOWN = "<b>\\x1b[31m[i]\\x0a"
 

@@ -20,6 +20,8 @@ import truenorm._cli
 from truenorm import archive
 from truenorm._cli.data import read_data
 
+pytestmark = pytest.mark.any_backend
+
 
 def npy(values: np.ndarray, path: Path) -> Path:
     np.save(path, values)

@@ -12,6 +12,8 @@ from small_models import dense, shake, subclassed
 
 import truenorm as tn
 
+pytestmark = pytest.mark.any_backend
+
 L = keras.layers
 DATA = np.random.default_rng(3).normal(1.0, 2.0, (64, 4)).astype("float32")
 

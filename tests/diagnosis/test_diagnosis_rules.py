@@ -14,6 +14,8 @@ from small_models import dense, nested, residual, shake, subclassed, two_towers
 import truenorm as tn
 from truenorm._diagnosis.table import RULES
 
+pytestmark = pytest.mark.any_backend
+
 L = keras.layers
 GENERATOR = np.random.default_rng(5)
 DATA = GENERATOR.normal(1.0, 2.0, (640, 4)).astype("float32")

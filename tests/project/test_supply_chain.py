@@ -10,10 +10,13 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pytest
 import small_models as models
 
 import truenorm as tn
 from truenorm import archive
+
+pytestmark = pytest.mark.any_backend
 
 ROOT = Path(__file__).parents[2]
 

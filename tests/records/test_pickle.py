@@ -23,6 +23,8 @@ from truenorm import archive
 from truenorm._records.study import Comparison, Interval, Trial
 from truenorm._records.tables import Record
 
+pytestmark = pytest.mark.any_backend
+
 
 def array(value: Any) -> np.ndarray:
     return keras.ops.convert_to_numpy(value)

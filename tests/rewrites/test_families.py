@@ -22,6 +22,8 @@ from small_models import predict, shake
 import truenorm as tn
 from truenorm._model.rebuild import rebuild
 
+pytestmark = pytest.mark.any_backend
+
 BatchNormalization = keras.layers.BatchNormalization
 
 

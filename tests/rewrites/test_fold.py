@@ -12,6 +12,8 @@ from small_models import inputs_for, predict, shake, snapshot
 
 import truenorm as tn
 
+pytestmark = pytest.mark.any_backend
+
 L = keras.layers
 
 

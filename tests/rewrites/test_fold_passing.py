@@ -18,6 +18,8 @@ from test_fold import assert_folded
 import truenorm as tn
 from truenorm._rewrites import absorb, einsum, fold, moving, passing
 
+pytestmark = pytest.mark.any_backend
+
 L = keras.layers
 K = keras.ops
 

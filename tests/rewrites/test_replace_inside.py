@@ -13,6 +13,8 @@ from small_models import predict, shake, snapshot
 import truenorm as tn
 import truenorm._model.rebuild
 
+pytestmark = pytest.mark.any_backend
+
 L = keras.layers
 SERIES = np.random.default_rng(0).normal(size=(8, 3, 5)).astype("float32")
 TARGETS = np.ones((8, 4), "float32")

@@ -14,6 +14,8 @@ from small_models import dense, predict, shake
 import truenorm as tn
 import truenorm._rewrites.fold
 
+pytestmark = pytest.mark.any_backend
+
 L = keras.layers
 
 # --- models whose outputs show nothing -----------------------------------------------------------

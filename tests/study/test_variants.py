@@ -24,6 +24,8 @@ from truenorm._study.plan import Plan
 from truenorm._study.trial import Training, run
 from truenorm._study.variants import Variant, variants_of
 
+pytestmark = pytest.mark.any_backend
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(48, 4)).astype("float32")
 Y = (X[:, 0] > 0).astype("int32")

@@ -284,3 +284,12 @@ def test_of_steps_what_stays_becomes_keras_and_what_learns_is_kept() -> None:
     (layer,) = [k for k in folded.model.layers if isinstance(k, L.TimeDistributed)]
     assert (layer.name, layer.layer.name) == ("steps", "bn")
     assert not layer.layer.gamma.trainable
+
+
+@pytest.mark.filterwarnings("ignore:.*does not support masking")
+def test_a_nested_model_is_entered_behind_a_mask() -> None:
+    """Keras hands the mask on to it as a further argument."""
+    inputs, inner = keras.Input((4,)), keras.Input((4,))
+    nested: Any = keras.Model(inner, L.BatchNormalization()(L.Dense(3)(inner)))
+    masked: Any = L.BatchNormalization()(inputs, mask=keras.ops.any(inputs > 0, axis=-1))
+    assert len(assert_folded(shake(keras.Model(inputs, nested(masked)))).changed) == 2

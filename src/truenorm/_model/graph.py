@@ -194,18 +194,18 @@ def _run(
             continue  # not reachable from the inputs: Keras skips such nodes too
         sources = [source_of[id(t)] for t in node.input_tensors]
         given = _given(node)
+        masks = {id(mask) for mask in keras.tree.flatten(given.get("mask"))}
+        data = tuple(n for n, t in enumerate(node.input_tensors) if id(t) not in masks)
         training = given.pop("training", None)
         path = prefix + operation.name
         inner = graph_of(operation)
         if inner is not None:
             below = inherited if training is None else (path, training)
-            made = _run(inner, sources, f"{path}/", below, found, times)
+            made = _run(inner, [sources[n] for n in data], f"{path}/", below, found, times)
         else:
             times[path] += 1
             if times[path] > 1:
                 path = f"{path}#{times[path]}"
-            masks = {id(mask) for mask in keras.tree.flatten(given.get("mask"))}
-            data = tuple(n for n, t in enumerate(node.input_tensors) if id(t) not in masks)
             extras = tuple(given)[1:]
             call = Call(path, operation, node, training, inherited, extras, tuple(sources), data)
             for producer in dict.fromkeys(source.call for source in sources if source.call):

@@ -286,6 +286,15 @@ def test_of_steps_what_stays_becomes_keras_and_what_learns_is_kept() -> None:
     assert not layer.layer.gamma.trainable
 
 
+@pytest.mark.parametrize("stays", [False, True])
+def test_the_activation_of_a_layer_inside_a_wrapper(stays: bool) -> None:
+    """It becomes a layer of its own; what is compared is in front of it."""
+    inputs = keras.Input((5, 2))
+    x: Any = inputs if stays else L.Dense(3)(inputs)
+    x = L.TimeDistributed(tn.BatchNormalization(activation="relu"))(x)
+    assert_folded(shake(keras.Model(inputs, x)), stays=stays)
+
+
 @pytest.mark.filterwarnings("ignore:.*does not support masking")
 def test_a_nested_model_is_entered_behind_a_mask() -> None:
     """Keras hands the mask on to it as a further argument."""

@@ -26,6 +26,7 @@ from truenorm._model.probe import run
 from truenorm._model.sites import channel_axis, channel_axis_of
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Array
+from truenorm._rewrites.wrappers import innermost
 
 _SAMPLES = 4
 _LONGEST = (8, 64, sys.maxsize)
@@ -74,7 +75,8 @@ def compared_places(
     pairs = {path: (k, edit[k][0].layer) for k, path in paths.items() if k in hidden}
     layers += [layer for pair in pairs.values() for layer in pair]
     # An activation inside would hide what is before it, as ReLU hides what is negative.
-    with patched((k, "activation", None) for k in {*layers} if is_batch_normalization(k)):
+    inner = {innermost(layer) for layer in layers}
+    with patched((k, "activation", None) for k in inner if is_batch_normalization(k)):
         found = _first_that_fits(compare, layers, changed, between)
         found += [_compare_layers(*pair, only_rounding=only_rounding) for pair in pairs.values()]
     ends = [call.path for call in changed if call not in between] + [*pairs]

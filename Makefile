@@ -26,11 +26,13 @@ $(addprefix test-,$(BACKENDS)): test-%: $(VENV)/test.stamp
 		--no-loadscope-reorder $(if $(filter torch,$*),,-m "not long and not any_backend") \
 		$(if $(filter $*,$(COVERAGE)),--cov --cov-report=term:skip-covered)
 
-# Every rewrite on 500 random models, and the layer on 500 random batches, on each backend.
+# Every rewrite on 500 random models, and 500 random steps of the layer, on each backend. With
+# SEED=1 they are the same every time, as CI wants it.
 random: $(VENV)/test.stamp
 	for backend in $(BACKENDS); do \
 		KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) \
-			--hypothesis-profile random tests/rewrites/test_random_rewrites.py \
+			--hypothesis-profile random $(if $(SEED),--hypothesis-seed=$(SEED)) \
+			tests/rewrites/test_random_rewrites.py \
 			tests/layer/test_random_numbers.py || exit 1; \
 	done
 

@@ -33,6 +33,7 @@ POSITIONS: Any = ("none", "before_activation", "after_activation", "before_layer
 
 
 @pytest.mark.filterwarnings("ignore:.*does not support masking")
+@pytest.mark.filterwarnings("ignore:You are using a softmax over axis")
 @pytest.mark.parametrize("shard", range(SHARDS))
 @settings(
     max_examples=EXAMPLES // SHARDS,

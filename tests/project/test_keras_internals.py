@@ -264,7 +264,7 @@ def private_names(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         own = isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls")
         if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr) and not own:
-            if node.attr in ("_replace", "_exit"):  # documented, of NamedTuple and of os
+            if ast.unparse(node) == "os._exit":  # documented
                 continue
             yield node.attr
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("keras.src"):

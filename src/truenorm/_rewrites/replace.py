@@ -17,7 +17,7 @@ from truenorm._model.rebuild import rebuild
 from truenorm._model.sites import is_own_class, spots
 from truenorm._model.trainer import has_optimizer
 from truenorm._records.rewrite import Change, Left, Rewrite
-from truenorm._rewrites.verify import verify
+from truenorm._rewrites.verify import Proof, verify
 
 _OF_EVERY_LAYER = ("name", "trainable", "dtype")
 _CLASSES: dict[str, Any] = {
@@ -73,7 +73,7 @@ def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) 
     new = rebuild(model, edit)
     graph = Graph(model, ()) if graph_of(model) is None else read_graph(model)
     proof = verify(graph, edit, (), new, probe, "Replacing")
-    proof = proof._replace(notes=(*proof.notes, *_notes(model, edit)))
+    proof = Proof(*proof[:3], notes=(*proof.notes, *_notes(model, edit)))
     return Rewrite(new, f"replace to {to}", changed, left, *proof)
 
 

@@ -197,7 +197,10 @@ def test_equal_differences_are_not_taken_for_proof() -> None:
     study = judged(trials_of(**{B: [0.9, 0.8, 0.7], A: [0.8, 0.7, 0.6]}), (B, A))
     assert study.comparisons[0].p_value is None
     assert study.winner is None
-    assert "the same in each of 3 seeds (10.00 points [10.00, 10.00])" in study.verdict[1]
+    assert (
+        "10.00 points [10.00, 10.00] above after_activation's in each of 3 seeds"
+        in study.verdict[1]
+    )
 
 
 def test_equal_values_have_p_one() -> None:

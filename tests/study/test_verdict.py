@@ -92,6 +92,19 @@ KINDS: dict[str, tuple[list[Trial], tuple[str, ...], float | None, tuple[str, ..
             f"{FLIPS}none and before_activation p = 0.016, none and after_activation p = 0.016.",
         ),
     ),
+    "the same difference in every seed": (
+        trials_of(**{B: [0.5, 0.5], A: [1.0, 1.0]}),
+        (B, A),
+        None,
+        (
+            "after_activation has the best mean validation accuracy (100.00%, 2 seeds), but it is "
+            "not shown to differ from every other position.",
+            "No difference shown between after_activation and before_activation: "
+            "after_activation's validation accuracy is 50.00 points [50.00, 50.00] above "
+            "before_activation's in each of 2 seeds, which leaves no spread to test against; use "
+            "more seeds or more validation data.",
+        ),
+    ),
     "a variant that never finished": (
         [
             *trials_of(**{B: WORSE, A: AFTER}),

@@ -144,9 +144,9 @@ def _pair(outcome: Outcome, comparison: Comparison, shown: bool, equivalent: boo
         if difference.mean == 0:
             return f"{first} and {second} gave the same {outcome.noun} in every seed."
         return (
-            f"No difference shown between {first} and {second}: it is the same in each of "
-            f"{difference.n} seeds ({_told(outcome, difference)}), which leaves no spread to test "
-            "against; use more seeds or more validation data."
+            f"No difference shown between {first} and {second}: {first}'s {outcome.noun} is "
+            f"{_lead(outcome, comparison, first)} in each of {difference.n} seeds, which leaves no "
+            "spread to test against; use more seeds or more validation data."
         )
     seen = _told(outcome, _seen_from(comparison, first))
     if equivalent:

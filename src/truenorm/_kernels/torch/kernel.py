@@ -1,10 +1,10 @@
-r"""PyTorch: the compiled passes on a processor; else native kernels around accurate statistics.
+r"""PyTorch: passes of our own, compiled or by Triton; else native kernels around our statistics.
 
 ``torch.nn.functional.batch_norm`` adds float32 numbers one after the other, so that its mean of
-100,000 values is off by 5e-6 standard deviations. Where the compiled passes (``native.py``)
-cannot be used, the same native kernel is asked for the statistics of groups of 2048 rows at most (a
-free view: groups as channels), which are merged exactly (law of total variance) in float64. The
-native inference kernel normalises with them, and the native training-mode backward, given these
+100,000 values is off by 5e-6 standard deviations. Where the passes of ``passes.py`` cannot be used,
+the same native kernel is asked for the statistics of groups of 2048 rows at most (a free view:
+groups as channels), which are merged exactly (law of total variance) in float64. The native
+inference kernel normalises with them, and the native training-mode backward, given these
 statistics, is the closed form that differentiates through them. It keeps x, mean and rstd. PyTorch
 differentiates it once more; third derivatives are not right.
 

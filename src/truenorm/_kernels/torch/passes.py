@@ -164,11 +164,12 @@ class _Normalize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Any, gamma: Any, beta: Any, mask: Any, rows: Any, moving: Any, plan: Plan
     ) -> Any:
-        ctx.passes, ctx.plan = _passes(x.device.type), plan
+        passes: Any = _passes(x.device.type)
+        ctx.passes, ctx.plan = passes, plan
         ctx.set_materialize_grads(False)
         # Beta only for ReLU's derivative: an optimizer may change it before the backward pass.
         ctx.save_for_backward(x, gamma, beta if plan.relu else None, mask, rows)
-        return ctx.passes.forward(plan, x, gamma, beta, mask, rows, moving)
+        return passes.forward(plan, x, gamma, beta, mask, rows, moving)
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

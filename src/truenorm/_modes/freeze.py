@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from truenorm._checks import known_options
 from truenorm._errors import ModelError
 from truenorm._keras_internals import layers_in
 from truenorm._layer.arguments import FreezePolicy, check_policy
@@ -17,6 +18,7 @@ from truenorm._modes.optimizer import follow, state_of
 from truenorm._records.freezing import Freezing, Frozen
 
 
+@known_options
 def freeze(model: Any, policy: FreezePolicy = "all", *, layers: Layers = None) -> Freezing:
     """Set what BatchNormalization layers do not learn; changes the model in place, at once.
 
@@ -97,6 +99,7 @@ def freeze(model: Any, policy: FreezePolicy = "all", *, layers: Layers = None) -
     return Freezing(done, tuple(_notes(model, chosen)), undo=undo)
 
 
+@known_options
 def unfreeze(model: Any, *, layers: Layers = None) -> Freezing:
     """Let BatchNormalization layers learn everything again: :func:`freeze` with ``"none"``.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from truenorm._checks import check_options
 from truenorm._errors import DataError
 from truenorm._model.sites import batch_normalizations
 from truenorm._model.values import as_float64, numbers
@@ -34,7 +35,7 @@ def recalibrate(
         upstream: As in :func:`collect`.
         batch_size: As in :func:`collect`.
         **options: The other options of :func:`collect`: with ``layers`` only the layers that are
-            meant are recalibrated.
+            meant are recalibrated; ``progress=False`` shows nothing while the data is read.
 
     Returns:
         The population, the gap that there was before, what is left of it, and ``undo()``.
@@ -54,6 +55,7 @@ def recalibrate(
         >>> [float(v) for v in keras.ops.convert_to_numpy(layer.moving_mean)]
         [0.0]
     """
+    check_options(options, collect)
     if isinstance(data, Population):
         population = data
     else:

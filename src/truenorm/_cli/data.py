@@ -36,6 +36,18 @@ def read_data(path: Path) -> Any:
     return readers[path.suffix](path)
 
 
+FEW = 4
+"""Samples that a model is tried on: modes and equality do not depend on more."""
+
+
+def few_inputs(data: Any) -> Any:
+    """The inputs of a few samples."""
+    inputs = data[0] if isinstance(data, tuple) else data
+    if isinstance(inputs, dict):
+        return {name: values[:FEW] for name, values in inputs.items()}
+    return inputs[:FEW]
+
+
 def _npy(path: Path) -> Array:
     try:
         values = np.lib.format.open_memmap(path, mode="r")

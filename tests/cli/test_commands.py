@@ -110,6 +110,11 @@ def test_a_shell_completes_commands_and_options(typed: str, offered: set[str]) -
         (["inspect", "m.keras", "--bakend", "jax"], "(Possible options: --backend)"),
         (["study", "mlp", "--data", "d", "--epoch", "3", "--out", "o"], "--epochs"),
         (["daignose", "m.keras"], "Did you mean 'diagnose'?"),
+        (["study", "shwo", "wine"], "(at 'shwo'). Remedy: write show."),
+        (
+            ["place", "m.keras", "befor_activation", "--out", "o.keras"],
+            "Remedy: write before_activation.",
+        ),
         (["study", "run", "mlp"], "Remedy: truenorm study run --help shows what there is."),
     ],
 )

@@ -24,7 +24,7 @@ X = np.random.default_rng(0).normal(size=(64, 5)).astype("float32")
 TOOLS: dict[str, tuple[Callable[..., Any], str]] = {
     "collect": (lambda **o: tn.collect(models.dense(), X, batch_size=8, **o), ": pass 1: 8"),
     "recalibrate": (lambda **o: tn.recalibrate(models.dense(), X, **o), ": pass 1: 64"),
-    "adapt": (lambda **o: tn.adapt(models.dense(), X, **o), ": pass 1: 32 samples in 1 batch"),
+    "adapt": (lambda **o: tn.adapt(models.dense(), X, **o), ": pass 1: 32 samples, standard error"),
     "diagnose": (lambda **o: tn.diagnose(models.dense(), X, **o),
                  ": reading the data, batch 1 of 2"),
     "fold": (lambda **o: tn.fold(models.dense(), **o), "folding: comparing each changed place"),
@@ -76,7 +76,7 @@ def test_a_notebook_shows_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
     tn.collect(models.dense(), X, batch_size=8)
-    assert "64 samples in 8 batches" in capsys.readouterr().err
+    assert "100%, about 0 s left): pass 1: 64 samples" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("at_once")

@@ -6,9 +6,11 @@ answer at once; and the backend is chosen before Keras is imported, which fixes 
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Annotated, Any, NoReturn
 
+from truenorm._checks import meant
 from truenorm._errors import TruenormError
 from truenorm._records.tables import printable
 
@@ -91,9 +93,12 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _in_our_form(error: Any) -> str:
-    """What Typer says about an argument, and where to read on."""
+    """What Typer says about an argument, and what was meant or where to read on."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "truenorm"
     problem = " ".join(str(error.format_message()).split()).replace("Value error, ", "")
+    value, _, choices = problem.rpartition(" is not one of ")
+    remedy = meant(value.rpartition(": ")[2].strip("'"), re.findall(r"'([^']*)'", choices))
+    remedy = remedy or f"{command} --help shows what there is"
     end = "" if problem.endswith((".", "?")) else "."
-    return f"{problem}{end} Remedy: {command} --help shows what there is."
+    return f"{problem}{end} Remedy: {remedy}."

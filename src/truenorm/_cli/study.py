@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from truenorm._checks import meant
 from truenorm._cli.examples import example
 from truenorm._cli.files import Force, check_free
 from truenorm._cli.output import AsJson, show
@@ -23,6 +24,9 @@ class _RunUnlessNamed(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, "--help", "-h"):
+            remedy = None if "--data" in args else meant(args[0], self.commands)
+            if remedy is not None:
+                raise OptionError("There is no such command", where=args[0], remedy=remedy)
             args = ["run", *args]
         return super().parse_args(ctx, args)
 

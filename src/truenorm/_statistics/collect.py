@@ -228,8 +228,8 @@ class Collection:
             seen = tally.seen()
             error = max((_error(seen, path) for path in seen.spread), default=0.0)
             self._line.tell(
-                f"pass {self._passes}: {counted(seen.samples, 'sample')} in "
-                f"{counted(seen.batches, 'batch')}, standard error {number(error, 2)} std",
+                f"pass {self._passes}: {counted(seen.samples, 'sample')}, "
+                f"standard error {number(error, 2)} std",
                 seen.batches / self._total if self._total else None,
             )
         return self.until_converged and _converged(tally.seen())

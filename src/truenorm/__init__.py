@@ -34,6 +34,20 @@ from truenorm._registration import register_layer
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __dir__() -> list[str]:
+    """The public names; none for ``help(truenorm)``, which would print each of them in full."""
+    from inspect import currentframe
+
+    callers: list[str | None] = []
+    frame = currentframe()
+    while frame is not None and len(callers) < 4:  # pydoc asks by way of inspect
+        callers.append(frame.f_globals.get("__name__"))
+        frame = frame.f_back
+    return [] if "pydoc" in callers else list(__all__)
+
+
 register_layer()
 del register_layer

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import inspect
 import os
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,14 @@ def test_dir_and_the_docstring_are_an_overview_of_the_public_names() -> None:
     overview = tn.__doc__ or ""
     tools = {name for name in tn.__all__ if name.islower()}
     assert {name for name in tools if name not in overview} == set()
+
+
+def test_help_is_an_overview_and_not_every_name_in_full() -> None:
+    text = pydoc.plain(pydoc.render_doc(tn))
+    assert all(line.strip() in text for line in (tn.__doc__ or "").splitlines()[2:])
+    assert "CLASSES" not in text
+    assert "FUNCTIONS" not in text
+    assert len(text.splitlines()) < 80
 
 
 def test_reports_cost_nothing_before_one_is_made() -> None:

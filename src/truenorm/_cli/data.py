@@ -14,6 +14,7 @@ import numpy as np
 from truenorm._errors import DataError
 from truenorm._records.files import UNREADABLE
 from truenorm._records.moments import Array
+from truenorm._records.tables import counted
 
 
 def read_data(path: Path) -> Any:
@@ -105,7 +106,7 @@ def _numbers(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator[lis
             raise DataError(
                 "A row is of another length",
                 where=f"{path}: line {line}",
-                expected=f"{length} cells, as in the first line",
+                expected=f"{counted(length, 'cell')}, as in the first line",
                 received=str(len(cells)),
             )
         for column, (cell, value) in enumerate(zip(cells, values, strict=True), start=1):

@@ -25,6 +25,7 @@ from truenorm._model.graph import (
 )
 from truenorm._records.rewrite import Change, Left
 from truenorm._records.site import Site
+from truenorm._records.tables import counted
 
 Where = str | Callable[[Site], bool] | None
 """Which sites: a path pattern such as ``block1/*``, a predicate on the Site, or None for all."""
@@ -129,7 +130,7 @@ def batch_normalizations(model: Any) -> dict[Any, str]:
             "This model has no BatchNormalization",
             where=model.name,
             expected="at least one BatchNormalization layer",
-            received=f"{len(model.layers)} layers, none of that kind",
+            received=f"{counted(len(model.layers), 'layer')}, none of that kind",
         )
     for layer, path in layers.items():
         if not layer.built:

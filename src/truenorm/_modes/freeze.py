@@ -16,6 +16,7 @@ from truenorm._model.sites import Layers, chosen_layers, is_own_class, policy_of
 from truenorm._model.trainer import has_optimizer
 from truenorm._modes.optimizer import follow, state_of
 from truenorm._records.freezing import Freezing, Frozen
+from truenorm._records.tables import counted
 
 
 @known_options
@@ -169,7 +170,8 @@ def _notes(model: Any, chosen: dict[Any, str]) -> Iterator[str]:
         inside = layers_in(one, itself=False)
         awake = [path for layer, path in chosen.items() if layer.trainable and layer in inside]
         if awake and not one.trainable:
+            inside_it = counted(len(awake), "layer")
             yield (
-                f"'{one.name}' is frozen: gamma and beta of the {len(awake)} layers inside are not "
+                f"'{one.name}' is frozen: gamma and beta of the {inside_it} inside are not "
                 "learned, whatever their own policy."
             )

@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from truenorm._records.tables import counted
+
 Array = NDArray[np.float64]
 
 
@@ -96,7 +98,7 @@ class Moments:
     def __repr__(self) -> str:
         values = sorted({int(count) for count in self.count})
         each = "…".join(str(n) for n in dict.fromkeys((values[0], values[-1]))) if values else "no"
-        return f"<Moments of {len(self.mean)} channels, {each} values in each>"
+        return f"<Moments of {counted(len(self.mean), 'channel')}, {each} values in each>"
 
     def to_dict(self) -> dict[str, list[float]]:
         """Plain lists, ready for JSON."""
@@ -139,7 +141,7 @@ class Spread:
         )
 
     def __repr__(self) -> str:
-        return f"<Spread of {len(self.batches)} channels>"
+        return f"<Spread of {counted(len(self.batches), 'channel')}>"
 
     def merge(self, other: Spread) -> Spread:
         """The spread of both sets of batches; commutative and associative up to rounding."""

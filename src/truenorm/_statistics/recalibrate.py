@@ -14,6 +14,7 @@ from truenorm._model.values import as_float64, numbers
 from truenorm._records.moments import Moments
 from truenorm._records.population import Population
 from truenorm._records.recalibration import Gap, Recalibration
+from truenorm._records.tables import counted
 from truenorm._statistics.collect import Upstream, collect, known
 
 
@@ -115,8 +116,10 @@ def _meant(model: Any, population: Population) -> dict[Any, str]:
             raise DataError(
                 "This population is of another model",
                 where=path,
-                expected=f"{ours[path]} channels" if path in ours else f"one of {sorted(ours)}",
-                received=f"{len(moments.mean)} channels",
+                expected=counted(ours[path], "channel")
+                if path in ours
+                else f"one of {sorted(ours)}",
+                received=counted(len(moments.mean), "channel"),
             )
     return {layer: path for layer, path in layers.items() if path in population.sites}
 

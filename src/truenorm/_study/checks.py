@@ -16,6 +16,7 @@ from truenorm._errors import DataError, MissingDependencyError, ModelError, Opti
 from truenorm._model.data import check
 from truenorm._model.graph import calls, is_batch_normalization
 from truenorm._model.sites import position as position_of
+from truenorm._records.tables import counted
 from truenorm._rewrites.place import Position, place
 from truenorm._study.folder import NAMES, Arrays
 
@@ -151,14 +152,15 @@ def check_placement(model: Any, positions: Sequence[str]) -> tuple[str, ...]:
                 f"No BatchNormalization of this model can be put at {wanted}",
                 where=stray[0],
                 expected="a BatchNormalization that directly follows or precedes an activation",
-                received=f"{len(stray)} sites, none of that kind",
+                received=f"{counted(len(stray), 'site')}, none of that kind",
                 remedy=f"see what truenorm.place(model, '{wanted}') says about each site",
             )
         if stray:
             listed = ", ".join(stray[:5]) + (" …" if len(stray) > 5 else "")
+            sites_left = counted(len(stray), "BatchNormalization site")
             notes.append(
-                f"At {wanted}, {len(stray)} BatchNormalization sites could not be placed and stay "
-                f"where they were: {listed}."
+                f"At {wanted}, {sites_left} could not be placed, and nothing is changed there: "
+                f"{listed}."
             )
     return tuple(notes)
 
@@ -204,7 +206,7 @@ def check_data(data: Any) -> tuple[Arrays, Arrays]:
                 f"The {part} inputs and targets have different lengths",
                 where="data",
                 expected="one target per sample",
-                received=f"{len(x)} inputs, {len(y)} targets",
+                received=f"{counted(len(x), 'input')}, {counted(len(y), 'target')}",
                 remedy="cut them to the same samples",
             )
     for name, first, second in (("inputs", x_train, x_val), ("targets", y_train, y_val)):

@@ -8,6 +8,7 @@ the results are.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -97,10 +98,18 @@ class Line:
         if _tells_another:
             print(f"{BEGIN}{text}", file=sys.stderr, flush=True)
         else:
-            text = text[: shutil.get_terminal_size().columns - 1]
+            text = text[: _columns() - 1]
             sys.stderr.write(f"\r{text.ljust(self._shown)}")
             sys.stderr.flush()
         self._shown = len(text)
+
+
+def _columns() -> int:
+    """How wide the terminal is; the standard output stream may be another, or a pipe."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):  # no terminal, or no stream of a file
+        return shutil.get_terminal_size().columns
 
 
 class _Nothing(Line):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import pickle
 import pkgutil
 import subprocess
@@ -92,6 +93,34 @@ def test_every_record_keeps_its_facts(
     assert other.to_json() == record.to_json()
     assert str(other) == str(record)
     assert other._repr_html_() == record._repr_html_()
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_every_record_comes_back_from_its_json(
+    kind: type[Record], records: dict[type[Record], Record]
+) -> None:
+    text = records[kind].to_json()
+    head = {name: json.loads(text)[name] for name in ("schema", "schema_version", "truenorm")}
+    assert head == {
+        "schema": f"truenorm.{kind.__name__}",
+        "schema_version": 1,
+        "truenorm": tn.__version__,
+    }
+    other = kind.from_json(text)
+    assert type(other) is kind
+    assert other.to_json() == text
+    assert str(other) == str(records[kind])
+    assert repr(other) == repr(records[kind])
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_every_record_is_one_line_in_the_interpreter(
+    kind: type[Record], records: dict[type[Record], Record]
+) -> None:
+    shown = repr(records[kind])
+    assert shown.startswith(f"<{kind.__name__} ")
+    assert len(shown) <= 100
+    assert "\n" not in shown
 
 
 @pytest.mark.parametrize("again", [through_pickle, copy.deepcopy])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any, cast
 
@@ -13,8 +14,11 @@ from truenorm._kernels import Normalized, Options, Tensor, Vector
 from truenorm._kernels.masks import aligned
 from truenorm._layer.arguments import (
     FreezePolicy,
+    activation_of,
     check_average,
+    check_axis,
     check_ghosts,
+    check_names,
     check_policy,
     check_renorm,
 )
@@ -159,6 +163,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         activation: Any = None,
         **kwargs: Any,
     ) -> None:
+        check_names(kwargs, inspect.signature(BatchNormalization.__init__).parameters)
         check_average(momentum, epsilon)
         check_renorm(renorm, renorm_clipping)
         check_ghosts(virtual_batch_size, {"renorm": renorm, "synchronized": synchronized})
@@ -187,8 +192,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.synchronized = synchronized  # Keras's constructor takes it on TensorFlow only.
         self.virtual_batch_size = virtual_batch_size
         self.bessel_correction = bessel_correction
-        activation = keras.activations.get(activation)
-        self.activation = None if activation is keras.activations.linear else activation
+        self.activation = activation_of(activation)
         self.batches_seen: Any = None
         self._policy: FreezePolicy = "none" if freeze == "all" else freeze
         if freeze == "all":
@@ -252,6 +256,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def build(self, input_shape: Any) -> None:
         """As the stock layer's; its weights come first."""
+        check_axis(self.axis, len(input_shape), self.path)
         if self.virtual_batch_size is not None and self.axis % len(input_shape) == 0:
             raise OptionError(
                 "Ghost batches are parts of the first axis, and here that holds the channels",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from truenorm._records.tables import Record, Table, joined, number
+from truenorm._records.tables import Record, Table, counted, joined, number
 
 Severity = Literal["note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
@@ -15,7 +15,7 @@ SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
 Evidence = Mapping[str, float | int | str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Finding(Record):
     """One problem, at one place.
 
@@ -35,6 +35,10 @@ class Finding(Record):
     evidence: Evidence
     remedy: str
 
+    def summary(self) -> str:
+        """Code, severity, site and problem."""
+        return f"{self.code} {self.severity} at '{self.site}': {self.problem}"
+
     def tables(self) -> Sequence[Table]:
         """One row."""
         return (_table(f"{self.code}: {self.problem}", (self,)),)
@@ -48,7 +52,7 @@ class Skipped:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis(Record):
     """Everything that was found in a model, and what could not be looked for.
 
@@ -75,15 +79,19 @@ class Diagnosis(Record):
         """Whether there is nothing above a note."""
         return self.worst in (None, "note")
 
-    def tables(self) -> Sequence[Table]:
-        """One row per code, the gravest first; sites and evidence put together; remedies below."""
+    def summary(self) -> str:
+        """How many findings of each severity, the gravest first."""
         counts = [
-            f"{n} {severity}{'s' if n > 1 else ''}"
+            counted(n, severity)
             for severity in reversed(SEVERITIES)
             if (n := sum(f.severity == severity for f in self.findings))
         ]
-        summary = ", ".join(counts) or "nothing found"
-        title = f"Diagnosis of '{self.model}': {summary} ({len(self.checked)} rules)"
+        found = ", ".join(counts) or "nothing found"
+        return f"of '{self.model}': {found} ({counted(len(self.checked), 'rule')})"
+
+    def tables(self) -> Sequence[Table]:
+        """One row per code, the gravest first; sites and evidence put together; remedies below."""
+        title = f"Diagnosis {self.summary()}"
         notes = tuple(f"Not checked: {', '.join(s.codes)}: {s.reason}." for s in self.skipped)
         return (_table(title, self.findings, notes),)
 
@@ -107,7 +115,8 @@ def _table(title: str, findings: Sequence[Finding], notes: tuple[str, ...] = ())
     )
     columns = ("code", "problem", "site", "evidence") if rows else ()
     mending = (f"Remedy of {', '.join(codes)}: {remedy}" for remedy, codes in remedies.items())
-    return Table(title, columns, rows, (*mending, *notes))
+    severities = tuple(group[0].severity for group in alike.values())
+    return Table(title, columns, rows, (*mending, *notes), severities)
 
 
 def _measured(evidence: Sequence[Evidence]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from truenorm._records.observation import Mode
 from truenorm._records.site import Site
-from truenorm._records.tables import Record, Table, grouped, joined
+from truenorm._records.tables import Record, Table, counted, grouped, joined
 
 ENTRY_POINTS = ("fit", "evaluate", "predict", "model(x)", "model(x, training=True)")
 """What ``inspect`` runs."""
@@ -28,7 +28,7 @@ class Surprise:
     explanation: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection(Record):
     """Every site of a model, and what it did in each entry point.
 
@@ -46,6 +46,11 @@ class Inspection(Record):
     modes: Mapping[str, tuple[Mode, ...]]
     surprises: tuple[Surprise, ...] = ()
     not_run: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def summary(self) -> str:
+        """How many sites, and how many of them surprise."""
+        surprises = counted(len(self.surprises), "surprise") if self.surprises else "as expected"
+        return f"of '{self.model}': {counted(len(self.sites), 'site')}, {surprises}"
 
     def tables(self) -> Sequence[Table]:
         """Where every site is, what every site did, and why where that surprises."""

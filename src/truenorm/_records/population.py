@@ -12,10 +12,10 @@ import numpy as np
 from truenorm._errors import DataError
 from truenorm._records import population_file as storage
 from truenorm._records.moments import ROWS, Moments, Spread, from_rows, to_rows
-from truenorm._records.tables import Record, Table, number
+from truenorm._records.tables import Record, Table, counted, number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Population(Record):
     """The moments of every BatchNormalization's input over a data set.
 
@@ -50,7 +50,7 @@ class Population(Record):
             DataError: They are not of the same layers, or not of the same upstream.
         """
         ours, theirs = (
-            {path: f"{len(moments.mean)} channels" for path, moments in one.sites.items()}
+            {path: counted(len(moments.mean), "channel") for path, moments in one.sites.items()}
             | {"upstream": one.upstream}
             for one in (self, other)
         )
@@ -127,6 +127,13 @@ class Population(Record):
                 spread[site] = own
         return cls(sites=sites, spread=spread, **facts)
 
+    def summary(self) -> str:
+        """How many layers, over how much data."""
+        return f"of {counted(len(self.sites), 'layer')} over {self._data()}"
+
+    def _data(self) -> str:
+        return f"{counted(self.samples, 'sample')} in {counted(self.batches, 'batch')}"
+
     def tables(self) -> Sequence[Table]:
         """One row per site."""
         errors = self.standard_errors()
@@ -153,7 +160,7 @@ class Population(Record):
             )
         return (
             Table(
-                f"Population over {self.samples} samples in {self.batches} batches "
+                f"Population over {self._data()} "
                 f"(upstream: {self.upstream}, passes: {self.passes})",
                 (
                     "layer",

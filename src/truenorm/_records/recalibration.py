@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from truenorm._records.population import Population
-from truenorm._records.tables import NOT_DATA, Record, Table, number
+from truenorm._records.tables import NOT_DATA, Record, Table, counted, number
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Gap:
     scale: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recalibration(Record):
     """Moving statistics replaced by the population's; what was before can be put back.
 
@@ -43,6 +43,11 @@ class Recalibration(Record):
     after: tuple[Gap, ...]
     undo: Callable[[], None] = field(repr=False, compare=False, metadata=NOT_DATA)
 
+    def summary(self) -> str:
+        """How many layers, over how much data."""
+        layers, samples = len(self.before), self.population.samples
+        return f"of {counted(layers, 'layer')} over {counted(samples, 'sample')}"
+
     def tables(self) -> Sequence[Table]:
         """One row per layer."""
         rows = tuple(
@@ -50,7 +55,7 @@ class Recalibration(Record):
             for b, a in zip(self.before, self.after, strict=True)
         )
         error = max(self.population.standard_errors().values(), default=None)
-        title = f"Recalibrated {len(rows)} layers over {self.population.samples} samples"
+        title = f"Recalibrated {self.summary().removeprefix('of ')}"
         columns = (
             "layer",
             "mean was off by (std)",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from truenorm._records.tables import Record, Table, number
+from truenorm._records.tables import Record, Table, counted, number
 
 _LOWER_IS_BETTER = (
     *("loss", "error", "mae", "mse", "mape", "msle", "entropy", "divergence", "hinge", "poisson"),
@@ -20,7 +22,7 @@ def lower_is_better(metric: str) -> bool:
     return any(word in metric for word in _LOWER_IS_BETTER)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trial(Record):
     """One training run: one position, one seed.
 
@@ -87,6 +89,11 @@ class Trial(Record):
                 return epoch
         return None
 
+    def summary(self) -> str:
+        """Which trial, and how it ended."""
+        ended = "failed" if self.error else ", ".join(f"{k} {v:.4g}" for k, v in self.final.items())
+        return f"of {self.position}, seed {self.seed}: {ended}"
+
     def tables(self) -> Sequence[Table]:
         """The metrics that the study judges by."""
         rows = tuple((name, number(value, 4)) for name, value in self.final.items())
@@ -143,7 +150,7 @@ class Comparison:
     seeds_needed: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Study(Record):
     """A controlled experiment over positions and seeds, and what it shows.
 
@@ -176,6 +183,25 @@ class Study(Record):
     def lower_is_better(self) -> bool:
         """Whether small values of the deciding metric are good."""
         return lower_is_better(self.metric)
+
+    def report(self, path: str | os.PathLike[str], title: str = "") -> None:
+        """Write the study as one HTML page that needs nothing else: :mod:`truenorm.report`.
+
+        Args:
+            path: The file.
+            title: The page's title; the study's name where none is given.
+
+        Raises:
+            OutputError: The file cannot be written; what was there is unchanged.
+            MissingDependencyError: Jinja2 or matplotlib is not installed.
+        """
+        reports: Any = importlib.import_module("truenorm.report")  # a row above: only when asked
+        reports.save(path, reports.study_page(self, title))
+
+    def summary(self) -> str:
+        """How many trials, and which variant won."""
+        ended = "no winner" if self.winner is None else f"{self.winner} is best"
+        return f"'{self.name}': {counted(len(self.trials), 'trial')}, {ended}"
 
     def tables(self) -> Sequence[Table]:
         """The positions, their paired differences, and the verdict."""

@@ -8,12 +8,14 @@ from typing import Any
 import keras
 import numpy as np
 
+from truenorm._checks import known_options
 from truenorm._keras_internals import layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.edit import Piece, copy_of
 from truenorm._model.graph import Call, Graph, is_batch_normalization, nearby, read_graph
+from truenorm._model.progress import Wanted, shown
 from truenorm._model.rebuild import rebuild
-from truenorm._model.sites import Where, check_all, hidden, selector
+from truenorm._model.sites import Where, check_all, hidden, selector, with_kinds
 from truenorm._model.state import learns
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Array
@@ -47,7 +49,8 @@ from truenorm._rewrites.wrappers import (
 L = keras.layers
 
 
-def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
+@known_options
+def fold(model: Any, *, where: Where = None, probe: Any = None, progress: Wanted = None) -> Rewrite:
     """Fold every BatchNormalization that can be folded into its neighbours, for inference.
 
     The new model computes what the old one computes with ``training=False``, with fewer layers;
@@ -77,6 +80,8 @@ def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
             it is.
         probe: Inputs to verify on, as the model takes them; made from the input specification
             (standard normal) where none are given.
+        progress: Whether to show what is going on, on the standard error stream. None: on a
+            terminal and in a notebook.
 
     Returns:
         The folded model with its receipt and the largest differences of the outputs.
@@ -99,11 +104,13 @@ def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
         Integer-Arithmetic-Only Inference", section 3.2, equation 14, arXiv:1712.05877.
     """
     graph = read_graph(model)
-    folding = Folding(graph, where)
-    changed, left = folding.receipt()
-    edit = folding.edit()
-    new = rebuild(model, edit)
-    proof = verify(graph, edit, folding.between, new, probe, "Folding")
+    with shown(progress, "folding") as line:
+        folding = Folding(graph, where)
+        changed, left = folding.receipt()
+        edit = folding.edit()
+        line.step("making the new model")
+        new = rebuild(model, edit)
+        proof = verify(graph, edit, folding.between, new, probe, "Folding", line)
     return Rewrite(new, "fold", changed, left, *proof)
 
 
@@ -142,7 +149,9 @@ class Folding:
         """Fold every site."""
         paths = {site_of(call).path for call in self.sites}
         others = [left for left in hidden(self.graph) if left.path not in paths]
-        return check_all(self.site, self.sites, others)
+        changed, left = check_all(self.site, self.sites, others)
+        labels = self.graph.labels
+        return with_kinds(labels, changed), with_kinds(labels, left)
 
     def site(self, call: Call) -> Change | Left:
         """Fold one site, or say why not."""

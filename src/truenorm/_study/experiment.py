@@ -14,8 +14,9 @@ from typing import Any, cast, get_args
 
 import keras
 
-from truenorm._checks import check_integer
+from truenorm._checks import check_integer, known_options
 from truenorm._errors import OptionError, OutputError
+from truenorm._model.progress import Wanted
 from truenorm._records.study import Study, Trial
 from truenorm._rewrites.place import Position
 from truenorm._study import checks
@@ -33,11 +34,12 @@ from truenorm._study.folder import (
 )
 from truenorm._study.here import Here
 from truenorm._study.identity import code_digest
+from truenorm._study.live import told
 from truenorm._study.local import Local
 from truenorm._study.lock import only_driver
 from truenorm._study.models import build_of, made
 from truenorm._study.plan import Plan
-from truenorm._study.pool import OnEvent, Runner, run_all
+from truenorm._study.pool import OnEvent, Progress, Runner, run_all
 from truenorm._study.ray_tasks import RayTasks
 from truenorm._study.surprises import surprises
 from truenorm._study.variants import Variant, Variants, is_positions, positions_in, variants_of
@@ -45,6 +47,7 @@ from truenorm._study.variants import Variant, Variants, is_positions, positions_
 POSITIONS: tuple[Position, ...] = get_args(Position)
 
 
+@known_options
 def study(
     build: Callable[[], Any] | str | Path,
     data: Any,
@@ -66,6 +69,7 @@ def study(
     runner: str = "local",
     resources: Mapping[str, Any] | None = None,
     on_event: OnEvent | None = None,
+    progress: Wanted = None,
 ) -> Study:
     """Train versions of one model, as with BatchNormalization at each position; say what is better.
 
@@ -126,6 +130,8 @@ def study(
             of a cluster.
         resources: Options of Ray's tasks, such as ``{"num_cpus": 4, "num_gpus": 1}``.
         on_event: Called in this thread with a :class:`Progress` for every start, epoch and end.
+        progress: Whether to show how far it is, on the standard error stream. None: on a terminal
+            and in a notebook, unless ``on_event`` is given.
 
     Returns:
         The trials, summaries, paired comparisons and the verdict. A failed trial is among the
@@ -199,6 +205,8 @@ or 'before_activation' or 'after_activation' or 'before_layer'. Received: 'behin
             check_integer(option, value)
     checks.check_timeout(timeout)
     checks.check_margin(margin)
+    checks.check_threshold(threshold)
+    checks.check_runner(runner)
     arrays, function = _data(data)
     plan = Plan(build_of(build), function, named, callbacks)
     model, notes = _tried(plan, arrays, numbers[0], batch_size)
@@ -232,14 +240,22 @@ or 'before_activation' or 'after_activation' or 'before_layer'. Received: 'behin
                 if todo:
                     write_json(folder / ABOUT, about)
             if todo:
-                trials += run_all(
-                    folder,
-                    todo,
-                    _runner(runner, folder, chosen, workers, timeout, resources),
-                    on_event=on_event,
-                    finished=trials,
-                )
+                crew = _runner(runner, folder, chosen, workers, timeout, resources)
+                with told(False if progress is None and on_event else progress) as tell:
+                    trials += run_all(
+                        folder, todo, crew, on_event=_both(on_event, tell), finished=trials
+                    )
     return judged(trials, settings, about)
+
+
+def _both(first: OnEvent | None, second: OnEvent | None) -> OnEvent:
+    """Whoever of the two wants to be told is told."""
+
+    def tell(event: Progress) -> None:
+        for one in filter(None, (first, second)):
+            one(event)
+
+    return tell
 
 
 def _runner(

@@ -10,7 +10,7 @@ from truenorm._diagnosis.rule import Rule
 from truenorm._diagnosis.table import RULES
 from truenorm._errors import DataError, OptionError
 from truenorm._model.data import check_limits
-from truenorm._model.sites import batch_normalizations
+from truenorm._model.sites import batch_normalizations, spots
 from truenorm._records.diagnosis import Diagnosis, Finding, Skipped
 
 Codes = str | Sequence[str] | None
@@ -88,7 +88,8 @@ def diagnose(
         checked.append(rule.code)
         findings += [Finding(rule.code, rule.severity, rule.problem, *f) for f in rule.check(facts)]
     left = tuple(Skipped(tuple(codes), reason) for reason, codes in skipped.items())
-    return Diagnosis(model.name, tuple(findings), tuple(checked), left)
+    sites = tuple(dict.fromkeys(spot.path for spot in spots(model)))
+    return Diagnosis(model.name, tuple(findings), tuple(checked), left, sites)
 
 
 def _refuse_endless(data: Any) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from truenorm._records.drawings.depth import Mark, Marks
+from truenorm._records.drawings.drawing import Drawing, Drawn, Message
 from truenorm._records.tables import Record, Table, joined, number
 
 Severity = Literal["note", "warning", "error"]
@@ -49,7 +51,7 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Diagnosis(Record):
+class Diagnosis(Drawn):
     """Everything that was found in a model, and what could not be looked for.
 
     Args:
@@ -57,12 +59,14 @@ class Diagnosis(Record):
         findings: The findings, in the order of their codes, then of the model.
         checked: Codes of the rules that ran.
         skipped: Codes of the rules that could not run, by reason.
+        sites: Paths of the model's BatchNormalization, in their order.
     """
 
     model: str
     findings: tuple[Finding, ...]
     checked: tuple[str, ...]
     skipped: tuple[Skipped, ...] = ()
+    sites: tuple[str, ...] = ()
 
     @property
     def worst(self) -> Severity | None:
@@ -77,15 +81,37 @@ class Diagnosis(Record):
 
     def tables(self) -> Sequence[Table]:
         """One row per code, the gravest first; sites and evidence put together; remedies below."""
+        title = f"Diagnosis of '{self.model}': {self._summary()} ({len(self.checked)} rules)"
+        notes = tuple(f"Not checked: {', '.join(s.codes)}: {s.reason}." for s in self.skipped)
+        return (_table(title, self.findings, notes),)
+
+    def _summary(self) -> str:
+        """How many findings there are of each severity."""
         counts = [
             f"{n} {severity}{'s' if n > 1 else ''}"
             for severity in reversed(SEVERITIES)
             if (n := sum(f.severity == severity for f in self.findings))
         ]
-        summary = ", ".join(counts) or "nothing found"
-        title = f"Diagnosis of '{self.model}': {summary} ({len(self.checked)} rules)"
-        notes = tuple(f"Not checked: {', '.join(s.codes)}: {s.reason}." for s in self.skipped)
-        return (_table(title, self.findings, notes),)
+        return ", ".join(counts) or "nothing found"
+
+    def drawing(self) -> Drawing:
+        """The findings along the depth of the model, a row per code, the gravest on top."""
+        title = f"Diagnosis of '{self.model}': {self._summary()}"
+        if not self.findings:
+            return Message(title=title, alt="Nothing was found.", text="Nothing was found.")
+        graves = sorted(self.findings, key=lambda f: -SEVERITIES.index(f.severity))
+        codes = {finding.code: finding.problem for finding in graves}
+        sites = {code: [f.site for f in graves if f.code == code] for code in codes}
+        return Marks(
+            title=title,
+            alt=". ".join(f"{code}, {codes[code]}: {joined(sites[code])}" for code in codes),
+            notes=("A finding about the whole model is a line along all of it.",)
+            if any(f.site not in self.sites for f in graves)
+            else (),
+            places=self.sites,
+            rows=codes,
+            marks=[Mark(f.code, f.site, f.severity) for f in graves],
+        )
 
 
 def _table(title: str, findings: Sequence[Finding], notes: tuple[str, ...] = ()) -> Table:

@@ -113,7 +113,7 @@ def gaps_drawn(before: Sequence[Gap], after: Sequence[Gap] = ()) -> Drawing:
         + (f" Largest after: {_largest(after)}." if after else ""),
         notes=tuple(notes),
         names=[gap.path for gap in shown],
-        unit="off by: means in standard deviations, scales in doublings",
+        unit="distance from the population",
         spans=[
             span("mean off by (standard deviations)", "mean", "orange", "o"),
             span("scale off by (doublings)", "scale", "blue", "D"),

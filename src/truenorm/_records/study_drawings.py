@@ -218,7 +218,7 @@ def statistics(study: Study, metric: str) -> Drawing:
         ),
         names=[f"{trial.position}, seed {trial.seed}" for trial in trials],
         unit=_unit(metric),
-        spans=[Span("with moving statistics, as trained", "recalibrated", before, after, "orange")],
+        spans=[Span("moving statistics, as trained", "recalibrated", before, after, "orange")],
         log=False,
     )
 

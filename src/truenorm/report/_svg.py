@@ -70,11 +70,22 @@ def svg(drawings: Sequence[Drawing], *, narrow: bool, stacked: bool, title: str,
     return _finished(file.getvalue(), title, alt)
 
 
+_SPARED = re.compile(
+    r' id="[A-Za-z0-9.]+_\d+"'  # names of groups, to which nothing refers
+    r"|font-family: 'DejaVu Sans', sans-serif; "  # the page's own fonts are used
+    r'| transform="rotate\(-0 [^"]*\)"'
+    r"|(?<=\.\d)\d+(?![\d%])"  # less than a tenth of a pixel
+)
+
+
 def _finished(text: str, title: str, alt: str) -> str:
-    """The document with its words, its dark colours, and without what browsers do not need."""
+    """The document with its words and its dark colours, and without what no browser needs."""
     text = text[text.index("<svg") :]
     text = re.sub(r'(width|height)="([\d.]+)pt"', r'\1="\2"', text, count=2)
-    text = re.sub(r"\s*\n\s*", "\n", text)
+    # Within tags only: numbers between them are what the drawing says.
+    text = re.sub(r"<[^>]+>", lambda tag: _SPARED.sub("", tag[0]), text)
+    text = re.sub(r"<g/>|(?<=>)\s+(?=<)", "", text)
+    text = re.sub(r"<g>(</g>)", "", text)
     head, body = text.split(">", 1)
     words = "".join(
         f"<{tag}>{html.escape(printable(content))}</{tag}>"

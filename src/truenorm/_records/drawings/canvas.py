@@ -94,7 +94,7 @@ class Canvas:
     ) -> None:
         """Small text, ``shift`` points away from a place; perhaps on paper of its own."""
         paper = {"facecolor": self.theme["paper"], "edgecolor": "none", "pad": 1}
-        self.axes.annotate(
+        note = self.axes.annotate(
             printable(text),
             at,
             xytext=shift,
@@ -107,6 +107,7 @@ class Canvas:
             annotation_clip=False,
             bbox=paper if covers else None,
         )
+        note.set_in_layout(not covers)  # what lies on the Axes must not make them smaller
 
     def below(
         self, x: float, line: float, text: str, ha: str = "center", colour: str = "ink"
@@ -122,7 +123,7 @@ class Canvas:
 
     def rows(self, names: Sequence[str]) -> None:
         """A row per name, from the top."""
-        most = 20 if self.narrow else 36
+        most = 26 if self.narrow else 36
         self.axes.set_ylim(len(names) - 0.4, -0.6)
         self.axes.set_yticks(
             range(len(names)),

@@ -6,10 +6,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from textwrap import fill
 from typing import Any
 
 from truenorm._records.drawings.canvas import Canvas
 from truenorm._records.drawings.drawing import Drawing
+
+_AT_LEFT = ("axes fraction", "data")
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,15 @@ class Marks(Drawing):
     marks: Sequence[Mark]
 
     def height(self, narrow: bool) -> float:
-        """Two lines per row, the names below, and the legend above."""
+        """A row's words and its line, the names below, and the legend above."""
         lines = len(self._kinds()) if narrow else 1
-        return 46 * len(self.rows) + _below(self.places) + 18 * lines
+        most = max((words.count("\n") for words in self._words(narrow).values()), default=0)
+        return (46 + 16 * most) * len(self.rows) + _below(self.places) + 18 * lines
+
+    def _words(self, narrow: bool) -> dict[str, str]:
+        """What stands above each row, in lines that fit."""
+        most = 44 if narrow else 110
+        return {name: fill(f"{name}  {words}", most) for name, words in self.rows.items()}
 
     def _kinds(self) -> list[str]:
         seen = {mark.kind for mark in self.marks}
@@ -138,10 +147,12 @@ class Marks(Drawing):
         axes.spines["bottom"].set_visible(False)
         columns = {place: x for x, place in enumerate(self.places)}
         rows = {name: y for y, name in enumerate(self.rows)}
-        for name, y in rows.items():
-            axes.axhline(y, color=theme["faint"], lw=1, zorder=1)
-            words = f"{name}  {self.rows[name]}"
-            canvas.write(words, (0, y), ("axes fraction", "data"), shift=(0, 15), covers=True)
+        for name, words in self._words(canvas.narrow).items():
+            axes.axhline(rows[name], color=theme["faint"], lw=1, zorder=1)
+            lines = words.split("\n")
+            for index, line in enumerate(reversed(lines)):
+                shift = (0, 15 + 1.25 * canvas.small * index)
+                canvas.write(line, (0, rows[name]), _AT_LEFT, shift=shift, covers=True)
         for mark in self.marks:
             marker, colour = MARKERS[mark.kind]
             found = [x for place, x in columns.items() if place == mark.place]

@@ -126,7 +126,7 @@ class Differences(Drawing):
                 (0, row),
                 ("axes fraction", "data"),
                 shift=(0, 14),
-                covers=self.margin is None,
+                covers=True,
             )
         limits = margins(min(reach), max(reach))
         axes.axvline(0, color=theme["muted"], lw=1.2, zorder=1)

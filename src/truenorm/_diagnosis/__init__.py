@@ -12,7 +12,7 @@ from truenorm._diagnosis.table import RULES
 from truenorm._errors import DataError, OptionError
 from truenorm._model.data import check_limits
 from truenorm._model.progress import Wanted, shown
-from truenorm._model.sites import batch_normalizations
+from truenorm._model.sites import batch_normalizations, spots
 from truenorm._records.diagnosis import Diagnosis, Finding, Skipped
 
 Codes = str | Sequence[str] | None
@@ -101,7 +101,8 @@ def _diagnosis(facts: Facts, rules: Sequence[Rule]) -> Diagnosis:
         checked.append(rule.code)
         findings += [Finding(rule.code, rule.severity, rule.problem, *f) for f in rule.check(facts)]
     left = tuple(Skipped(tuple(codes), reason) for reason, codes in skipped.items())
-    return Diagnosis(facts.model.name, tuple(findings), tuple(checked), left)
+    sites = tuple(dict.fromkeys(spot.path for spot in spots(facts.model)))
+    return Diagnosis(facts.model.name, tuple(findings), tuple(checked), left, sites)
 
 
 def _refuse_endless(data: Any) -> None:

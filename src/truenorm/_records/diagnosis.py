@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from truenorm._records.drawings.depth import Mark, Marks
+from truenorm._records.drawings.drawing import Drawing, Drawn, Message
 from truenorm._records.tables import Record, Table, counted, joined, number
 
 Severity = Literal["note", "warning", "error"]
@@ -53,7 +55,7 @@ class Skipped:
 
 
 @dataclass(frozen=True, repr=False)
-class Diagnosis(Record):
+class Diagnosis(Drawn):
     """Everything that was found in a model, and what could not be looked for.
 
     Args:
@@ -61,12 +63,14 @@ class Diagnosis(Record):
         findings: The findings, in the order of their codes, then of the model.
         checked: Codes of the rules that ran.
         skipped: Codes of the rules that could not run, by reason.
+        sites: Paths of the model's BatchNormalization, in their order.
     """
 
     model: str
     findings: tuple[Finding, ...]
     checked: tuple[str, ...]
     skipped: tuple[Skipped, ...] = ()
+    sites: tuple[str, ...] = ()
 
     @property
     def worst(self) -> Severity | None:
@@ -94,6 +98,25 @@ class Diagnosis(Record):
         title = f"Diagnosis {self.summary()}"
         notes = tuple(f"Not checked: {', '.join(s.codes)}: {s.reason}." for s in self.skipped)
         return (_table(title, self.findings, notes),)
+
+    def drawing(self) -> Drawing:
+        """The findings along the depth of the model, a row per code, the gravest on top."""
+        title = f"Diagnosis {self.summary()}"
+        if not self.findings:
+            return Message(title=title, alt="Nothing was found.", text="Nothing was found.")
+        graves = sorted(self.findings, key=lambda f: -SEVERITIES.index(f.severity))
+        codes = {finding.code: finding.problem for finding in graves}
+        sites = {code: [f.site for f in graves if f.code == code] for code in codes}
+        return Marks(
+            title=title,
+            alt=". ".join(f"{code}, {codes[code]}: {joined(sites[code])}" for code in codes),
+            notes=("A finding about the whole model is a line along all of it.",)
+            if any(f.site not in self.sites for f in graves)
+            else (),
+            places=self.sites,
+            rows=codes,
+            marks=[Mark(f.code, f.site, f.severity) for f in graves],
+        )
 
 
 def _table(title: str, findings: Sequence[Finding], notes: tuple[str, ...] = ()) -> Table:

@@ -7,9 +7,17 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from truenorm._errors import OptionError
+from truenorm._records.drawings.drawing import Drawing, Drawn, plot
 from truenorm._records.tables import Record, Table, counted, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+View = Literal["differences", "values", "curves", "statistics"]
+"""What there is to see of a study."""
 
 _LOWER_IS_BETTER = (
     *("loss", "error", "mae", "mse", "mape", "msle", "entropy", "divergence", "hinge", "poisson"),
@@ -151,7 +159,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, repr=False)
-class Study(Record):
+class Study(Drawn):
     """A controlled experiment over positions and seeds, and what it shows.
 
     Args:
@@ -233,6 +241,42 @@ class Study(Record):
             ),
         )
         return (positions, pairs, self._other_tests(), Table("Verdict", (), (), self.verdict))
+
+    def drawing(self, view: View = "differences", metric: str | None = None) -> Drawing:
+        """One view of the study, as data; see :meth:`plot`."""
+        from truenorm._records import study_drawings
+
+        views = {name: getattr(study_drawings, name) for name in get_args(View)}
+        if view not in views:
+            raise OptionError(
+                "A study has no such view",
+                where="view",
+                expected="one of " + ", ".join(f"'{name}'" for name in views),
+                received=repr(view),
+            )
+        return views[view](self, metric or self.metric)
+
+    def plot(
+        self, ax: Axes | None = None, *, view: View = "differences", metric: str | None = None
+    ) -> Axes:
+        """Draw the study with matplotlib.
+
+        Args:
+            ax: The Axes to draw on; None: those of a new figure.
+            view: ``differences``: the paired differences of all positions, with their intervals.
+                ``values``: the value of every seed after the last epoch. ``curves``: the metric
+                after each epoch of the training, and beside it what the study judges by.
+                ``statistics``: what recalibration does to each trained model.
+            metric: A name in Keras's history; None: the metric that decides.
+
+        Returns:
+            The Axes.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+            OptionError: There is no such view, or no trial recorded this metric.
+        """
+        return plot(self.drawing(view, metric), ax)
 
     def _other_tests(self) -> Table:
         """The tests beside the t-test, and what more seeds would show, for the deciding metric."""

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -28,6 +29,7 @@ from truenorm._study.folder import (
     Spec,
     digest,
     open_folder,
+    read_about,
     read_result,
     write_data,
     write_json,
@@ -234,11 +236,14 @@ or 'before_activation' or 'after_activation' or 'before_layer'. Received: 'behin
         folder = Path(temporary if directory is None else directory).resolve()
         specs = specs_of(settings, keep_models=directory is not None)
         with _opened(folder, settings):
-            about = {"name": name, "notes": list(notes), "command": _command()}
+            about: dict[str, Any] = {"name": name, "notes": list(notes), "command": _command()}
             with _writing(folder):
                 trials, todo = _prepare(folder, specs, plan, arrays)
                 if todo:
+                    about["date"] = f"{datetime.now(UTC):%Y-%m-%d, %H:%M} UTC"
                     write_json(folder / ABOUT, about)
+                else:
+                    about |= {key: read_about(folder)[key] for key in ("command", "date")}
             if todo:
                 crew = _runner(runner, folder, chosen, workers, timeout, resources)
                 with told(False if progress is None and on_event else progress) as tell:
@@ -422,7 +427,7 @@ def judged(trials: Sequence[Trial], settings: Mapping[str, Any], about: Mapping[
         trials,
         positions=settings["positions"],
         name=about["name"],
-        settings={**settings, "command": about["command"]},
+        settings={**settings, "command": about["command"], "date": about["date"]},
         notes=(*about["notes"], *surprises(trials)),
         margin=settings["margin"],
     )

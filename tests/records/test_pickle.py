@@ -22,6 +22,7 @@ import truenorm as tn
 import truenorm._records
 from truenorm import archive
 from truenorm._records.study import Comparison, Interval, Trial
+from truenorm._records.drawings.drawing import Drawn
 from truenorm._records.tables import Record
 
 pytestmark = pytest.mark.any_backend
@@ -75,7 +76,7 @@ def records(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[type[R
 def kinds() -> list[type[Record]]:
     for module in pkgutil.iter_modules(truenorm._records.__path__):
         importlib.import_module(f"truenorm._records.{module.name}")
-    return Record.__subclasses__()
+    return [*(k for k in Record.__subclasses__() if k is not Drawn), *Drawn.__subclasses__()]
 
 
 def through_pickle(record: Any) -> Any:

@@ -10,6 +10,7 @@ from truenorm._diagnosis.rule import Rule
 from truenorm._diagnosis.table import RULES
 from truenorm._errors import DataError, OptionError
 from truenorm._model.data import check_limits
+from truenorm._model.domains import of_domain, require_one_domain
 from truenorm._model.sites import batch_normalizations
 from truenorm._records.diagnosis import Diagnosis, Finding, Skipped
 
@@ -24,6 +25,7 @@ def diagnose(
     select: Codes = None,
     ignore: Codes = None,
     batch_size: int = 32,
+    domain: int | None = None,
 ) -> Diagnosis:
     r"""What is wrong with a model's BatchNormalization, as findings like a linter's.
 
@@ -50,6 +52,7 @@ def diagnose(
         ignore: Codes, or beginnings of codes, of rules not to run. Of a code that both name, the
             longer beginning decides.
         batch_size: Of array data; that of training, for the rules about batches.
+        domain: As in :func:`truenorm.collect`: the domain that the data is of.
 
     Returns:
         The findings; ``clean`` is whether none is above a note.
@@ -74,7 +77,9 @@ def diagnose(
         has its own.
     """
     wanted = _selection(select, ignore)
-    batch_normalizations(model)  # refuses what there is nothing to say of
+    if domain is not None:
+        model = of_domain(model, domain)
+    require_one_domain(batch_normalizations(model))  # refuses what there is nothing to say of
     _refuse_endless(data)
     facts = Facts(model, list(data) if isinstance(data, Iterator) else data, y, batch_size)
     findings: list[Finding] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from truenorm._checks import check_integer
@@ -60,6 +60,32 @@ def check_ghosts(size: Any, others: Mapping[str, bool]) -> None:
                 f"BatchNormalization has both virtual_batch_size and {name}",
                 expected="one of the two: they ask for different statistics of the same batch",
                 received=f"virtual_batch_size={size}, {name}=True",
+            )
+
+
+def check_domains(domains: Any, affine: bool) -> None:
+    """Refuse a number of domains that is none, and gammas of domains that are not there."""
+    if domains is not None:
+        check_integer("domains", domains)
+    elif affine:
+        raise OptionError(
+            "BatchNormalization has domain_affine, and no domains",
+            expected="both or neither: it gives each domain gamma and beta of its own",
+            received="domain_affine=True, domains=None",
+        )
+
+
+def check_samples(layer: Any, input_shape: Sequence[int | None]) -> None:
+    """Refuse channels in the first axis where something else is made of its samples."""
+    if layer.axis % len(input_shape) != 0:
+        return
+    for option, parts in (("virtual_batch_size", "Ghost batches"), ("domains", "Domains")):
+        if getattr(layer, option) is not None:
+            raise OptionError(
+                f"{parts} are parts of the first axis, and here that holds the channels",
+                where=layer.path,
+                expected=f"another channel axis than 0, or no {option}",
+                received=f"axis={layer.axis}, {option}={getattr(layer, option)}",
             )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from truenorm._keras_internals import layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
+from truenorm._model.domains import of_domain
 from truenorm._model.edit import Piece, copy_of
 from truenorm._model.graph import Call, Graph, is_batch_normalization, nearby, read_graph
 from truenorm._model.rebuild import rebuild
@@ -47,7 +48,9 @@ from truenorm._rewrites.wrappers import (
 L = keras.layers
 
 
-def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
+def fold(
+    model: Any, *, where: Where = None, probe: Any = None, domain: int | None = None
+) -> Rewrite:
     """Fold every BatchNormalization that can be folded into its neighbours, for inference.
 
     The new model computes what the old one computes with ``training=False``, with fewer layers;
@@ -77,6 +80,8 @@ def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
             it is.
         probe: Inputs to verify on, as the model takes them; made from the input specification
             (standard normal) where none are given.
+        domain: Of a model whose layers have several (:func:`truenorm.domain`): the one that the new
+            model is for.
 
     Returns:
         The folded model with its receipt and the largest differences of the outputs.
@@ -98,11 +103,11 @@ def fold(model: Any, *, where: Where = None, probe: Any = None) -> Rewrite:
         Jacob et al. (2018), "Quantization and Training of Neural Networks for Efficient
         Integer-Arithmetic-Only Inference", section 3.2, equation 14, arXiv:1712.05877.
     """
-    graph = read_graph(model)
+    graph = read_graph(model if domain is None else of_domain(model, domain))
     folding = Folding(graph, where)
     changed, left = folding.receipt()
     edit = folding.edit()
-    new = rebuild(model, edit)
+    new = rebuild(graph.model, edit)
     proof = verify(graph, edit, folding.between, new, probe, "Folding")
     return Rewrite(new, "fold", changed, left, *proof)
 

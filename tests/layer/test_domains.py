@@ -336,6 +336,19 @@ def test_a_model_comes_back_from_its_file(tmp_path: pathlib.Path, affine: bool) 
         np.testing.assert_array_equal(array(loaded(tensor(x))), expected)
 
 
+def test_a_file_is_read_without_a_model_and_loaded_confined(tmp_path: pathlib.Path) -> None:
+    layer = layer_of(domain_affine=True, accumulation_steps=2, name="bn")
+    model = keras.Sequential([keras.Input((2,)), layer])
+    layer.moving_variance.assign([[1, 2], [3, 4], [5, -6]])
+    model.save(tmp_path / "model.keras")
+    (found,) = tn.archive.read(tmp_path / "model.keras").layers
+    assert (found.channels, found.statistics.negative) == (2, 1)
+    assert found.statistics.largest_variance == 5
+    loaded = tn.archive.load(tmp_path / "model.keras").layers[0]
+    for ours, theirs in zip(loaded.weights, layer.weights, strict=True):
+        np.testing.assert_array_equal(array(ours), array(theirs))
+
+
 @pytest.mark.filterwarnings("ignore:The model does not have any trainable weights")
 def test_freeze_holds_every_domain() -> None:
     model = keras.Sequential([keras.Input((2,)), layer_of(domain_affine=True)])
@@ -448,7 +461,7 @@ def test_modes_are_observed_and_a_copy_has_all_domains() -> None:
     with tn.domain(1):
         before = array(model(tensor(DATA)))
         modes = tn.inspect(model)
-    assert modes.sites
+    assert [site.channels for site in modes.sites] == [3]
     moved = tn.place(model, "after_activation").model
     with tn.domain(1):
         np.testing.assert_allclose(array(moved(tensor(DATA))), before, rtol=1e-5)

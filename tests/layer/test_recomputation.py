@@ -296,6 +296,20 @@ def nested(kind: Any) -> np.ndarray:
     return statistics(model.layers[-1])[0]
 
 
+@pytest.mark.parametrize("kind", [tn.BatchNormalization, keras.layers.BatchNormalization])
+def test_the_tools_see_into_it(kind: Any) -> None:
+    found, expected = trained(lambda: Block(tn.remat, kind)), trained(lambda: Block(plain, kind))
+    populations = [tn.collect(model, X, batch_size=8) for model in (found, expected)]
+    mine, theirs = (list(population.sites.values()) for population in populations)
+    for one, other in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(one.mean, other.mean, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(one.variance, other.variance, rtol=1e-6)
+        assert (one.count == len(X)).all()
+    for mode in tn.inspect(found, X, Y).modes["fit"]:  # how often it ran is not the same
+        assert (mode.updated, mode.learned) == (True, True)
+        assert {call.statistics for call in mode.calls} == {"batch"}
+
+
 # --- what does not work, and what Keras's layer does: docs/training.md says so ------------------
 
 STOCK = keras.layers.BatchNormalization

@@ -109,7 +109,7 @@ class Row:
     def value(self) -> Tensor:
         """NaN where there is no such row."""
         if isinstance(self.index, int):
-            return self.rows.value[self.index]
+            return ops.copy(self.rows.value[self.index])  # PyTorch's change in place.
         count = self.rows.shape[0]
         row = ops.take(self.rows.value, ops.clip(self.index, 0, count - 1), axis=0)
         return ops.where((self.index >= 0) & (self.index < count), row, np.nan)

@@ -34,6 +34,8 @@ from ._errors import (
     VerificationError as VerificationError,
 )
 from ._layer.batch_normalization import BatchNormalization as BatchNormalization
+from ._layer.domains import domain as domain
+from ._layer.recomputation import remat as remat
 from ._modes.freeze import freeze as freeze
 from ._modes.freeze import unfreeze as unfreeze
 from ._modes.inspect import inspect as inspect

@@ -304,6 +304,12 @@ def stateless_scope() -> Any:
     return _member(module, "get_stateless_scope", purpose)()
 
 
+def keras_mask(tensor: Any) -> Any | None:
+    """The mask that Keras has put on a tensor; None if there is none."""
+    purpose = "tell which values of an input count"
+    return _member("keras.src.backend.common.masking", "get_keras_mask", purpose)(tensor)
+
+
 def in_safe_mode() -> bool | None:
     """Whether loading is safe in this process; None if nobody has said anything."""
     module = "keras.src.saving.serialization_lib"

@@ -533,6 +533,12 @@ def accumulating(steps: int | None) -> Any:
     return model
 
 
+def gathering(steps: int) -> Any:
+    model = small(tn.BatchNormalization(accumulation_steps=steps))
+    model.compile(keras.optimizers.SGD(gradient_accumulation_steps=steps), "mse")
+    return model
+
+
 def biased(use_bias: bool) -> Any:
     return functional(conv(use_bias=use_bias), L.BatchNormalization(name="bn"), L.Flatten(),
                       L.Dense(1))  # fmt: skip
@@ -630,9 +636,11 @@ ADVISED = [
           lambda: planted.dropped(late=True)),
     Fault("TN305", planted.wrong_axis, "keras.layers.BatchNormalization(axis=3)",
           lambda: planted.wrong_axis(3)),
-    Fault("TN306", lambda: of_two(True), "keras.layers.BatchNormalization() for each use",
+    Fault("TN306", lambda: of_two(True), "keras.layers.BatchNormalization() for each use, or one "
+          "tn.BatchNormalization(domains=2)",
           lambda: of_two(False)),
-    Fault("TN307", lambda: of_two(True), "keras.layers.BatchNormalization() for each use",
+    Fault("TN307", lambda: of_two(True), "keras.layers.BatchNormalization() for each use, or one "
+          "tn.BatchNormalization(domains=2)",
           lambda: of_two(False), [DATA, 3 * DATA + 9], {"batch_size": 320}),
     Fault("TN307", lambda: over_time(True), "keras.layers.BatchNormalization() on the whole "
           "sequence, without TimeDistributed", lambda: over_time(False), SEQUENCES),
@@ -640,8 +648,7 @@ ADVISED = [
           "keras.layers.LayerNormalization() in its place: a cell is called at each step",
           lambda: recurrent(L.LayerNormalization()), SEQUENCES),
     Fault("TN308", lambda: accumulating(4),
-          "gradient_accumulation_steps=None, and batches 4 times as large",
-          lambda: accumulating(None)),
+          "tn.BatchNormalization(accumulation_steps=4) in their places", lambda: gathering(4)),
     Fault("TN401", lambda: subclassed(Forgetful), "def call(self, inputs, training=None)",
           lambda: subclassed(Passing), X),
     Fault("TN402", lambda: recompiled(False),

@@ -172,6 +172,8 @@ EXTRAS: tuple[dict[str, Any], ...] = (
     {"virtual_batch_size": 4},
     {"bessel_correction": True},
     {"activation": "relu"},
+    {"accumulation_steps": 2},
+    {"domains": 2},
     {"freeze": "statistics"},
 )
 

@@ -95,6 +95,11 @@ def train(model: Any) -> None:
     tn.replace(model, to="truenorm").model.fit(X, Y, verbose=0)
 
 
+def train_a_domain(model: Any) -> None:
+    del model
+    tn.BatchNormalization(domains=2)(X, training=True, domain=0)
+
+
 # --- what is taken away -------------------------------------------------------------------------
 
 
@@ -209,6 +214,9 @@ CASES = (
     Case(drop("keras.src.backend.common.stateless_scope", "in_stateless_scope"),
          "keras.src.backend.common.stateless_scope.in_stateless_scope",
          "leave variables alone in a stateless scope", train, ("torch",)),
+    Case(drop("keras.src.backend.common.masking", "get_keras_mask"),
+         "keras.src.backend.common.masking.get_keras_mask",
+         "tell which values of an input count", train_a_domain),
     Case(drop("keras.src.saving.serialization_lib", "in_safe_mode"),
          "keras.src.saving.serialization_lib.in_safe_mode",
          "see whether loading files is safe here", load),

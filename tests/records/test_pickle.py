@@ -21,8 +21,8 @@ import small_models as models
 import truenorm as tn
 import truenorm._records
 from truenorm import archive
-from truenorm._records.study import Comparison, Interval, Trial
 from truenorm._records.drawings.drawing import Drawn
+from truenorm._records.study import Comparison, Interval, Trial
 from truenorm._records.tables import Record
 
 pytestmark = pytest.mark.any_backend

@@ -11,6 +11,7 @@ from truenorm._diagnosis.rule import Rule
 from truenorm._diagnosis.table import RULES
 from truenorm._errors import DataError, OptionError
 from truenorm._model.data import check_limits
+from truenorm._model.domains import of_domain, require_one_domain
 from truenorm._model.progress import Wanted, shown
 from truenorm._model.sites import batch_normalizations, spots
 from truenorm._records.diagnosis import Diagnosis, Finding, Skipped
@@ -28,6 +29,7 @@ def diagnose(
     ignore: Codes = None,
     batch_size: int = 32,
     progress: Wanted = None,
+    domain: int | None = None,
 ) -> Diagnosis:
     r"""What is wrong with a model's BatchNormalization, as findings like a linter's.
 
@@ -56,6 +58,7 @@ def diagnose(
         batch_size: Of array data; that of training, for the rules about batches.
         progress: Whether to show what is going on, on the standard error stream. None: on a
             terminal and in a notebook.
+        domain: As in :func:`truenorm.collect`: the domain that the data is of.
 
     Returns:
         The findings; ``clean`` is whether none is above a note.
@@ -80,7 +83,9 @@ def diagnose(
         has its own.
     """
     wanted = selection(select, ignore)
-    batch_normalizations(model)  # refuses what there is nothing to say of
+    if domain is not None:
+        model = of_domain(model, domain)
+    require_one_domain(batch_normalizations(model))  # refuses what there is nothing to say of
     _refuse_endless(data)
     kept = list(data) if isinstance(data, Iterator) else data
     with shown(progress, "diagnosing") as line:

@@ -230,7 +230,8 @@ def _initial_share(facts: Facts, layer: Any, moments: Moments) -> tuple[float, b
     if not length > 0:
         return 0.0, False
     share = product / length**2
-    most = min(1.0, 2 * layer.momentum**facts.steps) if facts.steps else layer.momentum
+    steps = facts.steps // getattr(layer, "accumulation_steps", 1)
+    most = min(1.0, 2 * layer.momentum**steps) if steps else layer.momentum
     return share, share < most and product > WARMING * length * float(np.linalg.norm(now))
 
 

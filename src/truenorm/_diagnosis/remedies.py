@@ -83,14 +83,17 @@ def remove(facts: Facts, path: str) -> str:
     return f'model = tn.place(model, "none", where={path!r}).model'
 
 
-def apart(facts: Facts, layer: Any) -> str:
-    """One BatchNormalization for each use, where the uses can be told apart."""
+def apart(facts: Facts, layer: Any, calls: int) -> str:
+    """One BatchNormalization for each use, where the uses can be told apart, or one domain."""
     around = [one for one in layers_in(facts.model, itself=False) if layer in layers_in(one)]
     if any(isinstance(one, keras.layers.TimeDistributed) for one in around):
         return "keras.layers.BatchNormalization() on the whole sequence, without TimeDistributed"
     if any(isinstance(one, keras.layers.RNN) for one in around):
         return "keras.layers.LayerNormalization() in its place: a cell is called at each step"
-    return "keras.layers.BatchNormalization() for each use"
+    return (
+        "keras.layers.BatchNormalization() for each use, or one "
+        f"tn.BatchNormalization(domains={calls})"
+    )
 
 
 def _selection(facts: Facts, meant: Collection[Any]) -> str:

@@ -93,7 +93,7 @@ def shared(facts: Facts) -> Iterator[Fault]:
             "calls": len(calls),
             "steps_of_the_moving_average_per_batch": len(calls),
         }
-        yield Fault(calls[0].path, evidence, remedies.apart(facts, calls[0].operation))
+        yield Fault(calls[0].path, evidence, remedies.apart(facts, calls[0].operation, len(calls)))
 
 
 def shared_by_unlike(facts: Facts) -> Iterator[Fault]:
@@ -104,19 +104,20 @@ def shared_by_unlike(facts: Facts) -> Iterator[Fault]:
         errors = [output_error(layer, merged.mean, merged.variance, one) for one in calls]
         if len(calls) > 1 and max(errors) > SKEW:
             evidence = {"calls": len(calls), "output_error": max(errors)}
-            yield Fault(path, evidence, remedies.apart(facts, layer))
+            yield Fault(path, evidence, remedies.apart(facts, layer, len(calls)))
 
 
 def gradient_accumulation(facts: Facts) -> Iterator[Fault]:
     """TN308."""
     steps = getattr(facts.optimizer, "gradient_accumulation_steps", None) or 1
-    if steps > 1:
+    gathered = {getattr(layer, "accumulation_steps", 1) for layer in facts.layers}
+    if steps > 1 and gathered != {steps}:
         momentum = {layer.momentum for layer in facts.layers} - {None}
         evidence = {
             "batches_per_step": steps,
             "momentum_per_step": min((float(np.power(m, steps)) for m in momentum), default=0.0),
         }
-        remedy = f"gradient_accumulation_steps=None, and batches {steps} times as large"
+        remedy = f"tn.BatchNormalization(accumulation_steps={steps}) in their places"
         yield Fault(facts.model.name, evidence, remedy)
 
 

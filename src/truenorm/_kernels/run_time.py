@@ -11,6 +11,11 @@ on which numbers, is another matter.
 * ``place()``: where the framework is tracing just now, to compare for equality. A value that was
   made in one place is none in another. None where that cannot happen.
 * ``is_value(tensor)``: whether this has numbers, outside of any tracing.
+* ``numbers(tensor)``: its numbers as an array of NumPy, where they are at hand without waiting for
+  another device; None elsewhere, as while a program is traced.
+* ``constants()``: inside, operations on numbers that are known give numbers, also while tracing.
+* ``repeats()``: whether a forward pass runs once more for the sake of the backward one, as far as
+  the framework lets anybody know.
 
 Inside a graph of TensorFlow ``when_run`` counts when the call is traced.
 
@@ -22,10 +27,46 @@ from __future__ import annotations
 import keras
 
 if keras.config.backend() == "jax":
-    from truenorm._kernels.jax.run_time import is_value, place, settle, tell, when_run
+    from truenorm._kernels.jax.run_time import (
+        constants,
+        is_value,
+        numbers,
+        place,
+        repeats,
+        settle,
+        tell,
+        when_run,
+    )
 elif keras.config.backend() == "tensorflow":
-    from truenorm._kernels.tensorflow.run_time import is_value, place, settle, tell, when_run
+    from truenorm._kernels.tensorflow.run_time import (
+        constants,
+        is_value,
+        numbers,
+        place,
+        repeats,
+        settle,
+        tell,
+        when_run,
+    )
 else:
-    from truenorm._kernels.torch.run_time import is_value, place, settle, tell, when_run
+    from truenorm._kernels.torch.run_time import (
+        constants,
+        is_value,
+        numbers,
+        place,
+        repeats,
+        settle,
+        tell,
+        when_run,
+    )
 
-__all__ = ["is_value", "place", "settle", "tell", "when_run"]
+__all__ = [
+    "constants",
+    "is_value",
+    "numbers",
+    "place",
+    "repeats",
+    "settle",
+    "tell",
+    "when_run",
+]

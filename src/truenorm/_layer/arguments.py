@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import keras
@@ -98,6 +98,32 @@ def check_names(given: Iterable[str], known: Iterable[str]) -> None:
         remedy = None if name in ours else meant(name, ours, alike=0.8)
         if remedy is not None:
             raise OptionError("BatchNormalization has no such argument", where=name, remedy=remedy)
+
+
+def check_domains(domains: Any, affine: bool) -> None:
+    """Refuse a number of domains that is none, and gammas of domains that are not there."""
+    if domains is not None:
+        check_integer("domains", domains)
+    elif affine:
+        raise OptionError(
+            "BatchNormalization has domain_affine, and no domains",
+            expected="both or neither: it gives each domain gamma and beta of its own",
+            received="domain_affine=True, domains=None",
+        )
+
+
+def check_samples(layer: Any, input_shape: Sequence[int | None]) -> None:
+    """Refuse channels in the first axis where something else is made of its samples."""
+    if layer.axis % len(input_shape) != 0:
+        return
+    for option, parts in (("virtual_batch_size", "Ghost batches"), ("domains", "Domains")):
+        if getattr(layer, option) is not None:
+            raise OptionError(
+                f"{parts} are parts of the first axis, and here that holds the channels",
+                where=layer.path,
+                expected=f"another channel axis than 0, or no {option}",
+                received=f"axis={layer.axis}, {option}={getattr(layer, option)}",
+            )
 
 
 def check_policy(policy: Any) -> None:

@@ -9,20 +9,26 @@ from typing import Any, cast
 import keras
 
 from truenorm import _kernels as kernels
-from truenorm._errors import OptionError
+from truenorm._checks import check_integer
+from truenorm._keras_internals import keras_mask
 from truenorm._kernels import Normalized, Options, Tensor, Vector
 from truenorm._kernels.masks import aligned
+from truenorm._layer import domains as by_domain
+from truenorm._layer.accumulation import ROWS, Accumulation
 from truenorm._layer.arguments import (
     FreezePolicy,
     activation_of,
     check_average,
     check_axis,
+    check_domains,
     check_ghosts,
     check_names,
     check_policy,
     check_renorm,
+    check_samples,
 )
 from truenorm._layer.moving_average import MovingStatistics
+from truenorm._layer.recomputation import is_repeated, repeatable
 from truenorm._layer.renorm import Renorm
 
 ops: Any = keras.ops
@@ -47,8 +53,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     variance to give. They are float32 at least, also under 16-bit dtype policies.
 
     Options that the stock layer does not have are off by default, and in the config only where they
-    are used: ``momentum=None``, ``freeze``, ``virtual_batch_size``, ``bessel_correction`` and
-    ``activation``; ``synchronized`` works on every backend.
+    are used: ``momentum=None``, ``freeze``, ``virtual_batch_size``, ``bessel_correction``,
+    ``activation``, ``accumulation_steps`` and ``domains``; ``synchronized`` works on every backend.
 
     Args:
         axis: Index of the channel axis, a positive or negative integer.
@@ -88,6 +94,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
             n / (n - 1), as PyTorch's is.
         activation: Function that follows, by name or itself; ReLU is part of the same pass where
             the backend can.
+        accumulation_steps: Number of calls in training whose batches move the moving statistics
+            once, as one batch of all their values would. What is gathered is kept in a further
+            weight, ``gathered``, of shape ``(5, channels)``. See :meth:`end_accumulation`.
+        domains: Number of domains, or None. Each has moving statistics of its own: all such
+            weights have a row for each. See :func:`truenorm.domain`.
+        domain_affine: Whether each domain has gamma and beta of its own, too; only with
+            ``domains``.
         **kwargs: ``name``, ``dtype``, ``trainable``.
 
     Call arguments:
@@ -99,6 +112,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
             ``axis`` is: with ``axis=1``, a mask (N, C) of inputs (N, C, T) excludes values per
             sample and channel. A mask that does not fit so may have the shape of ``inputs``
             without the channel axis. Axes of size 1 stretch. In inference mode it decides nothing.
+        domain: With ``domains``: of all samples, an integer, or of each, integers of shape
+            ``(samples,)``; None: that of :func:`truenorm.domain`, or else 0. Samples of one domain
+            are normalised with the moments of those samples in the batch.
 
     Returns:
         A tensor of the shape of ``inputs``, in the layer's compute dtype.
@@ -161,6 +177,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         virtual_batch_size: int | None = None,
         bessel_correction: bool = False,
         activation: Any = None,
+        accumulation_steps: int = 1,
+        domains: int | None = None,
+        domain_affine: bool = False,
         **kwargs: Any,
     ) -> None:
         check_names(kwargs, inspect.signature(BatchNormalization.__init__).parameters)
@@ -168,6 +187,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         check_renorm(renorm, renorm_clipping)
         check_ghosts(virtual_batch_size, {"renorm": renorm, "synchronized": synchronized})
         check_policy(freeze)
+        check_domains(domains, domain_affine)
         super().__init__(
             axis=axis,
             momentum=0.0 if momentum is None else momentum,
@@ -193,7 +213,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.virtual_batch_size = virtual_batch_size
         self.bessel_correction = bessel_correction
         self.activation = activation_of(activation)
+        self.accumulation_steps = check_integer("accumulation_steps", accumulation_steps)
+        self.domains = domains
+        self.domain_affine = domain_affine
         self.batches_seen: Any = None
+        self.gathered: Any = None
         self._policy: FreezePolicy = "none" if freeze == "all" else freeze
         if freeze == "all":
             self.trainable = False
@@ -257,22 +281,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def build(self, input_shape: Any) -> None:
         """As the stock layer's; its weights come first."""
         check_axis(self.axis, len(input_shape), self.path)
-        if self.virtual_batch_size is not None and self.axis % len(input_shape) == 0:
-            raise OptionError(
-                "Ghost batches are parts of the first axis, and here that holds the channels",
-                where=self.path,
-                expected="another channel axis than 0, or no virtual_batch_size",
-                received=f"axis={self.axis}, virtual_batch_size={self.virtual_batch_size}",
-            )
+        check_samples(self, input_shape)
         super().build(input_shape)
+        channels = input_shape[self.axis]
         if self.momentum is None:
-            self.batches_seen = self.add_weight(
-                shape=(2, input_shape[self.axis]),
-                name="batches_seen",
-                initializer="zeros",
-                trainable=False,
-                autocast=False,
-            )
+            self.batches_seen = self._add_counts("batches_seen", (2, channels))
+        if self.accumulation_steps > 1:
+            self.gathered = self._add_counts("gathered", (len(ROWS), channels))
         self._hold_affine()  # Only now: Keras orders weights by what they are when made.
 
     def get_config(self) -> dict[str, Any]:
@@ -286,6 +301,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
             config["bessel_correction"] = True
         if self.activation is not None:
             config["activation"] = keras.activations.serialize(self.activation)
+        if self.accumulation_steps > 1:
+            config["accumulation_steps"] = self.accumulation_steps
+        if self.domains is not None:
+            config["domains"] = self.domains
+        if self.domain_affine:
+            config["domain_affine"] = True
         return config
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
@@ -296,73 +317,128 @@ class BatchNormalization(keras.layers.BatchNormalization):
         dtype = keras.backend.standardize_dtype(kwargs.get("dtype") or self.variable_dtype)
         if not kwargs.get("trainable", True) and keras.backend.is_float_dtype(dtype):
             kwargs["dtype"] = kernels.statistics_dtype(dtype)
+        if self.domains is not None and by_domain.has_rows(self, kwargs.get("name")):
+            kwargs["shape"] = (self.domains, *kwargs["shape"])
         return super().add_weight(*args, **kwargs)
 
+    def _add_counts(self, name: str, shape: tuple[int, int]) -> Any:
+        return self.add_weight(
+            shape=shape, name=name, initializer="zeros", trainable=False, autocast=False
+        )
+
+    @property
+    def variables(self) -> list[Any]:
+        """As ``keras.layers.Layer.variables``; on JAX also the domain, if there are several."""
+        return [*super().variables, *by_domain.state(self)]
+
     def call(
-        self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None
+        self,
+        inputs: Tensor,
+        training: bool | None = None,
+        mask: Tensor | None = None,
+        domain: Any = None,
     ) -> Tensor:
         """Normalise with the batch's or the moving statistics; see the class."""
+        normalize = self._normalize_moving
         if training and self.trainable and self._policy != "statistics":
-            return self._normalize_batch(inputs, mask)
-        return self._activate(self._normalize_moving(inputs))
+            normalize = self._normalize_batch
+            if mask is None and domain is not None:
+                mask = keras_mask(inputs)  # Keras hands it on to layers of one input.
+            mask = None if mask is None else aligned(mask, inputs, self.axis, where=self.path)
+        if self.domains is None and domain is None:
+            return normalize(inputs, mask, self)
+        return by_domain.apart(self, inputs, mask, domain, normalize)
 
-    def _normalize_moving(self, inputs: Tensor) -> Tensor:
+    def _normalize_moving(self, inputs: Tensor, mask: Tensor | None, weights: Any) -> Tensor:
         """Inference mode; a mask decides nothing here."""
+        del mask
+        values, output = self._values(weights), None
         if kernels.infer is not None:
-            weights = self._values()
-            output = kernels.infer(inputs, *weights, axis=self.axis, epsilon=self.epsilon)
-            if output is not None:
-                return ops.cast(output, self.compute_dtype)
-        # Stock operations, so that converters recognise an inference graph.
-        return super().call(inputs, training=False)
+            output = kernels.infer(inputs, *values, axis=self.axis, epsilon=self.epsilon)
+        if output is None and weights is not self:
+            output = by_domain.infer(inputs, *values, axis=self.axis, epsilon=self.epsilon)
+        if output is None:
+            # Stock operations, so that converters recognise an inference graph.
+            return self._activate(super().call(inputs, training=False))
+        return self._activate(ops.cast(output, self.compute_dtype))
 
-    def _normalize_batch(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+    def _normalize_batch(self, inputs: Tensor, mask: Tensor | None, weights: Any) -> Tensor:
         """Training mode: called exactly when the batch's own statistics normalise."""
         dtype = keras.backend.standardize_dtype(inputs.dtype)
         if self.renorm or not keras.backend.is_float_dtype(dtype):
             dtype = kernels.statistics_dtype(dtype)
             inputs = ops.cast(inputs, dtype)
         rectifies = self.activation is keras.activations.relu and not self.renorm
-        gamma, beta, mean, variance = self._values()
-        momentum = None if self.renorm else self.momentum
+        gamma, beta, mean, variance = self._values(weights)
+        repeated = is_repeated()
+        apart = self.renorm or repeated or self.gathered is not None or weights is not self
+        momentum = None if apart else self.momentum
         options = Options(
             axis=self.axis,
             epsilon=self.epsilon,
-            mask=None if mask is None else aligned(mask, inputs, self.axis, where=self.path),
+            mask=mask,
             moving=kernels.Moving(mean, variance, momentum, self.bessel_correction),
             relu=rectifies,
         )
         if self.renorm:
             batch = self._kernel()(inputs, None, None, options)
-            output = self._renormalize(batch, gamma, beta)
+            output = self._renormalize(batch, gamma, beta, self._renorm(weights))
         else:
             batch = self._kernel()(inputs, gamma, beta, options)
             output = batch.output
-        self._moving_statistics().step(batch)
+        if not repeated:
+            self._step(batch, weights)
         if dtype != self.compute_dtype:
             output = ops.cast(output, self.compute_dtype)
         return output if rectifies else self._activate(output)
 
-    def _values(self) -> list[Vector | None]:
-        """Gamma, beta, moving mean and moving variance as tensors."""
-        weights = cast(Any, (self.gamma, self.beta, self.moving_mean, self.moving_variance))
-        return [None if weight is None else weight.value for weight in weights]
+    def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ``keras.layers.Layer.rematerialized_call``; the statistics move once."""
+        above = super().rematerialized_call
+        return repeatable(layer_call, lambda pure: above(pure, *args, **kwargs))
 
-    def _moving_statistics(self) -> MovingStatistics:
+    def end_accumulation(self) -> None:
+        """Let the moving statistics take the step now, with what was gathered since the last one.
+
+        An accumulation that has begun otherwise goes on, over the end of an epoch and in a saved
+        model, as that of Keras's optimizers does. Nothing where none has begun.
+        """
+        if self.gathered is None:
+            return
+        for index in range(self.domains or 1):
+            weights = self if self.domains is None else by_domain.Weights(self, index)
+            self._moving_statistics(weights).step(self._accumulation(weights).end())
+
+    def _step(self, batch: Normalized, weights: Any) -> None:
+        if self.gathered is not None:
+            batch = self._accumulation(weights).add(batch)
+        self._moving_statistics(weights).step(batch)
+
+    def _accumulation(self, weights: Any) -> Accumulation:
+        ghosts = self.virtual_batch_size is not None
+        return Accumulation(weights.gathered, self.accumulation_steps, ghosts)
+
+    @staticmethod
+    def _values(weights: Any) -> list[Vector | None]:
+        """Gamma, beta, moving mean and moving variance as tensors."""
+        those = (weights.gamma, weights.beta, weights.moving_mean, weights.moving_variance)
+        return [None if weight is None else weight.value for weight in those]
+
+    def _moving_statistics(self, weights: Any) -> MovingStatistics:
         return MovingStatistics(
-            self.moving_mean,
-            self.moving_variance,
+            weights.moving_mean,
+            weights.moving_variance,
             self.momentum,
             self.bessel_correction,
-            seen=self.batches_seen,
-            renorm=self._renorm() if self.renorm else None,
+            seen=weights.batches_seen,
+            renorm=self._renorm(weights) if self.renorm else None,
         )
 
-    def _renorm(self) -> Renorm:
+    def _renorm(self, weights: Any) -> Renorm:
         return Renorm(
-            self.renorm_mean,
-            self.renorm_stddev,
-            self.moving_stddev,
+            weights.renorm_mean,
+            weights.renorm_stddev,
+            weights.moving_stddev,
             self.renorm_momentum,
             self.renorm_clipping or {},
             self.epsilon,
@@ -373,9 +449,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
             return partial(kernels.normalize_ghosts, size=self.virtual_batch_size)
         return kernels.normalize_synchronized if self.synchronized else kernels.normalize
 
-    def _renormalize(self, batch: Normalized, gamma: Vector | None, beta: Vector | None) -> Tensor:
+    def _renormalize(
+        self, batch: Normalized, gamma: Vector | None, beta: Vector | None, renorm: Renorm
+    ) -> Tensor:
         r"""Batch renormalization: :math:`\hat x (r \gamma) + (d \gamma + \beta)`."""
-        scale, offset = self._renorm().correction(batch)
+        scale, offset = renorm.correction(batch)
         if gamma is not None:
             gamma = ops.cast(gamma, scale.dtype)
             scale, offset = scale * gamma, offset * gamma

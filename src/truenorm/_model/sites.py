@@ -250,7 +250,7 @@ def describe_spot(spot: Spot) -> Site:
         consumers=() if call is None else tuple(c.label() for c in call.consumers),
         position=None if call is None else position(call),
         axis=channel_axis(layer),
-        channels=int(layer.moving_mean.shape[0]),
+        channels=int(layer.moving_mean.shape[-1]),
         momentum=layer.momentum,
         epsilon=layer.epsilon,
         trainable=bool(layer.trainable),

@@ -181,8 +181,8 @@ class Watch:
                 "keras.remat, a vectorised map), where Keras cannot assign to variables; "
                 "nor can fit train the model",
                 where=joined(paths),
-                remedy="unroll=True at an RNN, a loop or conditional of Python's, no keras.remat "
-                "around this layer; or freeze it",
+                remedy="unroll=True at an RNN, a loop or conditional of Python's, tn.remat in the "
+                "place of keras.remat; or freeze it",
             ) from error
 
 
@@ -198,10 +198,11 @@ def _effect(layer: Any, before: tuple[list[bytes], list[bytes]]) -> tuple[bool, 
 
 
 def _values(layer: Any) -> tuple[list[bytes], list[bytes]]:
-    """The bytes of the statistics, and of gamma and beta."""
-    statistics = (layer.moving_mean, layer.moving_variance)
-    affine = (weight for weight in (layer.gamma, layer.beta) if weight is not None)
-    return [numbers(w).tobytes() for w in statistics], [numbers(w).tobytes() for w in affine]
+    """The bytes of the statistics, what is gathered for them, and those of gamma and beta."""
+    statistics = (layer.moving_mean, layer.moving_variance, getattr(layer, "gathered", None))
+    found = ([w for w in some if w is not None] for some in (statistics, (layer.gamma, layer.beta)))
+    of_statistics, of_affine = ([numbers(w).tobytes() for w in some] for some in found)
+    return of_statistics, of_affine
 
 
 def _notes(model: Any) -> tuple[str, ...]:

@@ -42,6 +42,8 @@ def why_unfit(call: Call) -> str | None:
     layer = inside(call).layer
     if is_own_class(layer):
         return f"its class {type(layer).__name__} is a custom subclass"
+    if getattr(layer, "domains", None) is not None:
+        return "it has several domains: fold with domain=0, or another of them"
     if in_training_mode(call):
         return "it is called with training=True"
     if call.extras and call.extras != ("mask",):  # in inference a mask changes nothing

@@ -11,6 +11,7 @@ import numpy as np
 from truenorm._checks import known_options
 from truenorm._keras_internals import layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
+from truenorm._model.domains import of_domain
 from truenorm._model.edit import Piece, copy_of
 from truenorm._model.graph import Call, Graph, is_batch_normalization, nearby, read_graph
 from truenorm._model.progress import Wanted, shown
@@ -50,7 +51,14 @@ L = keras.layers
 
 
 @known_options
-def fold(model: Any, *, where: Where = None, probe: Any = None, progress: Wanted = None) -> Rewrite:
+def fold(
+    model: Any,
+    *,
+    where: Where = None,
+    probe: Any = None,
+    progress: Wanted = None,
+    domain: int | None = None,
+) -> Rewrite:
     """Fold every BatchNormalization that can be folded into its neighbours, for inference.
 
     The new model computes what the old one computes with ``training=False``, with fewer layers;
@@ -82,6 +90,8 @@ def fold(model: Any, *, where: Where = None, probe: Any = None, progress: Wanted
             (standard normal) where none are given.
         progress: Whether to show what is going on, on the standard error stream. None: on a
             terminal and in a notebook.
+        domain: Of a model whose layers have several (:func:`truenorm.domain`): the one that the new
+            model is for.
 
     Returns:
         The folded model with its receipt and the largest differences of the outputs.
@@ -103,13 +113,13 @@ def fold(model: Any, *, where: Where = None, probe: Any = None, progress: Wanted
         Jacob et al. (2018), "Quantization and Training of Neural Networks for Efficient
         Integer-Arithmetic-Only Inference", section 3.2, equation 14, arXiv:1712.05877.
     """
-    graph = read_graph(model)
+    graph = read_graph(model if domain is None else of_domain(model, domain))
     with shown(progress, "folding") as line:
         folding = Folding(graph, where)
         changed, left = folding.receipt()
         edit = folding.edit()
         line.step("making the new model")
-        new = rebuild(model, edit)
+        new = rebuild(graph.model, edit)
         proof = verify(graph, edit, folding.between, new, probe, "Folding", line)
     return Rewrite(new, "fold", changed, left, *proof)
 

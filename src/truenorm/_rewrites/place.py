@@ -331,7 +331,7 @@ def _none(call: Call) -> Result:
     if producer.only_consumer is not call or producer.shared or call.shared:
         return f"removed; {producer.label()} stays without bias: it is used elsewhere too", edit
     source = producer.operation
-    bias = np.zeros(call.operation.moving_mean.shape, "float32")
+    bias = np.zeros(call.operation.moving_mean.shape[-1], "float32")
     beta = call.operation.beta
     frozen = ("bias",) if beta is not None and not beta.trainable else ()
     edit[source] = [copy_of(source, [*source.variables, bias], use_bias=True, frozen=frozen)]

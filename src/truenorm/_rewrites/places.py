@@ -86,7 +86,7 @@ def compared_places(
 def _compare_layers(old: Any, new: Any, *, only_rounding: bool) -> Any:
     """Difference and extent of one BatchNormalization in the place of another, out of sight."""
     shape, axis = [_SAMPLES] * old.input_spec.ndim, channel_axis(old)
-    shape[axis] = old.moving_mean.shape[0]
+    shape[axis] = old.moving_mean.shape[-1]
     noise = np.random.default_rng(0).normal(size=shape).astype("float32")
 
     def compare(x: Any) -> Any:

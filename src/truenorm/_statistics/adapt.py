@@ -17,7 +17,7 @@ from truenorm._records.moments import Moments
 from truenorm._records.population import Population
 from truenorm._records.recalibration import Recalibration
 from truenorm._statistics.collect import Upstream, collect
-from truenorm._statistics.recalibrate import recalibrate
+from truenorm._statistics.recalibrate import on_domain, recalibrate
 
 
 def adapt(
@@ -27,6 +27,7 @@ def adapt(
     prior: float = 0,
     upstream: Upstream = "batch",
     batch_size: int = 32,
+    domain: int | None = None,
     **options: Any,
 ) -> Recalibration:
     r"""Give every BatchNormalization the statistics of a target domain; in place, with ``undo()``.
@@ -48,6 +49,7 @@ def adapt(
         prior: How many samples the old statistics count as, 0 or more. 0 forgets them.
         upstream: As in :func:`collect`.
         batch_size: As in :func:`collect`.
+        domain: As in :func:`collect`: that of the layers' several domains whose statistics are set.
         **options: The other options of :func:`collect`.
 
     Returns:
@@ -82,6 +84,9 @@ def adapt(
             expected="a number of 0 or more",
             received=repr(prior),
         )
+    if domain is not None:
+        options |= {"prior": prior, "upstream": upstream, "batch_size": batch_size}
+        return on_domain(model, domain, lambda single: adapt(single, data, **options))
     target = collect(model, data, upstream=upstream, batch_size=batch_size, **options)
     sites = dict(_with_prior(model, target, prior)) if prior else target.sites
     return recalibrate(model, replace(target, sites=sites))

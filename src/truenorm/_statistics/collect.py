@@ -14,6 +14,7 @@ from typing import Any, Literal
 from truenorm._checks import known_options, meant
 from truenorm._errors import DataError, ModelError, OptionError
 from truenorm._model.data import check_limits, input_batches, limited, number_of_batches
+from truenorm._model.domains import of_domain, require_one_domain
 from truenorm._model.progress import Wanted, shown
 from truenorm._model.sites import Layers, chosen_layers, is_own_class
 from truenorm._records.population import Population
@@ -46,6 +47,7 @@ def collect(
     shard: bool | None = None,
     progress: Wanted = None,
     layers: Layers = None,
+    domain: int | None = None,
 ) -> Population:
     r"""Mean and variance of every BatchNormalization's input over a whole data set.
 
@@ -83,6 +85,8 @@ def collect(
             and in a notebook, and of several processes the first.
         layers: Which BatchNormalization layers, as in :func:`truenorm.freeze`; None for all. The
             others normalise with their moving statistics meanwhile, as frozen ones do in training.
+        domain: Of a model whose layers have several (:func:`truenorm.domain`): the one that the
+            data is of.
 
     Returns:
         The population, per layer path; shared layers have the moments of all their calls.
@@ -105,7 +109,7 @@ def collect(
     Reference:
         Wu and Johnson (2021), "Rethinking 'Batch' in BatchNorm", section 3, arXiv:2105.07576.
     """
-    runner = runner_of(model, layers)
+    runner = runner_of(model if domain is None else of_domain(model, domain), layers)
     return Collection(
         runner,
         data,
@@ -242,6 +246,7 @@ def runner_of(model: Any, layers: Layers = None) -> Runner:
 
 def known(layers: dict[Any, str]) -> dict[Any, str]:
     """The layers, each of a class whose arithmetic is known."""
+    require_one_domain(layers)
     for layer, path in layers.items():
         if is_own_class(layer):
             raise ModelError(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from truenorm._checks import check_options
 from truenorm._errors import DataError
+from truenorm._model.domains import of_domain, put_back, require_one_domain
 from truenorm._model.sites import batch_normalizations
 from truenorm._model.values import as_float64, numbers
 from truenorm._records.moments import Moments
@@ -19,7 +21,13 @@ from truenorm._statistics.collect import Upstream, collect, known
 
 
 def recalibrate(
-    model: Any, data: Any, *, upstream: Upstream = "batch", batch_size: int = 32, **options: Any
+    model: Any,
+    data: Any,
+    *,
+    upstream: Upstream = "batch",
+    batch_size: int = 32,
+    domain: int | None = None,
+    **options: Any,
 ) -> Recalibration:
     """Set every layer's moving statistics to the population's; changes the model in place.
 
@@ -35,6 +43,7 @@ def recalibrate(
             ``Population`` that was collected before, perhaps in parts elsewhere and merged.
         upstream: As in :func:`collect`.
         batch_size: As in :func:`collect`.
+        domain: As in :func:`collect`: the domain whose statistics are set.
         **options: The other options of :func:`collect`: with ``layers`` only the layers that are
             meant are recalibrated; ``progress=False`` shows nothing while the data is read.
 
@@ -57,6 +66,9 @@ def recalibrate(
         [0.0]
     """
     check_options(options, collect)
+    if domain is not None:
+        options |= {"upstream": upstream, "batch_size": batch_size}
+        return on_domain(model, domain, lambda single: recalibrate(single, data, **options))
     if isinstance(data, Population):
         population = data
     else:
@@ -93,6 +105,13 @@ def recalibrate(
     return Recalibration(population, before, after, undo)
 
 
+def on_domain(model: Any, domain: int, work: Callable[[Any], Recalibration]) -> Recalibration:
+    """What recalibrates a model of one domain, for that domain of a model with several."""
+    single = of_domain(model, domain)
+    done = work(single)
+    return replace(done, undo=put_back(model, single, domain))
+
+
 def gaps(model: Any, population: Population) -> tuple[Gap, ...]:
     """How far each layer's moving statistics are from a population."""
     found: list[Gap] = []
@@ -110,6 +129,7 @@ def gaps(model: Any, population: Population) -> tuple[Gap, ...]:
 def _meant(model: Any, population: Population) -> dict[Any, str]:
     """The layers that a population is of, if it is of this model."""
     layers = batch_normalizations(model)
+    require_one_domain(layers)
     ours = {path: int(layer.moving_mean.shape[0]) for layer, path in layers.items()}
     for path, moments in population.sites.items():
         if ours.get(path) != len(moments.mean):

@@ -7,6 +7,7 @@ Keras does.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import zipfile
@@ -128,7 +129,7 @@ class _Reader:
             path=path,
             layer=f"{package}.BatchNormalization",
             axis=_axis(config.get("axis", -1), path),
-            channels=len(mean),
+            channels=mean.shape[-1],
             momentum=None if momentum is None else _number(momentum, f"{path}: momentum"),
             epsilon=_number(config.get("epsilon", 1e-3), f"{path}: epsilon"),
             trainable=trainable,
@@ -143,8 +144,8 @@ class _Reader:
         """Moving mean and variance; all the variables must be there and of one length."""
         flags = [_kind(config.get(key, True), bool, f"{path}: {key}") for key in _LEARNED]
         first = sum(flags)
-        values = self._values(first + 2, path, store)
-        lengths = {len(value) for value in values} | _declared(entry, config, path)
+        values = self._values(first + 2, path, store, _domains(config, path))
+        lengths = {value.shape[-1] for value in values} | _declared(entry, config, path)
         if len(lengths) != 1:
             raise ArchiveError(
                 "The variables of this layer do not fit each other",
@@ -157,11 +158,11 @@ class _Reader:
     def _package(self, entry: Mapping[str, Any]) -> str | None:
         return _package(entry)
 
-    def _values(self, count: int, path: str, store: str) -> list[Array]:
+    def _values(self, count: int, path: str, store: str, domains: int | None) -> list[Array]:
         """The variables of a layer, the moving mean and variance last."""
-        return [self._variable(f"{store}vars/{index}", path) for index in range(count)]
+        return [self._variable(f"{store}vars/{index}", path, domains) for index in range(count)]
 
-    def _variable(self, name: str, path: str) -> Array:
+    def _variable(self, name: str, path: str, domains: int | None) -> Array:
         found = self.variables.get(name)
         if not isinstance(found, h5py.Dataset):
             raise ArchiveError(
@@ -172,7 +173,8 @@ class _Reader:
             )
         is_bfloat16 = found.attrs.get("dtype") == "bfloat16"
         shape = cast(tuple[int, ...], found.shape or ())
-        if len(shape) != 1 or shape[0] > MOST_CHANNELS or not _is_float(found, is_bfloat16):
+        single = len(shape) == 1 or (len(shape) == 2 and shape[0] == domains)
+        if not single or math.prod(shape) > MOST_CHANNELS or not _is_float(found, is_bfloat16):
             raise ArchiveError(
                 "A variable of this layer is not one number per channel",
                 where=path,
@@ -198,8 +200,8 @@ class _LegacyReader(_Reader):
         del entry, store
         return False
 
-    def _values(self, count: int, path: str, store: str) -> list[Array]:
-        del store
+    def _values(self, count: int, path: str, store: str, domains: int | None) -> list[Array]:
+        del store, domains  # The format is older than them.
         found = variables_of(self.variables, path, path.rsplit("/", 1)[-1]) or {}
         names = [
             *(name for name in ("gamma", "beta") if name in found),
@@ -302,6 +304,12 @@ def _axis(value: Any, path: str) -> int:
     if isinstance(value, list) and len(cast(list[Any], value)) == 1:  # as tf.keras wrote it
         value = cast(list[Any], value)[0]
     return _kind(value, int, f"{path}: axis")
+
+
+def _domains(config: Mapping[str, Any], path: str) -> int | None:
+    """How many rows the variables have that a layer with domains has for each."""
+    domains = config.get("domains")
+    return None if domains is None else _kind(domains, int, f"{path}: domains")
 
 
 def _dtype(value: Any, path: str) -> str:

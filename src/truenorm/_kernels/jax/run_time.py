@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -39,3 +40,18 @@ def place() -> Any:
 def is_value(tensor: Any) -> bool:
     """Whether this is an array that is still there, not what stands for one while JAX traces."""
     return not isinstance(tensor, Tracer) and not tensor.is_deleted()
+
+
+def numbers(tensor: Any) -> np.ndarray[Any, Any] | None:
+    """Those of an array; nothing stands in what JAX traces."""
+    return np.asarray(tensor) if is_value(tensor) else None
+
+
+def constants() -> AbstractContextManager[None]:
+    """What is known is computed at once, not traced."""
+    return jax.ensure_compile_time_eval()
+
+
+def repeats() -> bool:
+    """No: JAX repeats the operations of a program, not the Python that made them."""
+    return False

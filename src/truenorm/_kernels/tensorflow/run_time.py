@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import Any
 
 import tensorflow  # noqa: ICN001 - its types are wrong: it becomes Any
 
 tf: Any = tensorflow
+
+REPEATS = ("tensorflow.python.ops.custom_gradient", "inner_recompute_grad")
+"""Module and name of the function in which ``tf.recompute_grad`` runs a function once more."""
 
 
 def when_run(receive: Callable[[], None], tensor: Any) -> None:
@@ -36,3 +42,23 @@ def is_value(tensor: Any) -> bool:
     """So they always hold one."""
     del tensor
     return True
+
+
+def numbers(tensor: Any) -> Any:
+    """Those of an eager tensor; there are none inside a graph."""
+    return tensor.numpy() if tf.executing_eagerly() and hasattr(tensor, "numpy") else None
+
+
+def constants() -> AbstractContextManager[None]:
+    """A graph holds numbers that are known as they are."""
+    return nullcontext()
+
+
+def repeats() -> bool:
+    """Whether the function of ``tf.recompute_grad`` is among the callers: nothing else tells."""
+    frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None:
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == REPEATS:
+            return True
+        frame = frame.f_back
+    return False

@@ -31,8 +31,8 @@ def forward(
     """The output; the statistics are written to ``rows``."""
     output = torch.empty_like(x)
     mean, variance, low, rstd, *moved = _addresses(rows)
-    moved_mean, moved_variance = moved or (0, 0)
     moving = moving or Moving(None, None)
+    moved_mean, moved_variance = (0, 0) if moving.momentum is None else moved
     call = library.Call(
         *(*plan.layout, CODES[x.dtype]),
         relu=plan.relu,

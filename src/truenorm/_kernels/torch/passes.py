@@ -114,9 +114,11 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     if moving is not None:
         mean, variance = (_wide(values, wide) for values in moving[:2])
         writable &= mean is moving.mean and variance is moving.variance
-        moving = Moving(mean, variance, moving.momentum, moving.unbiased)
+        momentum = moving.momentum if writable else None
+        moving = Moving(mean, variance, momentum, moving.unbiased)
     # Mean, variance, what rounding takes from the mean, rstd; and the moving ones after the step.
-    rows = torch.empty(6 if writable else 4, layout[1], dtype=wide, device=x.device)
+    # Of one shape with and without it: a checkpoint compares what is kept in both its passes.
+    rows = torch.empty(6, layout[1], dtype=wide, device=x.device)
     plan = Plan(layout, axis % x.dim(), epsilon, relu)
     output = _Normalize.apply(x, _wide(gamma, wide), _wide(beta, wide), mask, rows, moving, plan)
     count = layout[0] * layout[2] if mask is None else mask.sum().to(wide)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -41,3 +42,23 @@ def is_value(tensor: Any) -> bool:
     """A value is one everywhere."""
     del tensor
     return True
+
+
+def numbers(tensor: Any) -> np.ndarray[Any, Any] | None:
+    """Those in this memory; from a GPU they would have to be waited for."""
+    return tensor.numpy() if type(tensor) is torch.Tensor and tensor.is_cpu else None
+
+
+def constants() -> AbstractContextManager[None]:
+    """All is computed at once."""
+    return nullcontext()
+
+
+def repeats() -> bool:
+    """Whether this runs inside a backward pass, as both modes of ``torch.utils.checkpoint`` do."""
+    if torch.compiler.is_compiling():  # pyright: ignore[reportPrivateImportUsage]
+        return False
+    try:
+        return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]
+    except AttributeError:  # another version of PyTorch
+        return False

@@ -58,7 +58,7 @@ def forward(
     del mask
     output = torch.empty_like(x)
     grid, parts, sizes = _divided(x, plan.layout)
-    if moving is None or len(rows) == 4:
+    if moving is None or moving.momentum is None:  # no step to take
         moving = Moving(None, None)
     momentum = moving.momentum or 0.0
     coarse = float(np.float32(momentum))  # Triton takes float32

@@ -73,10 +73,15 @@ def diagnose(
         Wu and Johnson (2021), "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576; each rule's page
         has its own.
     """
-    wanted = _selection(select, ignore)
+    wanted = selection(select, ignore)
     batch_normalizations(model)  # refuses what there is nothing to say of
-    _refuse_endless(data)
-    facts = Facts(model, list(data) if isinstance(data, Iterator) else data, y, batch_size)
+    refuse_endless(data)
+    data = list(data) if isinstance(data, Iterator) else data
+    return judged(Facts(model, data, y, batch_size), wanted)
+
+
+def judged(facts: Facts, wanted: Callable[[Rule], bool]) -> Diagnosis:
+    """What the wanted rules find in these facts."""
     findings: list[Finding] = []
     checked: list[str] = []
     skipped: dict[str, list[str]] = {}
@@ -88,10 +93,10 @@ def diagnose(
         checked.append(rule.code)
         findings += [Finding(rule.code, rule.severity, rule.problem, *f) for f in rule.check(facts)]
     left = tuple(Skipped(tuple(codes), reason) for reason, codes in skipped.items())
-    return Diagnosis(model.name, tuple(findings), tuple(checked), left)
+    return Diagnosis(facts.model.name, tuple(findings), tuple(checked), left)
 
 
-def _refuse_endless(data: Any) -> None:
+def refuse_endless(data: Any) -> None:
     """Endless data would be read for ever; here there is no limit to give, as elsewhere."""
     try:
         check_limits(data, None, None)
@@ -103,7 +108,7 @@ def _refuse_endless(data: Any) -> None:
         ) from error
 
 
-def _selection(select: Codes, ignore: Codes) -> Callable[[Rule], bool]:
+def selection(select: Codes, ignore: Codes = None) -> Callable[[Rule], bool]:
     """Which rules to run: the longest beginning of a code decides, ``ignore`` where they tie."""
     chosen, refused = _beginnings(select, "select"), _beginnings(ignore, "ignore")
 

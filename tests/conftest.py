@@ -1,11 +1,14 @@
 """One process per backend: Keras fixes its backend at import, so the environment names it."""
 
 import os
+import shutil
 import signal
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for a GPU run on a processor
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
 
 import keras

@@ -6,13 +6,13 @@ from typing import Any
 
 import keras
 
-from truenorm._checks import check_integer
+from truenorm._checks import check_integer, check_options
 from truenorm._layer.arguments import FreezePolicy
 from truenorm._model.sites import Layers
 from truenorm._modes.freeze import freeze
 from truenorm._records.freezing import Freezing
 from truenorm._records.recalibration import Recalibration
-from truenorm._statistics.collect import Collection, runner_of
+from truenorm._statistics.collect import Collection, collect, runner_of
 from truenorm._statistics.recalibrate import recalibrate
 from truenorm._statistics.runner import Runner
 
@@ -117,6 +117,7 @@ class Recalibrate(keras.callbacks.Callback):
 
     def __init__(self, data: Any, every: int = 1, **options: Any) -> None:
         super().__init__()
+        check_options(options, collect)
         self.data, self.every, self.options = data, check_integer("every", every), options
         self.layers: Layers = options.pop("layers", None)
         self.last: Recalibration | None = None

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 
 from truenorm import archive
+from truenorm._checks import check_options
 from truenorm._errors import MissingDependencyError, OptionError
 from truenorm._records.population import Population
 from truenorm._statistics.collect import collect as collect_here
@@ -59,6 +60,7 @@ def collect(
         Chan, Golub and LeVeque (1983), "Algorithms for computing the sample variance", The American
         Statistician 37(3).
     """
+    check_options(options, collect_here)
     ray = _started_ray()
     if not len(shards):
         raise OptionError("There are no shards", where="shards", expected="one or more")

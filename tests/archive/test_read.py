@@ -124,7 +124,7 @@ def test_statistics_are_told_apart(file: Path, tmp_path: Path) -> None:
     assert archive.read(path).layers[0].statistics.describe() == "as initialised"
     found = archive.read(with_weights(file, broken, tmp_path / "broken.keras")).layers[0].statistics
     assert (found.initial, found.non_finite, found.negative) == (False, 2, 1)
-    assert found.describe().startswith("2 channels not finite, 1 channels negative, |mean| up to")
+    assert found.describe().startswith("2 channels not finite, 1 channel negative, |mean| up to")
 
 
 def duplicate(target: Path, members: dict[str, bytes]) -> None:

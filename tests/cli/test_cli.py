@@ -282,16 +282,19 @@ def test_a_rewrite_is_printed_and_saved(command: Command, file: Path, tmp_path: 
     out = tmp_path / "out.keras"
     code, output, errors = command("place", file, "after_activation", "--out", out)
     assert (code, errors) == (0, "")
-    assert "place after_activation: 1 of 1 sites changed" in " ".join(output.split())
+    assert "place after_activation: 1 of 1 site changed" in " ".join(output.split())
     assert output.endswith(f"Saved as {out}\n")
     assert [type(k).__name__ for k in archive.load(out).layers] == [
         "Dense", "ReLU", "BatchNormalization", "Dense"]  # fmt: skip
-    code, output, _ = command("place", file, "none", "--out", out, "--where", "no such", "--json")
+    code, output, _ = command(
+        "place", file, "none", "--out", out, "--where", "no such", "--json", "--force"
+    )
     assert (code, json.loads(output)["left"][0]["reason"]) == (0, "not selected")
-    code, output, _ = command("fold", file, "--out", out, "--where", "no such", "--json")
+    code, output, _ = command("fold", file, "--out", out, "--where", "no such", "--json", "--force")
     assert (code, json.loads(output)["left"][0]["reason"]) == (0, "not selected")
-    assert command("place", file, "none", "--out", out)[0] == 0
-    assert command("place", out, "before_activation", "--insert", "--out", out)[0] == 0
+    assert command("place", file, "none", "--out", out, "--force")[0] == 0
+    again = command("place", out, "before_activation", "--insert", "--out", out, "--force")
+    assert again[0] == 0
     assert [type(k).__name__ for k in archive.load(out).layers] == [
         "Dense", "BatchNormalization", "ReLU", "Dense"]  # fmt: skip
 
@@ -310,10 +313,10 @@ def test_outputs_are_kept_by_fold_and_replace(command: Command, file: Path, tmp_
     out.write_bytes(file.read_bytes())
     model = archive.load(file)
     x = models.inputs_for(model)
-    assert command("replace", out, "--to", "truenorm", "--out", out)[0] == 0
+    assert command("replace", out, "--to", "truenorm", "--out", out, "--force")[0] == 0
     swapped = archive.load(out)
     assert type(swapped.layers[1]) is tn.BatchNormalization
-    code, output, _ = command("fold", out, "--out", out, "--json")
+    code, output, _ = command("fold", out, "--out", out, "--json", "--force")
     assert (code, json.loads(output)["kind"]) == (0, "fold")
     folded = archive.load(out)
     assert [type(layer).__name__ for layer in folded.layers] == ["Dense", "ReLU", "Dense"]
@@ -329,7 +332,7 @@ def test_statistics_become_those_of_the_data(command: Command, file: Path, tmp_p
     np.savetxt(data, x, delimiter=",", header="a,b,c,d,e", comments="")
     code, output, _ = command("recalibrate", file, "--data", data, "--out", out)
     assert code == 0
-    assert "Recalibrated 1 layers over 64 samples" in output
+    assert "Recalibrated 1 layer over 64 samples" in output
     done = archive.load(out)
     hidden = np.asarray(keras.ops.convert_to_numpy(done.layers[0](x)))
     moving = keras.ops.convert_to_numpy(done.layers[1].moving_mean)
@@ -349,11 +352,15 @@ def test_diagnose_exits_with_what_it_found(command: Command, file: Path, tmp_pat
 
 
 def test_limits_and_errors_are_one_line(command: Command, file: Path, tmp_path: Path) -> None:
-    code, output, errors = command("fold", file, "--out", tmp_path / "o", "--max-parameters", 10)
+    code, output, errors = command(
+        "fold", file, "--out", tmp_path / "o.keras", "--max-parameters", 10
+    )
     assert (code, output) == (2, "")
     assert errors.startswith("truenorm: The model has more parameters than are allowed")
     assert errors.count("\n") == 1
-    code, _, errors = command("fold", file, "--out", tmp_path / "o", "--import", "no_such_module")
+    code, _, errors = command(
+        "fold", file, "--out", tmp_path / "o.keras", "--import", "no_such_module"
+    )
     assert (code, "cannot be imported (at 'no_such_module')" in errors) == (2, True)
     code, _, errors = command("inspect", tmp_path / "no\x1b[31m.keras", "--static")
     assert (code, "no\\x1b[31m.keras" in errors) == (2, True)

@@ -127,8 +127,9 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_answers_are_printed(journey: tuple[Path, str]) -> None:
     text = " ".join(journey[1].split())  # the verdict is wrapped to the width of the terminal
-    assert "Each is trained once." in text
-    assert "but with 1 seed nothing can be told from chance" in text
+    assert "Each is trained once, for 20 epochs." in text
+    assert text.count("but with 1 seed nothing can be told from chance") == 1
+    assert "Diagnosis of 'breast_cancer':" in text
     assert "fold: 3 of 3 sites changed" in text
     assert "hidden1_bn │ changed │ folded into Dense" in text  # which one: as the best has it
 
@@ -155,9 +156,35 @@ def test_the_model_needs_no_truenorm_and_scores_as_printed(
 def test_the_report_is_one_page_without_scripts(journey: tuple[Path, str]) -> None:
     page = (journey[0] / "report.html").read_text("utf-8")
     assert "<script" not in page
-    for heading in ("Where does BatchNormalization go?", "Which mode is it in?",
-                    "Are its statistics true?"):  # fmt: skip
-        assert heading in page
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert headings == [
+        "What is trained",
+        "What is wrong with it?",
+        "Are its statistics true?",
+        "Where does BatchNormalization go?",
+        "Cost",
+        "Which mode is it in?",
+        "Deploy it",
+        "Settings",
+    ]
+
+
+def test_the_report_says_on_top_what_was_printed_and_says_it_once(
+    journey: tuple[Path, str],
+) -> None:
+    page = (journey[0] / "report.html").read_text("utf-8")
+    printed = re.search(r"accuracy ([\d.]+%) before, ([\d.]+%) after", journey[1])
+    assert printed is not None
+    lead = page[: page.index("<nav")]
+    assert f"two validation accuracies: {printed[1]} with the moving statistics" in lead
+    assert f"{printed[2]} with the statistics of the whole training set" in lead
+    for answer in ("has the best validation accuracy", "Folded, a batch of 143 runs"):
+        assert answer in lead
+        assert page.count(answer) == 1
+    settings = page[page.index("<h2>Settings") :]
+    assert "versions: keras" in settings
+    assert re.search(r"Run on \d{4}-\d\d-\d\d, \d\d:\d\d UTC\.", settings)
+    assert "truenorm demo --data breast_cancer --seeds 1 --out" in settings
 
 
 def test_a_second_demo_asks_first(journey: tuple[Path, str]) -> None:

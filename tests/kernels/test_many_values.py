@@ -17,7 +17,9 @@ from truenorm._kernels import composite, reference
 from truenorm._kernels.contract import Options
 
 BACKEND = keras.config.backend()
-NATIVE = importlib.import_module(f"truenorm._kernels.{BACKEND}.native")
+PASSES = importlib.import_module(
+    f"truenorm._kernels.{BACKEND}.{'passes' if BACKEND == 'torch' else 'native'}"
+)
 WIDE = 2.0**-23
 PATHS = {
     "jax": ["eager", "graph"],
@@ -56,7 +58,7 @@ def normalize(request: pytest.FixtureRequest) -> Any:
     elif request.param == "compiled":
         yield kernels.normalize
     else:
-        with mock.patch.object(NATIVE, "takes", return_value=False):
+        with mock.patch.object(PASSES, "takes", return_value=False):
             yield kernels.normalize
 
 
@@ -111,7 +113,7 @@ def test_new_sizes_compile_nothing() -> None:
     import tensorflow as tf
 
     with (
-        mock.patch.object(NATIVE, "takes", return_value=False),
+        mock.patch.object(PASSES, "takes", return_value=False),
         mock.patch.object(tf, "function", side_effect=AssertionError("a program was made")),
     ):
         for size in range(100, 160):

@@ -25,11 +25,11 @@ from truenorm._kernels import reference
 BACKEND = keras.config.backend()
 NAMES = {
     "torch": (
-        "native:forward_ad._current_level",
-        "native:torch._C._len_torch_dispatch_stack",
-        "native:torch._C._are_functorch_transforms_active",
-        "native:torch._C._functorch.is_legacy_batchedtensor",
-        "native:torch.autograd.graph.increment_version",
+        "passes:forward_ad._current_level",
+        "passes:torch._C._len_torch_dispatch_stack",
+        "passes:torch._C._are_functorch_transforms_active",
+        "passes:torch._C._functorch.is_legacy_batchedtensor",
+        "passes:torch.autograd.graph.increment_version",
         "kernel:torch.native_batch_norm",
         "kernel:aten.native_batch_norm_backward",
         "kernel:aten.threshold_backward",
@@ -132,8 +132,8 @@ def test_inference(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.skipif(BACKEND != "torch", reason="without the compiled passes PyTorch has its own")
 @pytest.mark.parametrize("names", [n for n in NAMES if n.startswith("kernel")])
 def test_nor_are_the_compiled_passes_there(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    native = importlib.import_module("truenorm._kernels.torch.native")
-    with mock.patch.object(native, "takes", return_value=False):
+    passes = importlib.import_module("truenorm._kernels.torch.passes")
+    with mock.patch.object(passes, "takes", return_value=False):
         test_a_training_step((names,), True, monkeypatch)
         test_inference((names,), monkeypatch)
 

@@ -164,7 +164,7 @@ def test_a_child_of_a_frozen_parent_is_noted() -> None:
     model = nested()
     model.get_layer("backbone").trainable = False
     (note,) = tn.unfreeze(model, layers="backbone/a_bn").notes
-    assert note.startswith("'backbone' is frozen: gamma and beta of the 1 layers inside")
+    assert note.startswith("'backbone' is frozen: gamma and beta of the 1 layer inside")
 
 
 def test_a_subclassed_model_is_frozen_too() -> None:

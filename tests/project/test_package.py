@@ -5,12 +5,16 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.metadata
+import inspect
 import os
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import keras
+import numpy as np
 import pytest
 
 import truenorm as tn
@@ -75,9 +79,101 @@ SOURCES = {
 EXAMPLES = [name for name, path in SOURCES.items() if ">>> " in path.read_text("utf-8")]
 
 
+class Finder(doctest.DocTestFinder):
+    """Finds examples of functions inside decorators, too."""
+
+    def _from_module(self, module: Any, object: Any) -> bool:  # noqa: A002 - its name there
+        return super()._from_module(module, inspect.unwrap(object))
+
+
 @pytest.mark.parametrize("module", EXAMPLES)
 def test_the_examples_in_the_documentation_run(module: str) -> None:
     keras.utils.set_random_seed(0)
-    results = doctest.testmod(importlib.import_module(module))
-    assert results.failed == 0
-    assert results.attempted > 0
+    loaded = importlib.import_module(module)
+    runner = doctest.DocTestRunner()
+    for example in Finder().find(loaded, module, globs=dict(vars(loaded))):
+        runner.run(example)
+    assert runner.failures == 0
+    assert runner.tries > 0
+
+
+def test_the_examples_of_every_tool_are_found() -> None:
+    for name in ("collect", "inspect", "observe", "diagnose", "freeze", "fold", "place", "study"):
+        tool = getattr(tn, name)
+        module = importlib.import_module(tool.__module__)
+        found = {one.name: one.examples for one in Finder().find(module, tool.__module__)}
+        assert found[f"{tool.__module__}.{name}"]
+
+
+# --- discovery -----------------------------------------------------------------------------------
+
+
+def test_dir_and_the_docstring_are_an_overview_of_the_public_names() -> None:
+    assert dir(tn) == sorted(tn.__all__)
+    overview = tn.__doc__ or ""
+    tools = {name for name in tn.__all__ if name.islower()}
+    assert {name for name in tools if name not in overview} == set()
+
+
+def test_help_is_an_overview_and_not_every_name_in_full() -> None:
+    text = pydoc.plain(pydoc.render_doc(tn))
+    assert all(line.strip() in text for line in (tn.__doc__ or "").splitlines()[2:])
+    assert "CLASSES" not in text
+    assert "FUNCTIONS" not in text
+    assert len(text.splitlines()) < 80
+
+
+def test_reports_cost_nothing_before_one_is_made() -> None:
+    heavy = "{'matplotlib', 'jinja2', 'keras'}"
+    assert run(f"import sys, truenorm as tn; dir(tn); print({heavy} & set(sys.modules))") == "set()"
+    assert run(
+        f"import sys, truenorm as tn; tn.report.save; print({heavy} & set(sys.modules))"
+    ) in (
+        "set()",
+        "{'jinja2'}",
+    )
+
+
+MODEL = keras.Sequential(
+    [keras.Input((4,)), keras.layers.Dense(3), keras.layers.BatchNormalization(name="bn_of_it")]
+)
+
+
+@pytest.mark.parametrize(
+    ("call", "where", "remedy"),
+    [
+        (lambda x: tn.collect(MODEL, x, batchsize=2), "batchsize", "batch_size"),
+        (lambda x: tn.collect(MODEL, x, upstream="populaton"), "upstream", "population"),
+        (lambda x: tn.recalibrate(MODEL, x, upstrem="batch"), "upstrem", "upstream"),
+        (lambda x: tn.adapt(MODEL, x, max_sample=3), "max_sample", "max_samples"),
+        (lambda x: tn.callbacks.Recalibrate(x, batchsize=2), "batchsize", "batch_size"),
+        (lambda x: tn.diagnose(MODEL, x, selct="TN1"), "selct", "select"),
+        (lambda x: tn.inspect(MODEL, x, progres=False), "progres", "progress"),
+        (lambda _: tn.observe(mdoel=MODEL), "mdoel", "model"),
+        (lambda _: tn.freeze(MODEL, "statistic"), "freeze", "statistics"),
+        (lambda _: tn.freeze(MODEL, layer="bn"), "layer", "layers"),
+        (lambda _: tn.freeze(MODEL, layers="bn_of_itt"), "layers", "bn_of_it"),
+        (lambda _: tn.unfreeze(MODEL, layer="bn"), "layer", "layers"),
+        (lambda _: tn.place(MODEL, "befor_activation"), "position", "before_activation"),
+        (lambda _: tn.place(MODEL, "none", inserts=True), "inserts", "insert"),
+        (lambda _: tn.replace(MODEL, to="kears"), "to", "keras"),
+        (lambda _: tn.fold(MODEL, wher="bn"), "wher", "where"),
+        (lambda _: tn.study("mlp", "wine", epoch=3), "epoch", "epochs"),
+        (lambda _: tn.study("mlp", "wine", epochs=3, backend="trch"), "backend", "torch"),
+        (lambda _: tn.archive.load("m.keras", max_parameter=3), "max_parameter", "max_parameters"),
+        (lambda _: tn.BatchNormalization(momentm=0.9), "momentm", "momentum"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_option_is_answered_with_the_right_one(
+    call: Any, where: str, remedy: str
+) -> None:
+    with pytest.raises(tn.OptionError) as refused:
+        call(np.ones((4, 4), "float32"))
+    assert refused.value.where == where
+    assert refused.value.remedy == f"write {remedy}"
+
+
+def test_the_layer_takes_what_keras_takes() -> None:
+    assert tn.BatchNormalization(name="n", dtype="float32", autocast=False).name == "n"
+    with pytest.raises(ValueError, match="nonsense"):
+        tn.BatchNormalization(nonsense=3)

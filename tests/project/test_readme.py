@@ -32,7 +32,7 @@ def test_the_code_runs_from_top_to_bottom(tmp_path: Path) -> None:
     for shown in (
         "place after_activation: 33 of 53 sites changed",
         "before_activation − after_activation",
-        "fold: 1 of 1 sites changed",
+        "fold: 1 of 1 site changed",
         "TN102 warning",
     ):
         assert shown in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import pickle
 import pkgutil
 import subprocess
@@ -20,6 +21,7 @@ import small_models as models
 import truenorm as tn
 import truenorm._records
 from truenorm import archive
+from truenorm._records.drawings.drawing import Drawn
 from truenorm._records.study import Comparison, Interval, Trial
 from truenorm._records.tables import Record
 
@@ -74,7 +76,7 @@ def records(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[type[R
 def kinds() -> list[type[Record]]:
     for module in pkgutil.iter_modules(truenorm._records.__path__):
         importlib.import_module(f"truenorm._records.{module.name}")
-    return Record.__subclasses__()
+    return [*(k for k in Record.__subclasses__() if k is not Drawn), *Drawn.__subclasses__()]
 
 
 def through_pickle(record: Any) -> Any:
@@ -92,6 +94,34 @@ def test_every_record_keeps_its_facts(
     assert other.to_json() == record.to_json()
     assert str(other) == str(record)
     assert other._repr_html_() == record._repr_html_()
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_every_record_comes_back_from_its_json(
+    kind: type[Record], records: dict[type[Record], Record]
+) -> None:
+    text = records[kind].to_json()
+    head = {name: json.loads(text)[name] for name in ("schema", "schema_version", "truenorm")}
+    assert head == {
+        "schema": f"truenorm.{kind.__name__}",
+        "schema_version": 1,
+        "truenorm": tn.__version__,
+    }
+    other = kind.from_json(text)
+    assert type(other) is kind
+    assert other.to_json() == text
+    assert str(other) == str(records[kind])
+    assert repr(other) == repr(records[kind])
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_every_record_is_one_line_in_the_interpreter(
+    kind: type[Record], records: dict[type[Record], Record]
+) -> None:
+    shown = repr(records[kind])
+    assert shown.startswith(f"<{kind.__name__} ")
+    assert len(shown) <= 100
+    assert "\n" not in shown
 
 
 @pytest.mark.parametrize("again", [through_pickle, copy.deepcopy])

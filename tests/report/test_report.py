@@ -8,11 +8,9 @@ import html
 import math
 import os
 import re
-import statistics
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -20,6 +18,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 from chromium import CHROMIUM, NEEDS_CHROMIUM, visit
+from drawn_records import HOSTILE, POSITIONS, SHOWN, judge, make_study
 
 from truenorm._errors import MissingDependencyError, OptionError, OutputError
 from truenorm._records.inspection import Inspection
@@ -29,70 +28,27 @@ from truenorm._records.population import Population
 from truenorm._records.recalibration import Gap, Recalibration
 from truenorm._records.rewrite import Change, Left, Rewrite
 from truenorm._records.site import Site
-from truenorm._records.study import Comparison, Interval, Study, Trial
+from truenorm._records.study import Study
 from truenorm._records.tables import Record, Table, number
-from truenorm.report import Chart, Section, comparison, gaps, learning_curves, report, save
+from truenorm.report import (
+    Chart,
+    Section,
+    comparison,
+    gaps,
+    learning_curves,
+    picture,
+    report,
+    save,
+    study_page,
+)
 
 pytestmark = pytest.mark.any_backend
 
-HOSTILE = "<img src=x onerror=alert(1)>\n\x1b[31m\u202e'\"&amp; $\\frac$ {{ 1 }} [bold] 漢\ud800]]>"
-SHOWN = HOSTILE.replace("\n", "\\x0a").replace("\x1b", "\\x1b").replace("\u202e", "\\x202e")
-SHOWN = SHOWN.replace("\ud800", "\\xd800")
 NOT_FINITE = (
     "Runs in which val_loss was not a finite number in some epoch: 1; the means are of the other "
     "values."
 )
-POSITIONS = ("before_activation", "after_activation", "none")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason=NEEDS_CHROMIUM)
-
-
-def make_study(
-    positions: tuple[str, ...] = POSITIONS, seeds: int = 5, epochs: int = 10, name: str = "study"
-) -> Study:
-    """A study as it comes from training: better with every epoch, each position by its own rate."""
-    rng = np.random.default_rng(0)
-    trials: list[Trial] = []
-    for k, position in enumerate(positions):
-        for seed in range(seeds):
-            value = 0.9 - 0.02 * k - 0.4 * np.exp(-np.arange(1, epochs + 1) / (2 + k))
-            value += rng.normal(0, 0.004, epochs)
-            history = {
-                "val_accuracy": tuple(map(float, value)),
-                "val_loss": tuple(map(float, 2 - 2 * value)),
-            }
-            final = {name: values[-1] for name, values in history.items()}
-            trials.append(Trial(position, seed, history, final, 4, 1234, 1.5, f"{k}-{seed}.keras"))
-    return judge(trials, positions, name)
-
-
-def judge(trials: list[Trial], positions: tuple[str, ...], name: str = "study") -> Study:
-    def ends(position: str, metric: str) -> list[float]:
-        own = [t.final for t in trials if t.position == position and t.error is None]
-        return [final[metric] for final in own if math.isfinite(final[metric])]
-
-    def interval(values: list[float]) -> Interval:
-        if len(values) < 2:
-            return Interval(values[0] if values else math.nan, None, None, len(values))
-        mean = statistics.fmean(values)
-        half = 2.776 * statistics.stdev(values) / math.sqrt(len(values))
-        return Interval(mean, mean - half, mean + half, len(values))
-
-    metrics = ("val_accuracy", "val_loss")
-    pairs = tuple(
-        Comparison(
-            metric,
-            a,
-            b,
-            interval([x - y for x, y in zip(ends(a, metric), ends(b, metric), strict=False)]),
-            0.012,
-            0.036,
-        )
-        for metric in metrics
-        for a, b in combinations(positions, 2)
-    )
-    summaries = {p: {m: interval(ends(p, m)) for m in metrics} for p in positions}
-    verdict = (f"{positions[0]} is best.", "It was compared over the same seeds.")
-    return Study(name, {}, tuple(trials), summaries, pairs, metrics[0], positions[0], None, verdict)
 
 
 def make_records(path: str = "backbone/conv1_bn") -> tuple[Record, ...]:
@@ -148,7 +104,10 @@ def drawn(chart: Chart) -> list[str]:
     for svg in filter(None, (chart.svg, chart.narrow)):
         root = ET.fromstring(svg)  # noqa: S314 - our own text
         tags = {element.tag.rpartition("}")[2] for element in root.iter()}
-        assert tags <= {"svg", "style", "defs", "g", "path", "use", "text", "clipPath", "rect"}
+        assert tags <= {
+            *("svg", "title", "desc", "style", "defs", "g", "path", "use", "text", "clipPath"),
+            *("rect",),
+        }
         words += [e.text or "" for e in root.iter() if e.tag.endswith("text")]
     return words
 
@@ -235,6 +194,50 @@ def test_numbers_are_aligned_and_text_is_not() -> None:
 def test_the_verdict_stands_before_the_sections() -> None:
     page = make_page()
     assert page.index("before_activation is best.") < page.index("<nav") < page.index("<section")
+
+
+def test_long_names_break_behind_their_underscores_only() -> None:
+    rows = (("block1/before_activation", "a_b <i>"),)
+    page = report("t", "", [Section("s", (), (Table("n", ("layer", "why"), rows),))])
+    assert "block1/<wbr>before_<wbr>activation" in page
+    assert "a_<wbr>b &lt;i&gt;" in page
+
+
+def test_a_record_is_drawn_as_its_own_plot_has_it() -> None:
+    inspection, recalibration = make_records("deep/bn")[:2]
+    assert isinstance(inspection, Inspection)
+    assert isinstance(recalibration, Recalibration)
+    assert {"deep/bn", "fit", "batch + updates + learns"} <= set(drawn(picture(inspection)))
+    assert picture(recalibration) == gaps(recalibration.before, recalibration.after)
+
+
+def test_a_chart_says_what_it_shows_to_those_who_do_not_see_it() -> None:
+    shown = learning_curves(make_study(seeds=2, recalibrated=0.05), "val_accuracy")
+    for svg in (shown.svg, shown.narrow):
+        root = ET.fromstring(svg)  # noqa: S314 - our own text
+        assert root.get("role") == "img"
+        assert [(e.text, e.tag[-5:]) for e in root][:2] == [
+            (shown.title, "title"),
+            (shown.alt, "}desc"),
+        ]
+    assert "Judged with recalibrated statistics: " in shown.alt
+
+
+def test_the_report_ends_with_settings_date_and_command() -> None:
+    study = make_study(seeds=2)
+    settings = {
+        "epochs": 3,
+        "versions": {"keras": "3.15.1"},
+        "command": "truenorm study mlp --epochs 3",
+        "date": "2026-01-02, 03:04 UTC",
+    }
+    page = study_page(replace(study, settings=settings))
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    assert headings[-1] == "Settings"
+    end = page[page.index("<h2>Settings") :]
+    for words in ("3.15.1", "truenorm study mlp --epochs 3", "Run on 2026-01-02, 03:04 UTC."):
+        assert words in end
+    assert page.count(study.verdict[0]) == 1
 
 
 def test_a_single_sentence_is_one_paragraph() -> None:
@@ -346,7 +349,7 @@ def test_an_unknown_metric_is_refused() -> None:
     ("before", "after", "note"),
     [
         ((), (), None),
-        ((Gap("a", 0.0, 0.0),), (Gap("a", 0.0, 0.0),), "Open: before. Filled: after."),
+        ((Gap("a", 0.0, 0.0),), (Gap("a", 0.0, 0.0),), None),
         ((Gap("a", 0.3, 0.0),), (), "The moving statistics as found."),
         (
             (Gap("a", math.nan, 1e30), Gap("b", 1e-12, math.inf)),

@@ -341,7 +341,9 @@ def test_insertion_beside_what_is_there() -> None:
     model = keras.Model(inputs, L.Activation("softmax")(L.Dense(2, name="head")(x)))
     rewrite = tn.place(model, "after_activation", insert=True)
     assert {c.path: c.what.split(" inserted")[0] for c in rewrite.changed} == {
-        "b_bn": rewrite.changed[0].what, "b": "b_bn_1", "c": "c_bn",
+        "b_bn": rewrite.changed[0].what,
+        "b": "BatchNormalization b_bn_1",
+        "c": "BatchNormalization c_bn",
     }  # fmt: skip
     assert len(rewrite.notes) == 2
     only = tn.place(model, "before_activation", insert=True, where="c")
@@ -355,7 +357,9 @@ def test_insertion_into_a_nested_model_trains() -> None:
     new = tn.place(model, "before_activation", insert=True)
     x = inputs_for(model)
     new.model.fit(x, x[:, :1], verbose=0)
-    assert [c.what for c in new.changed] == ["d_bn inserted before 'relu', split out"]
+    (change,) = new.changed
+    assert change.what == "BatchNormalization d_bn inserted before 'relu', split out"
+    assert change.kind == "BatchNormalization inserted before 'relu', split out"
     assert np.abs(site_calls(new.model)[0][0].operation.get_weights()[2]).max() > 0
 
 

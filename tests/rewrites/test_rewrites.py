@@ -321,7 +321,7 @@ def test_a_subclassed_model_is_refused_and_unchanged(tool: Callable[[Any], Any])
 def test_a_model_without_batch_normalization_is_refused(tool: Callable[[Any], Any]) -> None:
     message = (
         r"^This model has no BatchNormalization \(at 'plain'\)\. Expected: at least one "
-        r"BatchNormalization layer\. Received: 1 layers, none of that kind\.$"
+        r"BatchNormalization layer\. Received: 1 layer, none of that kind\.$"
     )
     with pytest.raises(tn.ModelError, match=message):
         tool(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)], name="plain"))

@@ -197,10 +197,7 @@ def test_equal_differences_are_not_taken_for_proof() -> None:
     study = judged(trials_of(**{B: [0.9, 0.8, 0.7], A: [0.8, 0.7, 0.6]}), (B, A))
     assert study.comparisons[0].p_value is None
     assert study.winner is None
-    assert (
-        "10.00 points [10.00, 10.00] above after_activation's in each of 3 seeds"
-        in study.verdict[1]
-    )
+    assert "10.00 points [10.00, 10.00] higher in each of 3 seeds" in study.verdict[1]
 
 
 def test_equal_values_have_p_one() -> None:
@@ -241,8 +238,8 @@ def test_a_failed_trial_takes_its_seed_out_everywhere() -> None:
     assert study.summaries[B]["val_accuracy"].mean == pytest.approx(0.905)
     assert len(study.trials) == 6
     assert study.verdict[-1] == (
-        "Seed 2 is left out at every position: its after_activation trial failed (the worker was "
-        "ended by signal 9)."
+        "Seed 2 is left out at every position: its trial of after_activation failed (the worker "
+        "was ended by signal 9)."
     )
 
 

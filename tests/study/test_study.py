@@ -489,7 +489,8 @@ def test_sites_that_cannot_be_placed_are_told_or_refused() -> None:
     hidden = keras.layers.BatchNormalization()(keras.layers.Dense(4)(lonely))
     end = keras.layers.Dense(2)(keras.layers.ReLU()(hidden))
     assert check_placement(keras.Model(source, end), ("none", *POSITIONS)) == tuple(
-        f"At {p}, 1 BatchNormalization sites could not be placed and stay where they were: lonely."
+        f"At {p}, 1 BatchNormalization site could not be placed, and nothing is changed there: "
+        "lonely."
         for p in POSITIONS
     )
     only = keras.Model(source, keras.layers.Dense(2)(lonely))

@@ -81,15 +81,48 @@ KINDS: dict[str, tuple[list[Trial], tuple[str, ...], float | None, tuple[str, ..
         0.005,
         (
             FIRST,
-            "before_activation is shown to be better than none: its validation accuracy is 1.19 "
-            "points [1.06, 1.32] above none's.",
-            "after_activation is shown to be better than none: its validation accuracy is 1.19 "
-            "points [1.06, 1.31] above none's.",
+            "before_activation is shown to be better than the model without BatchNormalization: "
+            "its validation accuracy is 1.19 points [1.06, 1.32] higher.",
+            "after_activation is shown to be better than the model without BatchNormalization: its "
+            "validation accuracy is 1.19 points [1.06, 1.31] higher.",
             "before_activation and after_activation are equivalent within 0.50 points in "
             "validation accuracy: before_activation minus after_activation is 0.01 points [-0.06, "
             "0.08] (90% interval; p = 1.6e-05 that it is larger after Holm's correction for 3 "
             "comparisons; 7 seeds).",
-            f"{FLIPS}none and before_activation p = 0.016, none and after_activation p = 0.016.",
+            f"{FLIPS}the model without BatchNormalization and before_activation p = 0.016, the "
+            "model without BatchNormalization and after_activation p = 0.016.",
+        ),
+    ),
+    "no BatchNormalization is best": (
+        trials_of(**{N: AFTER, B: WORSE}),
+        (N, B),
+        None,
+        (
+            "The model without BatchNormalization is best: its validation accuracy (94.84%, 7 "
+            "seeds) is 1.19 points [1.06, 1.31] above before_activation's, shown at the 5% level "
+            "(in brackets: 95% intervals).",
+            f"{FLIPS}the model without BatchNormalization and before_activation p = 0.016.",
+        ),
+    ),
+    "a winner over no BatchNormalization": (
+        trials_of(**{N: WORSE, B: AFTER}),
+        (N, B),
+        None,
+        (
+            "before_activation is best: its validation accuracy (94.84%, 7 seeds) is 1.19 points "
+            "[1.06, 1.31] above that of the model without BatchNormalization, shown at the 5% "
+            "level (in brackets: 95% intervals).",
+            f"{FLIPS}the model without BatchNormalization and before_activation p = 0.016.",
+        ),
+    ),
+    "a variant that its user calls none": (
+        trials_of(**{N: [0.9, 0.8], "ghost": [0.9, 0.8]}),
+        (N, "ghost"),
+        None,
+        (
+            "none has the best mean validation accuracy (85.00%, 2 seeds), but it is not shown to "
+            "differ from every other variant.",
+            "none and ghost gave the same validation accuracy in every seed.",
         ),
     ),
     "the same difference in every seed": (
@@ -99,10 +132,10 @@ KINDS: dict[str, tuple[list[Trial], tuple[str, ...], float | None, tuple[str, ..
         (
             "after_activation has the best mean validation accuracy (100.00%, 2 seeds), but it is "
             "not shown to differ from every other position.",
-            "No difference shown between after_activation and before_activation: "
-            "after_activation's validation accuracy is 50.00 points [50.00, 50.00] above "
-            "before_activation's in each of 2 seeds, which leaves no spread to test against; use "
-            "more seeds or more validation data.",
+            "No difference shown between after_activation and before_activation: the validation "
+            "accuracy of after_activation is 50.00 points [50.00, 50.00] higher in each of 2 "
+            "seeds, which leaves no spread to test against; use more seeds or more validation "
+            "data.",
         ),
     ),
     "a variant that never finished": (

@@ -6,9 +6,11 @@ answer at once; and the backend is chosen before Keras is imported, which fixes 
 
 from __future__ import annotations
 
+import re
 import sys
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
+from truenorm._checks import meant
 from truenorm._errors import TruenormError
 from truenorm._records.tables import printable
 
@@ -19,23 +21,43 @@ except ImportError:
         'The truenorm command needs Typer, which is not installed: pip install "truenorm[cli]"'
     )
 
+import truenorm as tn
 from truenorm._cli.demo import demo
+from truenorm._cli.examples import example
 from truenorm._cli.isolation import is_apart, isolated
 from truenorm._cli.models import diagnose, fold, inspect, place, recalibrate, replace
+from truenorm._cli.remedies import in_commands
 from truenorm._cli.study import study
 
 app = typer.Typer(
     name="truenorm",
     help="The batch-normalization toolkit for Keras 3: where it goes, which mode it is in, "
     "whether its statistics are true.",
+    epilog=example("diagnose"),
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 for command in (inspect, diagnose, place, fold, replace, recalibrate):
-    app.command()(isolated(command))
-app.command()(demo)
+    app.command(epilog=example(command.__name__))(isolated(command))
+app.command(epilog=example("demo"))(demo)
 app.add_typer(study, name="study")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"truenorm {tn.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    del version
 
 
 REFUSED: type[Exception] = next(
@@ -47,7 +69,7 @@ REFUSED: type[Exception] = next(
 def main() -> None:
     """Run the command; an error becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(app(standalone_mode=False, prog_name="truenorm") or 0)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
@@ -58,7 +80,7 @@ def main() -> None:
             raise  # it says which limit was reached
         _refuse("There is not enough memory to run this model.")
     except TruenormError as error:
-        _refuse(str(error))
+        _refuse(in_commands(str(error)))
     except REFUSED as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # the help was shown
             sys.exit(2)
@@ -71,10 +93,12 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _in_our_form(error: Any) -> str:
-    """What Typer says about an argument, and where to read on."""
+    """What Typer says about an argument, and what was meant or where to read on."""
     context = getattr(error, "ctx", None)
-    command = context.info_name if context and context.parent else ""
-    remedy = " ".join(filter(None, ("truenorm", command, "--help")))
+    command = context.command_path if context else "truenorm"
     problem = " ".join(str(error.format_message()).split()).replace("Value error, ", "")
+    value, _, choices = problem.rpartition(" is not one of ")
+    remedy = meant(value.rpartition(": ")[2].strip("'"), re.findall(r"'([^']*)'", choices))
+    remedy = remedy or f"{command} --help shows what there is"
     end = "" if problem.endswith((".", "?")) else "."
-    return f"{problem}{end} Remedy: {remedy} shows what there is."
+    return f"{problem}{end} Remedy: {remedy}."

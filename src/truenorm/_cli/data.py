@@ -14,6 +14,7 @@ import numpy as np
 from truenorm._errors import DataError
 from truenorm._records.files import UNREADABLE
 from truenorm._records.moments import Array
+from truenorm._records.tables import counted
 
 
 def read_data(path: Path) -> Any:
@@ -34,6 +35,18 @@ def read_data(path: Path) -> Any:
             expected="a .npy, .npz or .csv file",
         )
     return readers[path.suffix](path)
+
+
+FEW = 4
+"""Samples that a model is tried on: modes and equality do not depend on more."""
+
+
+def few_inputs(data: Any) -> Any:
+    """The inputs of a few samples."""
+    inputs = data[0] if isinstance(data, tuple) else data
+    if isinstance(inputs, dict):
+        return {name: values[:FEW] for name, values in inputs.items()}
+    return inputs[:FEW]
 
 
 def _npy(path: Path) -> Array:
@@ -93,7 +106,7 @@ def _numbers(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator[lis
             raise DataError(
                 "A row is of another length",
                 where=f"{path}: line {line}",
-                expected=f"{length} cells, as in the first line",
+                expected=f"{counted(length, 'cell')}, as in the first line",
                 received=str(len(cells)),
             )
         for column, (cell, value) in enumerate(zip(cells, values, strict=True), start=1):

@@ -17,7 +17,9 @@ from typing import Annotated, Any
 
 import typer
 
+from truenorm._cli.files import Force, check_free
 from truenorm._errors import is_out_of_memory
+from truenorm._model import progress
 from truenorm._records.files import replacing
 from truenorm._records.tables import printable
 
@@ -44,20 +46,26 @@ _handover: Path | None = None
 
 
 def isolated(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with ``--isolate`` and ``--max-memory``."""
+    """The command with ``--isolate``, ``--max-memory`` and, where it writes a file, ``--force``."""
+    signature = inspect.signature(command, eval_str=True)
 
     @functools.wraps(command)
-    def run(*, isolate: bool, max_memory: float | None, **options: Any) -> None:
+    def run(
+        *, isolate: bool, max_memory: float | None, force: bool = False, **options: Any
+    ) -> None:
+        if "out" in options and _handover is None:
+            check_free(options["out"], force=force, ending=".keras")
         if isolate and _handover is None:
             raise typer.Exit(_run_apart(options, max_memory))
         command(**options)
 
-    own = {"isolate": Isolate, "max_memory": MaxMemory}
+    own = {"isolate": (Isolate, True), "max_memory": (MaxMemory, None)}
+    if "out" in signature.parameters:
+        own = {"force": (Force, False), **own}
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
-        for (name, kind), default in zip(own.items(), (True, None), strict=True)
+        for name, (kind, default) in own.items()
     ]
-    signature = inspect.signature(command, eval_str=True)
     keywords = [
         one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in signature.parameters.values()
     ]
@@ -81,7 +89,9 @@ def loaded() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def enter(folder: str, *, arguments: list[str], file: str, memory: int) -> None:
+def enter(
+    folder: str, *, arguments: list[str], file: str, memory: int, progress_shown: bool
+) -> None:
     """In the separate process: run the command."""
     global _handover
     from truenorm._cli import main
@@ -89,6 +99,8 @@ def enter(folder: str, *, arguments: list[str], file: str, memory: int) -> None:
 
     _handover = Path(folder)
     sys.argv = ["truenorm", *arguments]
+    if progress_shown:
+        progress.tell_another_process()
     try:
         main()
     except Exception as error:
@@ -107,8 +119,13 @@ def _run_apart(options: Mapping[str, Any], max_memory: float | None) -> int:
     memory = _isolation.memory_for([file, options.get("data")])
     if max_memory is not None:
         memory = int(max_memory * _isolation.GIB)
-    arguments = {"arguments": sys.argv[1:], "file": file, "memory": memory}
-    with _isolation.confined(f"{__name__}:enter", arguments, memory=memory) as ended:
+    shows = progress.is_shown(None)
+    arguments = {"arguments": sys.argv[1:], "file": file, "memory": memory, "progress_shown": shows}
+    line = progress.Line("truenorm")
+    with _isolation.confined(
+        f"{__name__}:enter", arguments, memory=memory, hear=line.relay if shows else None
+    ) as ended:
+        line.wipe()
         ended.check(file, memory)
         sys.stderr.write(ended.complaints)
         made = ended.folder / MADE

@@ -10,18 +10,19 @@ import typer
 
 import truenorm as tn
 from truenorm import archive
-from truenorm._cli.data import read_data
+from truenorm._cli.data import few_inputs, read_data
+from truenorm._cli.files import Out
+from truenorm._cli.labels import Loss, Metrics, check_loss, compiled
+from truenorm._cli.output import AsJson, note, show, write
+from truenorm._cli.remedies import receipt_with_commands, with_commands
 from truenorm._cli.shell import (
-    AsJson,
     BatchSize,
     File,
     Imports,
     MaxParameters,
     OnBackend,
-    Out,
+    choose_backend,
     model_of,
-    show,
-    write,
 )
 from truenorm.archive import MOST_PARAMETERS
 
@@ -50,6 +51,13 @@ class Upstream(StrEnum):
     moving = "moving"
 
 
+Probe = Annotated[
+    Path | None,
+    typer.Option(
+        help="Inputs to run the model on: a .npy, .npz or .csv file; else they are made up.",
+        show_default=False,
+    ),
+]
 Where = Annotated[
     str | None, typer.Option(help="Only layers whose path matches a pattern such as 'block1/*'.")
 ]
@@ -63,6 +71,7 @@ def inspect(
             "--static", help="Only read the file: no Keras, no model, no code of the file."
         ),
     ] = False,
+    data: Probe = None,
     as_json: AsJson = False,
     backend: OnBackend = None,
     max_parameters: MaxParameters = MOST_PARAMETERS,
@@ -72,8 +81,9 @@ def inspect(
     if static:
         show(archive.read(file), as_json=as_json)
     else:
+        inputs = None if data is None else few_inputs(read_data(data))
         model = model_of(file, backend, max_parameters, imports)
-        show(tn.inspect(model), as_json=as_json)
+        show(tn.inspect(model, inputs), as_json=as_json)
 
 
 def diagnose(
@@ -92,6 +102,8 @@ def diagnose(
             help="Leave out rules whose code begins with this, such as TN302; may be repeated."
         ),
     ] = None,
+    loss: Loss = None,
+    metric: Metrics = None,
     batch_size: BatchSize = 32,
     as_json: AsJson = False,
     backend: OnBackend = None,
@@ -100,9 +112,18 @@ def diagnose(
 ) -> None:
     """Find what is wrong with BatchNormalization; exit code 1 if there are warnings or errors."""
     arrays = None if data is None else read_data(data)
+    choose_backend(backend)
+    from truenorm._diagnosis import selection
+
+    selection(select, ignore)
+    check_loss(loss, metric, arrays)
     model = model_of(file, backend, max_parameters, imports)
+    if loss is not None:
+        compiled(model, loss, metric)
+    elif isinstance(arrays, tuple):
+        note(f"The labels in {data} are not used. Remedy: add --loss, with the model's own.")
     found = tn.diagnose(model, arrays, select=select, ignore=ignore, batch_size=batch_size)
-    show(found, as_json=as_json)
+    show(found if as_json else with_commands(found, file, data), as_json=as_json)
     raise typer.Exit(0 if found.clean else 1)
 
 
@@ -130,28 +151,32 @@ def fold(
     file: File,
     out: Out,
     where: Where = None,
+    data: Probe = None,
     as_json: AsJson = False,
     backend: OnBackend = None,
     max_parameters: MaxParameters = MOST_PARAMETERS,
     imports: Imports = None,
 ) -> None:
     """Fold every BatchNormalization into the layers around it, for inference."""
+    probe = None if data is None else few_inputs(read_data(data))
     model = model_of(file, backend, max_parameters, imports)
-    _finish(tn.fold(model, where=where), out, as_json=as_json)
+    _finish(tn.fold(model, where=where, probe=probe), out, as_json=as_json)
 
 
 def replace(
     file: File,
     to: Annotated[Layer, typer.Option(help="Which layer to use instead.", show_default=False)],
     out: Out,
+    data: Probe = None,
     as_json: AsJson = False,
     backend: OnBackend = None,
     max_parameters: MaxParameters = MOST_PARAMETERS,
     imports: Imports = None,
 ) -> None:
     """Replace every BatchNormalization by truenorm's or Keras's, keeping weights and outputs."""
+    probe = None if data is None else few_inputs(read_data(data))
     model = model_of(file, backend, max_parameters, imports)
-    _finish(tn.replace(model, to=to.value), out, as_json=as_json)
+    _finish(tn.replace(model, to=to.value, probe=probe), out, as_json=as_json)
 
 
 def recalibrate(
@@ -164,6 +189,12 @@ def recalibrate(
         Upstream,
         typer.Option(help="Which statistics earlier layers use while a layer's are taken."),
     ] = Upstream.batch,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only layers whose path matches a pattern such as 'block1/*'; may be repeated."
+        ),
+    ] = None,
     batch_size: BatchSize = 32,
     as_json: AsJson = False,
     backend: OnBackend = None,
@@ -173,11 +204,13 @@ def recalibrate(
     """Set the moving statistics to the mean and variance of a whole data set."""
     arrays = read_data(data)
     model = model_of(file, backend, max_parameters, imports)
-    done = tn.recalibrate(model, arrays, upstream=upstream.value, batch_size=batch_size)
+    done = tn.recalibrate(
+        model, arrays, upstream=upstream.value, batch_size=batch_size, layers=layers or None
+    )
     show(done, as_json=as_json)
     write(model, out, as_json=as_json)
 
 
 def _finish(rewrite: tn.Rewrite, out: Path, *, as_json: bool) -> None:
-    show(rewrite, as_json=as_json)
+    show(rewrite if as_json else receipt_with_commands(rewrite, out), as_json=as_json)
     write(rewrite.model, out, as_json=as_json)

@@ -1,4 +1,4 @@
-"""What the commands share: their options, the backend, the model file, the output."""
+"""What the commands share: their options, the backend, the model file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,10 @@ import typer
 from truenorm._backends import Backend
 from truenorm._cli import isolation
 from truenorm._errors import MissingDependencyError
-from truenorm._records.tables import Record, printable
-from truenorm.archive import load, save
-from truenorm.archive._loading import check_name, load_here
+from truenorm.archive import load
+from truenorm.archive._loading import load_here
 
 File = Annotated[Path, typer.Argument(help="A .keras file, or an old .h5 one.", show_default=False)]
-Out = Annotated[
-    Path, typer.Option(help="The .keras file to write; may be the input file.", show_default=False)
-]
 OnBackend = Annotated[
     Backend | None,
     typer.Option(
@@ -43,7 +39,6 @@ Imports = Annotated[
 BatchSize = Annotated[
     int, typer.Option(min=1, help="Samples per batch; best the size used in training.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def choose_backend(backend: Backend | None) -> None:
@@ -111,25 +106,3 @@ def model_of(
     model = opening(file, max_parameters=max_parameters, imports=imports or ())
     isolation.loaded()
     return model
-
-
-def show(record: Record, *, as_json: bool) -> None:
-    """Print a record, and flush: if the reader has closed the pipe, the error is raised here."""
-    if as_json:
-        print(record.to_json())
-    else:
-        from rich.console import Console
-
-        width = None if sys.stdout.isatty() else 120
-        Console(highlight=False, width=width).print(record)
-    sys.stdout.flush()
-
-
-def write(model: Any, out: Path, *, as_json: bool) -> None:
-    """Save a model, and say so if the output is for people."""
-    check_name(out)
-    elsewhere = isolation.handed_over()
-    save(model, elsewhere or out)
-    if not as_json and elsewhere is None:
-        print(f"Saved as {printable(str(out))}")
-        sys.stdout.flush()

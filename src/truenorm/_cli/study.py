@@ -10,7 +10,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from truenorm._cli.shell import AsJson, Imports, OnBackend, choose_backend, show
+from truenorm._checks import meant
+from truenorm._cli.examples import example
+from truenorm._cli.files import Force, check_free
+from truenorm._cli.output import AsJson, show
+from truenorm._cli.shell import Imports, OnBackend, choose_backend
 from truenorm._errors import OptionError
 from truenorm._records.tables import printable
 
@@ -19,7 +23,10 @@ class _RunUnlessNamed(TyperGroup):
     """``truenorm study MODEL`` runs; ``show`` and ``merge`` are commands of their own."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in (*self.commands, "--help"):
+        if args and args[0] not in (*self.commands, "--help", "-h"):
+            remedy = None if "--data" in args else meant(args[0], self.commands)
+            if remedy is not None:
+                raise OptionError("There is no such command", where=args[0], remedy=remedy)
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
@@ -28,6 +35,7 @@ study = typer.Typer(
     cls=_RunUnlessNamed,
     help="Train versions of a model side by side, and say which is better.\n\n"
     "truenorm study MODEL --data DATA --epochs N --out DIR",
+    epilog=example("study run"),
     no_args_is_help=True,
 )
 
@@ -37,7 +45,7 @@ Report = Annotated[
 ]
 
 
-@study.command()
+@study.command(epilog=example("study run"))
 def run(
     model: Annotated[
         str,
@@ -86,11 +94,13 @@ def run(
     gpus: Annotated[float | None, typer.Option(help="Of each Ray task.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Longest time of a trial, seconds.")] = None,
     report: Report = None,
+    force: Force = False,
     as_json: AsJson = False,
     backend: OnBackend = None,
     imports: Imports = None,
 ) -> None:
     """Run a study, or go on with one that was stopped; its folder keeps all results."""
+    _check_report(report, force=force)
     choose_backend(backend)
     sys.path.append(os.getcwd())  # noqa: PTH109 - a module of the user's is most often there
     from rich.console import Console
@@ -111,8 +121,7 @@ def run(
     resources = {"num_cpus": cpus, "num_gpus": gpus}
     ready = Ready(absolute(data), (image_size, image_size))
     is_function = not Path(data).exists() and not ready.is_known()
-    # What it shows goes to stderr where stdout is JSON.
-    with live(Console(highlight=False, stderr=as_json)) as on_event:
+    with live(Console(highlight=False, stderr=True)) as on_event:
         found = run_study(
             build_of(model, **(options if named else {})),
             build_of(data) if is_function else ready,
@@ -133,16 +142,19 @@ def run(
     _finish(found, report, as_json=as_json)
 
 
-@study.command("show")
-def show_study(folder: Folder, report: Report = None, as_json: AsJson = False) -> None:
+@study.command("show", epilog=example("study show"))
+def show_study(
+    folder: Folder, report: Report = None, force: Force = False, as_json: AsJson = False
+) -> None:
     """Show the study in a folder, finished or not; nothing is run."""
+    _check_report(report, force=force)
     choose_backend(None)
     from truenorm._study.stored import load
 
     _finish(load(folder), report, as_json=as_json)
 
 
-@study.command()
+@study.command(epilog=example("study merge"))
 def merge(
     folder: Annotated[Path, typer.Argument(help="The folder to merge into.", show_default=False)],
     others: Annotated[
@@ -157,6 +169,11 @@ def merge(
         raise OptionError("A folder cannot be merged into itself", where=str(folder))
     merge_folders(folder, *others)
     print(f"Merged into {printable(str(folder))}")
+
+
+def _check_report(path: Path | None, *, force: bool) -> None:
+    if path is not None:
+        check_free(path, force=force, ending=".html")
 
 
 def _finish(found: Any, path: Path | None, *, as_json: bool) -> None:

@@ -1,8 +1,9 @@
 """The demo: all of truenorm on one real data set, step by step, with explanations.
 
-It asks the three questions in turn: where BatchNormalization goes (a study), which mode it is in
-(inspect), whether its statistics are true (recalibrate); then it folds the winner for deployment
-and writes the report. Every number it prints is measured in the run.
+It trains a network several times with BatchNormalization at different positions (a study), and
+takes one of these models: what is wrong with it (diagnose), are its statistics true (recalibrate);
+then where BatchNormalization goes, which mode it is in (inspect); in the end it folds the model for
+deployment and writes the report. Every number it prints is measured in the run.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from truenorm._demo.tasks import TASKS, Task
+from truenorm._diagnosis import diagnose
 from truenorm._errors import OptionError, OutputError
 from truenorm._modes.inspect import inspect
 from truenorm._records.files import replacing
 from truenorm._records.recalibration import Gap
-from truenorm._records.study import Study
+from truenorm._records.study import Study, Trial
+from truenorm._records.study_drawings import recalibrated
 from truenorm._records.tables import Record, Table, number, percent
 from truenorm._rewrites.fold import fold
 from truenorm._rewrites.replace import replace
@@ -33,12 +36,9 @@ from truenorm._statistics.recalibrate import gaps, recalibrate
 from truenorm._study.experiment import POSITIONS, study
 from truenorm._study.lock import LOCK
 from truenorm._study.pool import Progress as Event
-from truenorm.report import Chart, Section, comparison, learning_curves, report, save
+from truenorm.report import Chart, Section, comparison, learning_curves, picture, report, save
 from truenorm.report import gaps as gaps_chart
 from truenorm.report.study import sections
-
-_FOR_THE_REPORT = ("Cost", "Health of the statistics", "Settings")
-"""Parts of the study's own report that the terminal does not show."""
 
 
 def run(*, data: str, seeds: int, out: Path, force: bool = False, resume: bool = False) -> None:
@@ -60,16 +60,23 @@ def run(*, data: str, seeds: int, out: Path, force: bool = False, resume: bool =
     arrays = task.load()
     _prepare(out, force=force, resume=resume)
     tell = _Story(Console(highlight=False))
-    found = _where(tell, task, arrays, data, seeds, out)
-    model = _which_mode(tell, task, arrays, found, out)
-    _are_the_statistics_true(tell, arrays, model)
+    found = _train(tell, task, arrays, data, seeds, out)
+    trial = _most_misleading(found)
+    model = keras.saving.load_model(out / "study" / trial.model)
+    _what_is_wrong(tell, task, arrays, model, trial)
+    parts = {part.heading: part for part in sections(found)}
+    _are_the_statistics_true(tell, task, arrays, found, model, parts["Health of the statistics"])
+    _where(tell, found)
+    tell.sections.append(parts["Cost"])
+    _which_mode(tell, task, arrays, model)
     _deploy(tell, arrays, model, out)
+    tell.sections.append(parts["Settings"])
     title = f"BatchNormalization on {data.replace('_', ' ')}"
-    save(out / "report.html", report(title, found.verdict, tell.sections))
+    save(out / "report.html", report(title, tell.answers, tell.sections))
     tell.begin(
         "Done",
         f"{out / 'model.keras'} is the folded model; it loads in plain Keras, without truenorm.",
-        f"{out / 'report.html'} shows all of this with learning curves; open it in a browser.",
+        f"{out / 'report.html'} shows all of this with pictures; open it in a browser.",
     )
 
 
@@ -79,6 +86,7 @@ class _Story:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.sections: list[Section] = []
+        self.answers: list[str] = []
         self._begun: tuple[str, tuple[str, ...]] = ("", ())
 
     def begin(self, heading: str, *sentences: str) -> None:
@@ -86,33 +94,51 @@ class _Story:
         self._begun = (heading, sentences)
         self.console.print()
         self.console.rule(f"[bold]{heading}", align="left")
-        for sentence in sentences:
-            self.console.print(sentence, markup=False, soft_wrap=not self.console.is_terminal)
+        self._say(*sentences)
 
-    def end(self, *content: Record | Table, charts: Sequence[Chart] = ()) -> None:
-        """The part's answer; charts are for the report only."""
+    def end(
+        self,
+        *content: Record | Table,
+        shown: Sequence[Record | Table | Chart] = (),
+        answer: str = "",
+        said: Sequence[str] = (),
+    ) -> None:
+        """The part ends.
+
+        Args:
+            content: What was found.
+            shown: What the report shows beside it, before it: pictures most of all.
+            answer: The answer in a sentence; in the report all answers stand on top.
+            said: What else there is to say, after the answer.
+        """
         tables = [
             t for item in content for t in (item.tables() if isinstance(item, Record) else (item,))
         ]
         for table in tables:
             self.console.print()
             self.console.print(table)
-        self.sections.append(Section(*self._begun, (*charts, *tables)))
+        if answer:
+            self.answers.append(answer)
+            self.console.print()
+            self._say(answer, *said)
+        heading, sentences = self._begun
+        self.sections.append(Section(heading, (*sentences, *said), (*shown, *tables)))
+
+    def _say(self, *sentences: str) -> None:
+        for sentence in sentences:
+            self.console.print(sentence, markup=False, soft_wrap=not self.console.is_terminal)
 
 
-def _where(tell: _Story, task: Task, arrays: Any, name: str, seeds: int, out: Path) -> Study:
-    """The study: which position is best."""
+def _train(tell: _Story, task: Task, arrays: Any, name: str, seeds: int, out: Path) -> Study:
+    """The study, from which all that follows is taken."""
     times = "once" if seeds == 1 else f"{seeds} times"
     tell.begin(
-        "Where does BatchNormalization go?",
+        "What is trained",
         f"The data: {task.describe}.",
         f"The network: {task.network}, in three versions: without BatchNormalization, with it "
         f"before each activation (as its paper has it), with it after each activation. Each is "
-        f"trained {times}. For one seed all three start from the same kernels and see the same "
-        f"batches in the same order, so that only the position differs. The versions are judged "
-        f"on the validation data, with each BatchNormalization's statistics computed over the "
-        f"whole training set: a moving average that lags behind would say more of its momentum "
-        f"than of the position.",
+        f"trained {times}, for {task.epochs} epochs. For one seed all three start from the same "
+        f"kernels and see the same batches in the same order, so that only the position differs.",
     )
     with _progress(tell.console, seeds * len(POSITIONS) * task.epochs) as on_event:
         found = study(
@@ -125,38 +151,36 @@ def _where(tell: _Story, task: Task, arrays: Any, name: str, seeds: int, out: Pa
             name=name,
             on_event=on_event,
         )
-    metrics = dict.fromkeys((found.metric, "val_loss"))
-    curves = (learning_curves(found, metric, bands=True) for metric in metrics)
-    tell.end(found, charts=(comparison(found, found.metric), *curves))
-    tell.sections += [part for part in sections(found) if part.heading in _FOR_THE_REPORT]
+    tell.end()
     return found
 
 
-def _which_mode(tell: _Story, task: Task, arrays: Any, found: Study, out: Path) -> Any:
-    """What each layer of the best model that has a BatchNormalization did; that model."""
-    position = _best_with_batch_normalization(found)
-    trial = next(t for t in found.trials if t.position == position and t.error is None)
-    model = keras.saving.load_model(out / "study" / trial.model)
-    x, y = (part[: task.batch_size] for part in arrays[1])
+def _what_is_wrong(tell: _Story, task: Task, arrays: Any, model: Any, trial: Trial) -> None:
+    """Diagnose the trained model as its training left it."""
+    (x, y), validation = arrays
+    score = model.evaluate(*validation, verbose=0, return_dict=True)["accuracy"]
     tell.begin(
-        "Which mode is it in?",
-        f"From here on with one trained model: '{position}', the best position that has a "
-        f"BatchNormalization, seed {trial.seed}. A copy of it is sent through every entry point "
-        f"of Keras, and what each layer really did is recorded. Nobody passes `training`: fit "
-        f"chooses it by itself.",
+        "What is wrong with it?",
+        f"One of these models, as fit left it: '{trial.position}', seed {trial.seed}, the one of "
+        f"the best position whose moving statistics mislead most. On the validation data its "
+        f"accuracy is {percent(score)}. diagnose() looks for what is wrong with its "
+        f"BatchNormalization, on the training data.",
     )
-    tell.end(inspect(model, x, y))
-    return model
+    found = diagnose(model, x, y, batch_size=task.batch_size)
+    tell.end(found, shown=(picture(found),))
 
 
-def _are_the_statistics_true(tell: _Story, arrays: Any, model: Any) -> None:
+def _are_the_statistics_true(
+    tell: _Story, task: Task, arrays: Any, found: Study, model: Any, health: Section
+) -> None:
     """Recalibrate the model in place, and measure its skew and its score before and after."""
     (x_train, _), (x_val, y_val) = arrays
     tell.begin(
         "Are its statistics true?",
         "In inference the layer uses the average that it moved along in training. Compared with "
         "the exact mean and variance of what each layer sees in inference over the whole training "
-        "set, the average is off by the gaps below. recalibrate() puts the exact statistics in.",
+        "set, the average is off by the gaps below. recalibrate() puts the exact statistics in; "
+        "no weight is trained.",
     )
 
     def measure() -> tuple[tuple[Gap, ...], dict[str, float]]:
@@ -179,7 +203,65 @@ def _are_the_statistics_true(tell: _Story, arrays: Any, model: Any) -> None:
             f"{number(new['loss'], 4)} after.",
         ),
     )
-    tell.end(table, charts=(gaps_chart(before, after),))
+    tell.end(
+        table,
+        shown=(*health.content, gaps_chart(before, after)),
+        answer=(
+            f"The same trained weights, two validation accuracies: {percent(old['accuracy'])} with "
+            f"the moving statistics that {task.epochs} epochs of fit left, "
+            f"{percent(new['accuracy'])} with the statistics of the whole training set "
+            f"(recalibrate)."
+        ),
+        said=_of_all(found),
+    )
+
+
+def _of_all(found: Study) -> tuple[str, ...]:
+    """What recalibration did to every trained model."""
+    trials = recalibrated(found, found.metric)
+    if len(trials) < 2:
+        return ()
+    before = [trial.history[found.metric][-1] for trial in trials]
+    after = [trial.final[found.metric] for trial in trials]
+    told = (
+        f"{percent(statistics.fmean(values))} on average, {percent(min(values))} at worst"
+        for values in (before, after)
+    )
+    return (
+        "Over all {} trained models that have a BatchNormalization: {} with the moving statistics; "
+        "{} recalibrated.".format(len(trials), *told),
+    )
+
+
+def _where(tell: _Story, found: Study) -> None:
+    """What the study says about the positions."""
+    tell.begin(
+        "Where does BatchNormalization go?",
+        "The versions are judged on the validation data, with each BatchNormalization's "
+        "statistics computed over the whole training set: a moving average that lags behind "
+        "would say more of its momentum than of the position.",
+    )
+    metrics = dict.fromkeys((found.metric, "val_loss"))
+    curves = (learning_curves(found, metric, bands=True) for metric in metrics)
+    answer, *said = found.verdict
+    tell.end(
+        *found.tables()[:-1],  # the last is the verdict
+        shown=(comparison(found, found.metric), *curves),
+        answer=answer,
+        said=said,
+    )
+
+
+def _which_mode(tell: _Story, task: Task, arrays: Any, model: Any) -> None:
+    """What each layer of the model did in every entry point."""
+    x, y = (part[: task.batch_size] for part in arrays[1])
+    tell.begin(
+        "Which mode is it in?",
+        "A copy of the same model is sent through every entry point of Keras, and what each layer "
+        "really did is recorded. Nobody passes `training`: fit chooses it by itself.",
+    )
+    found = inspect(model, x, y)
+    tell.end(found, shown=(picture(found),))
 
 
 def _deploy(tell: _Story, arrays: Any, model: Any, out: Path) -> None:
@@ -195,7 +277,7 @@ def _deploy(tell: _Story, arrays: Any, model: Any, out: Path) -> None:
     plain = replace(folded.model, to="keras").model if folded.left else folded.model
     with replacing(out / "model.keras") as temporary:
         plain.save(temporary)
-    tell.end(folded, Table("Speed", (), (), (_speed_up(model, plain, x),)))
+    tell.end(folded, answer=_speed_up(model, plain, x))
 
 
 @contextmanager
@@ -223,6 +305,17 @@ def _progress(console: Console, epochs: int) -> Generator[Callable[[Event], None
             )
 
         yield on_event
+
+
+def _most_misleading(study: Study) -> Trial:
+    """Of the best position with BatchNormalization the model that recalibration changes most."""
+    position = _best_with_batch_normalization(study)
+    done = [t for t in study.trials if t.position == position and t.error is None]
+
+    def change(trial: Trial) -> float:
+        return abs(trial.final[study.metric] - trial.history[study.metric][-1])
+
+    return max(done, key=change)
 
 
 def _best_with_batch_normalization(study: Study) -> str:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from truenorm._checks import known_options
 from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Rule
 from truenorm._diagnosis.table import RULES
 from truenorm._errors import DataError, OptionError
 from truenorm._model.data import check_limits
 from truenorm._model.domains import of_domain, require_one_domain
-from truenorm._model.sites import batch_normalizations
+from truenorm._model.progress import Wanted, shown
+from truenorm._model.sites import batch_normalizations, spots
 from truenorm._records.diagnosis import Diagnosis, Finding, Skipped
 
 Codes = str | Sequence[str] | None
 
 
+@known_options
 def diagnose(
     model: Any,
     data: Any = None,
@@ -25,6 +28,7 @@ def diagnose(
     select: Codes = None,
     ignore: Codes = None,
     batch_size: int = 32,
+    progress: Wanted = None,
     domain: int | None = None,
 ) -> Diagnosis:
     r"""What is wrong with a model's BatchNormalization, as findings like a linter's.
@@ -52,6 +56,8 @@ def diagnose(
         ignore: Codes, or beginnings of codes, of rules not to run. Of a code that both name, the
             longer beginning decides.
         batch_size: Of array data; that of training, for the rules about batches.
+        progress: Whether to show what is going on, on the standard error stream. None: on a
+            terminal and in a notebook.
         domain: As in :func:`truenorm.collect`: the domain that the data is of.
 
     Returns:
@@ -76,16 +82,23 @@ def diagnose(
         Wu and Johnson (2021), "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576; each rule's page
         has its own.
     """
-    wanted = _selection(select, ignore)
+    wanted = selection(select, ignore)
     if domain is not None:
         model = of_domain(model, domain)
     require_one_domain(batch_normalizations(model))  # refuses what there is nothing to say of
     _refuse_endless(data)
-    facts = Facts(model, list(data) if isinstance(data, Iterator) else data, y, batch_size)
+    kept = list(data) if isinstance(data, Iterator) else data
+    with shown(progress, "diagnosing") as line:
+        facts = Facts(model, kept, y, batch_size, line)
+        return _diagnosis(facts, list(filter(wanted, RULES)))
+
+
+def _diagnosis(facts: Facts, rules: Sequence[Rule]) -> Diagnosis:
     findings: list[Finding] = []
     checked: list[str] = []
     skipped: dict[str, list[str]] = {}
-    for rule in filter(wanted, RULES):
+    for rule in rules:
+        facts.line.step(rule.code)
         reason = next(filter(None, map(facts.lacks, rule.needs)), None)
         if reason is not None:
             skipped.setdefault(reason, []).append(rule.code)
@@ -93,7 +106,8 @@ def diagnose(
         checked.append(rule.code)
         findings += [Finding(rule.code, rule.severity, rule.problem, *f) for f in rule.check(facts)]
     left = tuple(Skipped(tuple(codes), reason) for reason, codes in skipped.items())
-    return Diagnosis(model.name, tuple(findings), tuple(checked), left)
+    sites = tuple(dict.fromkeys(spot.path for spot in spots(facts.model)))
+    return Diagnosis(facts.model.name, tuple(findings), tuple(checked), left, sites)
 
 
 def _refuse_endless(data: Any) -> None:
@@ -108,7 +122,7 @@ def _refuse_endless(data: Any) -> None:
         ) from error
 
 
-def _selection(select: Codes, ignore: Codes) -> Callable[[Rule], bool]:
+def selection(select: Codes, ignore: Codes) -> Callable[[Rule], bool]:
     """Which rules to run: the longest beginning of a code decides, ``ignore`` where they tie."""
     chosen, refused = _beginnings(select, "select"), _beginnings(ignore, "ignore")
 
@@ -123,9 +137,14 @@ def _selection(select: Codes, ignore: Codes) -> Callable[[Rule], bool]:
 
 
 def _beginnings(codes: Codes, argument: str) -> tuple[str, ...]:
-    given = () if codes is None else (codes,) if isinstance(codes, str) else tuple(codes)
+    single = isinstance(codes, str) or not isinstance(codes, Iterable)
+    given: tuple[Any, ...] = () if codes is None else (codes,) if single else tuple(codes)
     for one in given:
-        if not one or not any(rule.code.startswith(one) for rule in RULES):
+        if (
+            not isinstance(one, str)
+            or not one
+            or not any(rule.code.startswith(one) for rule in RULES)
+        ):
             raise OptionError(
                 "No rule has a code that begins so",
                 where=argument,

@@ -14,8 +14,9 @@ from truenorm._diagnosis.judge import Judge
 from truenorm._diagnosis.measuring import Answers, Scores, Seen, When, ask, look, no_data
 from truenorm._errors import KerasVersionError
 from truenorm._keras_internals import inner_optimizer, is_compiled
-from truenorm._model.data import comes_in_batches, labelled_batches
+from truenorm._model.data import comes_in_batches, labelled_batches, number_of_batches
 from truenorm._model.graph import Call, Graph, graph_of, read_graph
+from truenorm._model.progress import Line, counted_batches
 from truenorm._model.sites import batch_normalizations, is_own_class, policy_of, spots
 from truenorm._model.values import numbers
 from truenorm._modes.inspect import inspect
@@ -49,12 +50,14 @@ class Facts:
         data: As :func:`truenorm.diagnose` takes it; can be read several times. None: no data.
         y: Labels of array data, if they are not in ``data``.
         batch_size: Of array data.
+        line: Says what is being found out.
     """
 
     model: Any
     data: Any
     y: Any
     batch_size: int
+    line: Line
 
     def lacks(self, need: Need) -> str | None:
         """Why a rule that needs this cannot run; None if it can."""
@@ -78,7 +81,9 @@ class Facts:
 
     def batches(self) -> Iterator[tuple[Any, Any]]:
         """The data once more; arrays shuffled, so that a sorted set has the batches of training."""
-        return labelled_batches(self.model, self.data, self.batch_size, y=self.y, shuffle=True)
+        found = labelled_batches(self.model, self.data, self.batch_size, y=self.y, shuffle=True)
+        total = number_of_batches(self.model, self.data, self.batch_size)
+        return counted_batches(found, self.line, "reading the data", total)
 
     # --- the model -----------------------------------------------------------------------------
 
@@ -158,9 +163,10 @@ class Facts:
                 with_labels = (*attempts[0], keras.tree.map_structure(lambda x: x[few], labels))
                 attempts.insert(0, with_labels)
         reason = ""
+        self.line.step("running every entry point")
         for arguments in attempts:
             try:
-                inspection = inspect(self.model, *arguments)
+                inspection = inspect(self.model, *arguments, progress=False)
                 if "fit" in inspection.modes:
                     return inspection
                 reason = f"inspect could not run the model ({inspection.not_run['fit']})"

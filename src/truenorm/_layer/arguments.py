@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from truenorm._checks import check_integer
+import keras
+
+from truenorm._checks import check_integer, is_number, meant
 from truenorm._errors import OptionError
 
 FreezePolicy = Literal["none", "all", "statistics", "affine"]
@@ -15,18 +17,44 @@ _CLIPPING = ("rmin", "rmax", "dmax")
 
 def check_average(momentum: Any, epsilon: Any) -> None:
     """Refuse a momentum that is no weight, and an epsilon below 0."""
-    if momentum is not None and not 0 <= momentum <= 1:
+    if momentum is not None and not (is_number(momentum) and 0 <= momentum <= 1):
         raise OptionError(
             "`momentum` must be the weight of the old moving statistics of BatchNormalization",
             expected="a number from 0 to 1, or None for the mean over all batches",
             received=repr(momentum),
         )
-    if not epsilon >= 0:
+    if not (is_number(epsilon) and epsilon >= 0):
         raise OptionError(
             "The epsilon of BatchNormalization is added to a variance",
             expected="a number of 0 or more",
             received=repr(epsilon),
         )
+
+
+def check_axis(axis: Any, rank: int, where: str | None) -> None:
+    """Refuse an axis that the input does not have."""
+    if not -rank <= axis < rank:
+        raise OptionError(
+            "The input of BatchNormalization does not have this axis",
+            where=where,
+            expected=f"an axis from {-rank} to {rank - 1}",
+            received=repr(axis),
+        )
+
+
+def activation_of(given: Any) -> Any:
+    """The function that a name stands for; None for none, and for what changes nothing."""
+    try:
+        found = keras.activations.get(given)
+    except (ValueError, TypeError) as error:
+        raise OptionError(
+            "Keras has no such activation",
+            where="activation",
+            expected="a name such as relu, or a function",
+            received=repr(given),
+            remedy=meant(given, dir(keras.activations)),
+        ) from error
+    return None if found is keras.activations.linear else found
 
 
 def check_renorm(renorm: bool, clipping: Mapping[str, float | None] | None) -> None:
@@ -63,6 +91,15 @@ def check_ghosts(size: Any, others: Mapping[str, bool]) -> None:
             )
 
 
+def check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse arguments that are ours misspelt; what else a layer takes is Keras's to say."""
+    ours = [*known, "name", "dtype", "trainable"]
+    for name in given:
+        remedy = None if name in ours else meant(name, ours, alike=0.8)
+        if remedy is not None:
+            raise OptionError("BatchNormalization has no such argument", where=name, remedy=remedy)
+
+
 def check_domains(domains: Any, affine: bool) -> None:
     """Refuse a number of domains that is none, and gammas of domains that are not there."""
     if domains is not None:
@@ -97,4 +134,5 @@ def check_policy(policy: Any) -> None:
             where="freeze",
             expected="one of " + ", ".join(map(repr, get_args(FreezePolicy))),
             received=repr(policy),
+            remedy=meant(policy, get_args(FreezePolicy)),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any, cast
 
@@ -16,9 +17,12 @@ from truenorm._layer import domains as by_domain
 from truenorm._layer.accumulation import ROWS, Accumulation
 from truenorm._layer.arguments import (
     FreezePolicy,
+    activation_of,
     check_average,
+    check_axis,
     check_domains,
     check_ghosts,
+    check_names,
     check_policy,
     check_renorm,
     check_samples,
@@ -187,6 +191,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         domain_affine: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_names(kwargs, inspect.signature(BatchNormalization.__init__).parameters)
         check_average(momentum, epsilon)
         check_renorm(renorm, renorm_clipping)
         check_ghosts(virtual_batch_size, {"renorm": renorm, "synchronized": synchronized})
@@ -216,8 +221,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.synchronized = synchronized  # Keras's constructor takes it on TensorFlow only.
         self.virtual_batch_size = virtual_batch_size
         self.bessel_correction = bessel_correction
-        activation = keras.activations.get(activation)
-        self.activation = None if activation is keras.activations.linear else activation
+        self.activation = activation_of(activation)
         self.accumulation_steps = check_integer("accumulation_steps", accumulation_steps)
         self.domains = domains
         self.domain_affine = domain_affine
@@ -285,6 +289,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def build(self, input_shape: Any) -> None:
         """As the stock layer's; its weights come first."""
+        check_axis(self.axis, len(input_shape), self.path)
         check_samples(self, input_shape)
         super().build(input_shape)
         channels = input_shape[self.axis]

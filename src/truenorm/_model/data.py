@@ -60,6 +60,18 @@ def check_limits(data: Any, max_batches: int | None, max_samples: int | None) ->
         )
 
 
+def number_of_batches(model: Any, data: Any, batch_size: int) -> int | None:
+    """How many batches there are; None where the data does not say."""
+    check_integer("batch_size", batch_size)
+    arrays = _arrays(model, data)
+    if arrays is not None:
+        return math.ceil(size_of(arrays) / batch_size)
+    try:
+        return len(data) or None
+    except (TypeError, ValueError):  # no length, or none that is known: tf.data's, PyDataset's
+        return None
+
+
 def labelled_batches(
     model: Any, data: Any, batch_size: int, *, y: Any = None, shuffle: bool = False
 ) -> Iterator[tuple[Any, Any]]:
@@ -114,6 +126,15 @@ def check(model: Any, inputs: Any) -> Any:
             received=", ".join(dict.fromkeys(type(leaf).__name__ for leaf in leaves)) or "nothing",
             remedy="make an array of a list: numpy.asarray(data)",
         )
+    for leaf, tensor in zip(leaves, expected, strict=False):
+        dtype = getattr(leaf, "dtype", None)
+        if getattr(dtype, "kind", "f") in "OSUV" and tensor.dtype != "string":
+            raise DataError(
+                "The data is not numbers",
+                where="data",
+                expected=f"numbers, for an input of {tensor.dtype}",
+                received=f"an array of {dtype}",
+            )
     by_name = expected and isinstance(input_specification(model), Mapping)
     if expected and isinstance(inputs, Mapping) and not by_name:
         raise DataError(

@@ -103,7 +103,12 @@ class Call:
 
     def label(self) -> str:
         """Class and name, for tables and messages."""
-        return f"{type(self.operation).__name__} {self.operation.name}"
+        return label_of(self.operation)
+
+
+def label_of(operation: Any) -> str:
+    """Class and name of a layer or operation."""
+    return f"{type(operation).__name__} {operation.name}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +128,11 @@ class Graph:
     def sites(self) -> tuple[Call, ...]:
         """The calls that are a BatchNormalization."""
         return tuple(call for call in self.calls if is_batch_normalization(call.operation))
+
+    @property
+    def labels(self) -> set[str]:
+        """How its layers and operations are called in messages."""
+        return {call.label() for call in self.calls}
 
 
 def graph_of(model: Any) -> Any | None:

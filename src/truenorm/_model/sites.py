@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import keras
 
+from truenorm._checks import meant
 from truenorm._errors import ModelError, OptionError
 from truenorm._keras_internals import activation_operations, layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
@@ -23,6 +25,7 @@ from truenorm._model.graph import (
 )
 from truenorm._records.rewrite import Change, Left
 from truenorm._records.site import Site
+from truenorm._records.tables import counted
 
 Where = str | Callable[[Site], bool] | None
 """Which sites: a path pattern such as ``block1/*``, a predicate on the Site, or None for all."""
@@ -127,7 +130,7 @@ def batch_normalizations(model: Any) -> dict[Any, str]:
             "This model has no BatchNormalization",
             where=model.name,
             expected="at least one BatchNormalization layer",
-            received=f"{len(model.layers)} layers, none of that kind",
+            received=f"{counted(len(model.layers), 'layer')}, none of that kind",
         )
     for layer, path in layers.items():
         if not layer.built:
@@ -145,11 +148,12 @@ Layers = str | Callable[[Any], bool] | Iterable[Any] | None
 
 def chosen_layers(model: Any, layers: Layers) -> dict[Any, str]:
     """Path of every BatchNormalization that is meant; none is an error."""
-    single = layers is None or isinstance(layers, str) or callable(layers)
+    single = isinstance(layers, str) or callable(layers) or not isinstance(layers, Iterable)
     wanted = [layers] if single else list(cast(Iterable[Any], layers))
+    known = batch_normalizations(model)
     chosen = {
         layer: path
-        for layer, path in batch_normalizations(model).items()
+        for layer, path in known.items()
         if any(_is_meant(one, layer, path) for one in wanted)
     }
     if not chosen:
@@ -158,7 +162,8 @@ def chosen_layers(model: Any, layers: Layers) -> dict[Any, str]:
             where="layers",
             expected="a path pattern, a predicate on the layer, or a list of patterns and layers",
             received=repr(layers),
-            remedy="look the paths up with truenorm.inspect(model)",
+            remedy=(meant(layers, known.values()) if isinstance(layers, str) else None)
+            or "look the paths up with truenorm.inspect(model)",
         )
     return chosen
 
@@ -184,6 +189,23 @@ def check_all(
     results = [*map(check, sites), *others]
     changed = tuple(result for result in results if isinstance(result, Change))
     return changed, tuple(result for result in results if isinstance(result, Left))
+
+
+Result = TypeVar("Result", Change, Left)
+
+
+def with_kinds(labels: Collection[str], results: Sequence[Result]) -> tuple[Result, ...]:
+    """What was done or left, each with the words that all alike share: labels without names."""
+    longest_first = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
+    label = re.compile(rf"\b({longest_first})(?!\w)") if labels else re.compile(r"(?!)")
+
+    def kind(said: str) -> str:
+        return label.sub(lambda found: found[1].split(" ", 1)[0], said)
+
+    return tuple(
+        replace(one, kind=kind(one.what if isinstance(one, Change) else one.reason))
+        for one in results
+    )
 
 
 def selector(where: Where) -> Callable[[Call], bool]:

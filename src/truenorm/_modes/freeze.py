@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from truenorm._checks import known_options
 from truenorm._errors import ModelError
 from truenorm._keras_internals import layers_in
 from truenorm._layer.arguments import FreezePolicy, check_policy
@@ -15,8 +16,10 @@ from truenorm._model.sites import Layers, chosen_layers, is_own_class, policy_of
 from truenorm._model.trainer import has_optimizer
 from truenorm._modes.optimizer import follow, state_of
 from truenorm._records.freezing import Freezing, Frozen
+from truenorm._records.tables import counted
 
 
+@known_options
 def freeze(model: Any, policy: FreezePolicy = "all", *, layers: Layers = None) -> Freezing:
     """Set what BatchNormalization layers do not learn; changes the model in place, at once.
 
@@ -97,6 +100,7 @@ def freeze(model: Any, policy: FreezePolicy = "all", *, layers: Layers = None) -
     return Freezing(done, tuple(_notes(model, chosen)), undo=undo)
 
 
+@known_options
 def unfreeze(model: Any, *, layers: Layers = None) -> Freezing:
     """Let BatchNormalization layers learn everything again: :func:`freeze` with ``"none"``.
 
@@ -166,7 +170,8 @@ def _notes(model: Any, chosen: dict[Any, str]) -> Iterator[str]:
         inside = layers_in(one, itself=False)
         awake = [path for layer, path in chosen.items() if layer.trainable and layer in inside]
         if awake and not one.trainable:
+            inside_it = counted(len(awake), "layer")
             yield (
-                f"'{one.name}' is frozen: gamma and beta of the {len(awake)} layers inside are not "
+                f"'{one.name}' is frozen: gamma and beta of the {inside_it} inside are not "
                 "learned, whatever their own policy."
             )

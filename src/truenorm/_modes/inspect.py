@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from truenorm._checks import known_options
 from truenorm._errors import (
     DataError,
     KerasVersionError,
@@ -22,6 +23,7 @@ from truenorm._keras_internals import STEPS, compile_arguments, is_compiled, lay
 from truenorm._model.data import check
 from truenorm._model.graph import graph_of
 from truenorm._model.probe import make_inputs
+from truenorm._model.progress import Line, Wanted, shown
 from truenorm._model.rebuild import rebuild
 from truenorm._model.sites import describe_spot, spots
 from truenorm._model.snapshot import lasting, remember, same_randomness
@@ -36,7 +38,8 @@ _RUNS_EAGERLY = keras.config.backend() == "tensorflow"
 """A graph would show what is traced, both branches of a conditional for one, not what runs."""
 
 
-def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
+@known_options
+def inspect(model: Any, x: Any = None, y: Any = None, *, progress: Wanted = None) -> Inspection:
     """Every BatchNormalization of a model: where it is, and what it does in each entry point.
 
     ``fit``, ``evaluate``, ``predict``, ``model(x)`` and ``model(x, training=True)`` are run on one
@@ -57,6 +60,8 @@ def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
         x: Inputs of one batch; made from the input specification where none are given. A
             subclassed model has no such specification.
         y: Targets. Where given, the model's own loss is used; else one made for the purpose.
+        progress: Whether to show what is going on, on the standard error stream. None: on a
+            terminal and in a notebook.
 
     Returns:
         The sites, their observed modes, and the causes of surprises; prints as tables.
@@ -82,14 +87,14 @@ def inspect(model: Any, x: Any = None, y: Any = None) -> Inspection:
             remedy="give inspect a batch: inspect(model, x)",
         )
     inputs = check(model, make_inputs(model) if x is None else x)
-    with same_randomness(), _disposable(model) as copy:
+    with shown(progress, "inspecting") as line, same_randomness(), _disposable(model) as copy:
         if y is not None and not is_compiled(copy):  # one with metrics of unknown class is not
             raise DataError(
                 "Targets are given, but the model has no loss to use them with",
                 where=model.name,
                 remedy="compile the model first, or call inspect without y",
             )
-        modes, not_run = _run_all(copy, inputs, y)
+        modes, not_run = _run_all(copy, inputs, y, line)
     sites = tuple(map(describe_spot, places))
     return Inspection(model.name, sites, modes, surprises(model, places, modes), not_run)
 
@@ -115,7 +120,9 @@ def _disposable(model: Any) -> Generator[Any]:
         restore()
 
 
-def _run_all(model: Any, inputs: Any, y: Any) -> tuple[dict[str, tuple[Mode, ...]], dict[str, str]]:
+def _run_all(
+    model: Any, inputs: Any, y: Any, line: Line
+) -> tuple[dict[str, tuple[Mode, ...]], dict[str, str]]:
     """The modes of every site in each entry point; and why an entry point could not be run."""
     places = spots(model)
     size = len(keras.tree.flatten(inputs)[0])
@@ -132,6 +139,7 @@ def _run_all(model: Any, inputs: Any, y: Any) -> tuple[dict[str, tuple[Mode, ...
     model.run_eagerly = _RUNS_EAGERLY
     saved = [(v, numbers(v)) for v in model.variables]
     for entry, run in zip(ENTRY_POINTS, runs, strict=True):
+        line.step(f"running {entry}")
         try:
             targets = prepare() if entry in ("fit", "evaluate") else None
             with watched(model, places) as watch, lasting(variables_of(model)):

@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
+from truenorm._checks import known_options
 from truenorm._errors import ModelError
 from truenorm._keras_internals import in_symbolic_scope, layers_in, require_watchable
 from truenorm._kernels.run_time import place, settle
@@ -31,6 +32,7 @@ from truenorm._records.observation import Calls, Mode, Observation, Statistics
 from truenorm._records.tables import joined
 
 
+@known_options
 @contextmanager
 def observe(model: Any) -> Generator[Observation]:
     """Record what every BatchNormalization of a model does while the block is open.

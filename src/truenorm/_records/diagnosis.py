@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from truenorm._records.tables import Record, Table, joined, number
+from truenorm._records.drawings.depth import Mark, Marks
+from truenorm._records.drawings.drawing import Drawing, Drawn, Message
+from truenorm._records.tables import Record, Table, counted, joined, number
 
 Severity = Literal["note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
@@ -15,7 +17,7 @@ SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
 Evidence = Mapping[str, float | int | str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Finding(Record):
     """One problem, at one place.
 
@@ -35,6 +37,10 @@ class Finding(Record):
     evidence: Evidence
     remedy: str
 
+    def summary(self) -> str:
+        """Code, severity, site and problem."""
+        return f"{self.code} {self.severity} at '{self.site}': {self.problem}"
+
     def tables(self) -> Sequence[Table]:
         """One row."""
         return (_table(f"{self.code}: {self.problem}", (self,)),)
@@ -48,8 +54,8 @@ class Skipped:
     reason: str
 
 
-@dataclass(frozen=True)
-class Diagnosis(Record):
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Drawn):
     """Everything that was found in a model, and what could not be looked for.
 
     Args:
@@ -57,12 +63,14 @@ class Diagnosis(Record):
         findings: The findings, in the order of their codes, then of the model.
         checked: Codes of the rules that ran.
         skipped: Codes of the rules that could not run, by reason.
+        sites: Paths of the model's BatchNormalization, in their order.
     """
 
     model: str
     findings: tuple[Finding, ...]
     checked: tuple[str, ...]
     skipped: tuple[Skipped, ...] = ()
+    sites: tuple[str, ...] = ()
 
     @property
     def worst(self) -> Severity | None:
@@ -75,17 +83,40 @@ class Diagnosis(Record):
         """Whether there is nothing above a note."""
         return self.worst in (None, "note")
 
-    def tables(self) -> Sequence[Table]:
-        """One row per code, the gravest first; sites and evidence put together; remedies below."""
+    def summary(self) -> str:
+        """How many findings of each severity, the gravest first."""
         counts = [
-            f"{n} {severity}{'s' if n > 1 else ''}"
+            counted(n, severity)
             for severity in reversed(SEVERITIES)
             if (n := sum(f.severity == severity for f in self.findings))
         ]
-        summary = ", ".join(counts) or "nothing found"
-        title = f"Diagnosis of '{self.model}': {summary} ({len(self.checked)} rules)"
+        found = ", ".join(counts) or "nothing found"
+        return f"of '{self.model}': {found} ({counted(len(self.checked), 'rule')})"
+
+    def tables(self) -> Sequence[Table]:
+        """One row per code, the gravest first; sites and evidence put together; remedies below."""
+        title = f"Diagnosis {self.summary()}"
         notes = tuple(f"Not checked: {', '.join(s.codes)}: {s.reason}." for s in self.skipped)
         return (_table(title, self.findings, notes),)
+
+    def drawing(self) -> Drawing:
+        """The findings along the depth of the model, a row per code, the gravest on top."""
+        title = f"Diagnosis {self.summary()}"
+        if not self.findings:
+            return Message(title=title, alt="Nothing was found.", text="Nothing was found.")
+        graves = sorted(self.findings, key=lambda f: -SEVERITIES.index(f.severity))
+        codes = {finding.code: finding.problem for finding in graves}
+        sites = {code: [f.site for f in graves if f.code == code] for code in codes}
+        return Marks(
+            title=title,
+            alt=". ".join(f"{code}, {codes[code]}: {joined(sites[code])}" for code in codes),
+            notes=("A finding about the whole model is a line along all of it.",)
+            if any(f.site not in self.sites for f in graves)
+            else (),
+            places=self.sites,
+            rows=codes,
+            marks=[Mark(f.code, f.site, f.severity) for f in graves],
+        )
 
 
 def _table(title: str, findings: Sequence[Finding], notes: tuple[str, ...] = ()) -> Table:
@@ -107,7 +138,8 @@ def _table(title: str, findings: Sequence[Finding], notes: tuple[str, ...] = ())
     )
     columns = ("code", "problem", "site", "evidence") if rows else ()
     mending = (f"Remedy of {', '.join(codes)}: {remedy}" for remedy, codes in remedies.items())
-    return Table(title, columns, rows, (*mending, *notes))
+    severities = tuple(group[0].severity for group in alike.values())
+    return Table(title, columns, rows, (*mending, *notes), severities)
 
 
 def _measured(evidence: Sequence[Evidence]) -> str:

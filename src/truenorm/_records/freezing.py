@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from truenorm._records.tables import NOT_DATA, Record, Table, grouped
+from truenorm._records.tables import NOT_DATA, Record, Table, counted, grouped
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Frozen:
     after: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Freezing(Record):
     """Freeze policies set; the earlier state can be put back.
 
@@ -37,8 +37,12 @@ class Freezing(Record):
     notes: tuple[str, ...] = ()
     undo: Callable[[], None] = field(repr=False, compare=False, metadata=NOT_DATA, kw_only=True)
 
+    def summary(self) -> str:
+        """How many layers."""
+        return f"of {counted(len(self.layers), 'layer')}"
+
     def tables(self) -> Sequence[Table]:
         """One row per group of layers with the same change."""
         rows = grouped((one.path, (one.before, one.after)) for one in self.layers)
-        title = f"Freeze policy of {len(self.layers)} layers"
+        title = f"Freeze policy {self.summary()}"
         return (Table(title, ("layers", "was", "is"), rows, self.notes),)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from truenorm._records.drawings.depth import Kind, Strips
+from truenorm._records.drawings.drawing import Drawing, Drawn
 from truenorm._records.observation import Mode
 from truenorm._records.site import Site
-from truenorm._records.tables import Record, Table, grouped, joined
+from truenorm._records.tables import Table, counted, grouped, joined
 
 ENTRY_POINTS = ("fit", "evaluate", "predict", "model(x)", "model(x, training=True)")
 """What ``inspect`` runs."""
@@ -28,8 +30,8 @@ class Surprise:
     explanation: str
 
 
-@dataclass(frozen=True)
-class Inspection(Record):
+@dataclass(frozen=True, repr=False)
+class Inspection(Drawn):
     """Every site of a model, and what it did in each entry point.
 
     Args:
@@ -46,6 +48,11 @@ class Inspection(Record):
     modes: Mapping[str, tuple[Mode, ...]]
     surprises: tuple[Surprise, ...] = ()
     not_run: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def summary(self) -> str:
+        """How many sites, and how many of them surprise."""
+        surprises = counted(len(self.surprises), "surprise") if self.surprises else "as expected"
+        return f"of '{self.model}': {counted(len(self.sites), 'site')}, {surprises}"
 
     def tables(self) -> Sequence[Table]:
         """Where every site is, what every site did, and why where that surprises."""
@@ -79,6 +86,41 @@ class Inspection(Record):
             grouped((s.path, (s.code, s.explanation)) for s in self.surprises),
         )
         return (place, mode, why)
+
+    def drawing(self) -> Drawing:
+        """A strip of the model per entry point, its sites coloured by what they did in it."""
+        ran = {entry: self.modes[entry] for entry in ENTRY_POINTS if entry in self.modes}
+        words = [f"{entry}: {_in_words(self.sites, modes)}" for entry, modes in ran.items()]
+        return Strips(
+            title=f"BatchNormalization in '{self.model}': the statistics it normalised with",
+            alt=". ".join(words) or "No entry point could be run",
+            notes=(
+                _LEGEND,
+                *(f"{entry} was not run: {why}" for entry, why in self.not_run.items()),
+            ),
+            places=[site.path for site in self.sites],
+            strips={entry: [_kind(mode) for mode in modes] for entry, modes in ran.items()},
+        )
+
+
+_COLOURS = {"batch": "orange", "moving": "blue", "mixed": "purple", None: "grid"}
+
+
+def _kind(mode: Mode) -> Kind:
+    """A colour for the statistics, the stronger the more changed."""
+    strength = {(True, True): 1.0, (True, False): 0.7, (False, True): 0.55, (False, False): 0.4}
+    return Kind(
+        mode.describe(),
+        _COLOURS.get(mode.statistics, "olive"),
+        strength[mode.updated, mode.learned] if mode.statistics else 1.0,
+    )
+
+
+def _in_words(sites: Sequence[Site], modes: Sequence[Mode]) -> str:
+    found: dict[str, list[str]] = {}
+    for site, mode in zip(sites, modes, strict=True):
+        found.setdefault(mode.describe(), []).append(site.path)
+    return "; ".join(f"{joined(paths)} {did}" for did, paths in found.items())
 
 
 _LEGEND = (

@@ -24,10 +24,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from truenorm._records.tables import counted
+
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Moments:
     """Count, mean and M2 of the values seen in each channel, in float64.
 
@@ -93,6 +95,11 @@ class Moments:
         """Square root of the population variance, per channel."""
         return np.sqrt(self.variance)
 
+    def __repr__(self) -> str:
+        values = sorted({int(count) for count in self.count})
+        each = "…".join(str(n) for n in dict.fromkeys((values[0], values[-1]))) if values else "no"
+        return f"<Moments of {counted(len(self.mean), 'channel')}, {each} values in each>"
+
     def to_dict(self) -> dict[str, list[float]]:
         """Plain lists, ready for JSON."""
         return {"count": self.count.tolist(), "mean": self.mean.tolist(), "m2": self.m2.tolist()}
@@ -102,7 +109,7 @@ class Moments:
         return Moments(self.count[channels], self.mean[channels], self.m2[channels])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Spread:
     r"""How much batches differ, from which follows how far a sample's statistics may be off.
 
@@ -132,6 +139,9 @@ class Spread:
             Moments(batch.count, batch.mean, zero),
             Moments(batch.count, batch.variance, zero),
         )
+
+    def __repr__(self) -> str:
+        return f"<Spread of {counted(len(self.batches), 'channel')}>"
 
     def merge(self, other: Spread) -> Spread:
         """The spread of both sets of batches; commutative and associative up to rounding."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from truenorm._records.tables import Record, Table, grouped
+from truenorm._records.tables import Record, Table, counted, grouped
 
 Statistics = Literal["batch", "moving", "neither", "unknown"]
 """Which statistics normalised: ``neither`` and ``unknown`` are of custom subclasses only."""
@@ -38,7 +38,7 @@ class Calls:
         return f"{self.times}× training={self.training}{frozen}: {self.statistics}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Mode(Record):
     """What one site really did over a time, as observed.
 
@@ -70,12 +70,16 @@ class Mode(Record):
         extras = [word for word, on in (("updates", self.updated), ("learns", self.learned)) if on]
         return " + ".join([self.statistics, *extras])
 
+    def summary(self) -> str:
+        """As :meth:`describe`."""
+        return self.describe()
+
     def tables(self) -> Sequence[Table]:
         """One row."""
         return (Table("mode", ("mode",), ((self.describe(),),)),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Observation(Record):
     """What every site did while an observation was open; empty until it is closed.
 
@@ -88,6 +92,10 @@ class Observation(Record):
     model: str
     modes: Mapping[str, Mode]
     notes: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """How many sites."""
+        return f"of '{self.model}': {counted(len(self.modes), 'site')}"
 
     def tables(self) -> Sequence[Table]:
         """One row per group of sites that did the same."""

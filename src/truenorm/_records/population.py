@@ -11,12 +11,14 @@ import numpy as np
 
 from truenorm._errors import DataError
 from truenorm._records import population_file as storage
+from truenorm._records.drawings.drawing import Drawing, Drawn
+from truenorm._records.drawings.rows import Rows, Span
 from truenorm._records.moments import ROWS, Moments, Spread, from_rows, to_rows
-from truenorm._records.tables import Record, Table, number
+from truenorm._records.tables import Table, counted, number
 
 
-@dataclass(frozen=True)
-class Population(Record):
+@dataclass(frozen=True, repr=False)
+class Population(Drawn):
     """The moments of every BatchNormalization's input over a data set.
 
     Args:
@@ -50,7 +52,7 @@ class Population(Record):
             DataError: They are not of the same layers, or not of the same upstream.
         """
         ours, theirs = (
-            {path: f"{len(moments.mean)} channels" for path, moments in one.sites.items()}
+            {path: counted(len(moments.mean), "channel") for path, moments in one.sites.items()}
             | {"upstream": one.upstream}
             for one in (self, other)
         )
@@ -127,6 +129,13 @@ class Population(Record):
                 spread[site] = own
         return cls(sites=sites, spread=spread, **facts)
 
+    def summary(self) -> str:
+        """How many layers, over how much data."""
+        return f"of {counted(len(self.sites), 'layer')} over {self._data()}"
+
+    def _data(self) -> str:
+        return f"{counted(self.samples, 'sample')} in {counted(self.batches, 'batch')}"
+
     def tables(self) -> Sequence[Table]:
         """One row per site."""
         errors = self.standard_errors()
@@ -153,7 +162,7 @@ class Population(Record):
             )
         return (
             Table(
-                f"Population over {self.samples} samples in {self.batches} batches "
+                f"Population over {self._data()} "
                 f"(upstream: {self.upstream}, passes: {self.passes})",
                 (
                     "layer",
@@ -167,6 +176,35 @@ class Population(Record):
                 rows,
                 notes,
             ),
+        )
+
+    def drawing(self) -> Drawing:
+        """What each layer's input is like: the extremes over its channels, as in the table."""
+        moments = [*self.sites.values()]
+        deviations = [m.standard_deviation for m in moments]
+        return Rows(
+            title=f"Inputs of {len(moments)} BatchNormalization over {self.samples} samples",
+            alt=f"Dot chart of {len(moments)} layers: the largest mean of a channel, and the least "
+            "and the largest standard deviation. The table has the numbers.",
+            names=[*self.sites],
+            unit="in the units of each layer's input",
+            spans=[
+                Span(
+                    "largest |mean| of a channel",
+                    "",
+                    [float(np.abs(m.mean).max(initial=0)) for m in moments],
+                    [None] * len(moments),
+                    "orange",
+                    "D",
+                ),
+                Span(
+                    "least standard deviation of a channel",
+                    "largest standard deviation",
+                    [float(d.min(initial=math.inf)) for d in deviations],
+                    [float(d.max(initial=0)) for d in deviations],
+                    "blue",
+                ),
+            ],
         )
 
 

@@ -6,18 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from truenorm._records.tables import NOT_DATA, Record, Table, number
+from truenorm._records.tables import NOT_DATA, Record, Table, counted, joined, number
 
 
 @dataclass(frozen=True)
 class Change:
-    """A site that a rewrite changed, and how."""
+    """A site that a rewrite changed, and how.
+
+    Args:
+        path: The site.
+        what: How it was changed.
+        kind: The same in the words that all alike share: classes of layers without their names.
+    """
 
     path: str
     what: str
+    kind: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rewrite(Record):
     """A new model and its receipt; the model given is unchanged.
 
@@ -43,9 +50,13 @@ class Rewrite(Record):
     max_site_error: float | None = None
     notes: tuple[str, ...] = ()
 
-    def tables(self) -> Sequence[Table]:
-        """The receipt."""
+    def summary(self) -> str:
+        """What was done, at how many sites."""
         total = len(self.changed) + len(self.left)
+        return f"{self.kind}: {len(self.changed)} of {counted(total, 'site')} changed"
+
+    def tables(self) -> Sequence[Table]:
+        """The receipt: one row for all sites of which the same can be said."""
         notes = list(self.notes)
         if self.max_site_error is not None:
             notes.insert(
@@ -59,15 +70,37 @@ class Rewrite(Record):
                 f"Largest difference of the outputs: {number(self.max_abs_error)} absolute, "
                 f"{number(self.max_rel_error)} relative.",
             )
-        rows = [(c.path, "changed", c.what) for c in self.changed]
-        rows += [(k.path, "left", k.reason) for k in self.left]
-        title = f"{self.kind}: {len(self.changed)} of {total} sites changed"
-        return (Table(title, ("site", "result", "how / why"), tuple(rows), tuple(notes)),)
+        rows = _grouped("changed", [(c.path, c.what, c.kind) for c in self.changed])
+        rows += _grouped("left", [(k.path, k.reason, k.kind) for k in self.left])
+        columns = ("sites", "result", "how / why") if rows else ()
+        return (Table(self.summary(), columns, tuple(rows), tuple(notes)),)
+
+
+def _grouped(result: str, sites: Sequence[tuple[str, str, str]]) -> list[tuple[str, ...]]:
+    """One row for sites of a kind; in full, where there is but one."""
+    alike: dict[str, list[tuple[str, str]]] = {}
+    for path, said, kind in sites:
+        alike.setdefault(kind or said, []).append((path, said))
+    return [
+        (
+            joined([path for path, _ in group]),
+            result,
+            kind if len({said for _, said in group}) > 1 else group[0][1],
+        )
+        for kind, group in alike.items()
+    ]
 
 
 @dataclass(frozen=True)
 class Left:
-    """A site that a tool left as it was, and why."""
+    """A site that a tool left as it was, and why.
+
+    Args:
+        path: The site.
+        reason: Why.
+        kind: The same in the words that all alike share: classes of layers without their names.
+    """
 
     path: str
     reason: str
+    kind: str = ""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from truenorm._records.tables import Record, Table
+from truenorm._records.tables import Record, Table, counted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Site(Record):
     """One place where a BatchNormalization is called in a model.
 
@@ -38,6 +38,11 @@ class Site(Record):
     epsilon: float
     trainable: bool
     policy: str
+
+    def summary(self) -> str:
+        """Path, position and size."""
+        where = "" if self.position is None else f"{self.position}, "
+        return f"'{self.path}': {where}{counted(self.channels, 'channel')}"
 
     def tables(self) -> Sequence[Table]:
         """One row per fact."""

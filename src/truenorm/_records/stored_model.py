@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from truenorm._records.rewrite import Left
-from truenorm._records.tables import Record, Table, number
+from truenorm._records.tables import Record, Table, counted, number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StoredStatistics(Record):
     """A summary of the moving statistics of one layer.
 
@@ -34,7 +34,7 @@ class StoredStatistics(Record):
         if self.initial:
             return "as initialised"
         faults = [
-            f"{count} channels {what}"
+            f"{counted(count, 'channel')} {what}"
             for count, what in ((self.non_finite, "not finite"), (self.negative, "negative"))
             if count
         ]
@@ -45,13 +45,17 @@ class StoredStatistics(Record):
             faults.append(f"variance {least} to {largest}")
         return ", ".join(faults)
 
+    def summary(self) -> str:
+        """As :meth:`describe`."""
+        return self.describe()
+
     def tables(self) -> Sequence[Table]:
         """One row per fact."""
         rows = tuple((k, str(v)) for k, v in self.to_dict().items())
         return (Table("moving statistics", ("fact", "value"), rows),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StoredLayer(Record):
     """One BatchNormalization layer as a file has it.
 
@@ -79,6 +83,10 @@ class StoredLayer(Record):
     dtype: str
     statistics: StoredStatistics
 
+    def summary(self) -> str:
+        """Path and size."""
+        return f"'{self.path}': {counted(self.channels, 'channel')}, {self.statistics.describe()}"
+
     def tables(self) -> Sequence[Table]:
         """One row per fact."""
         rows = tuple((k, str(v)) for k, v in self.to_dict().items())
@@ -86,6 +94,19 @@ class StoredLayer(Record):
 
 
 @dataclass(frozen=True)
+class Code:
+    """Something in a file that holds code, or asks for code that is neither Keras's nor truenorm's.
+
+    Args:
+        path: The layer that it is or is in; the model's name where it is in none.
+        what: Its class, and whose code it asks for.
+    """
+
+    path: str
+    what: str
+
+
+@dataclass(frozen=True, repr=False)
 class StoredModel(Record):
     """Every BatchNormalization layer of a ``.keras`` file, read without making the model.
 
@@ -95,6 +116,7 @@ class StoredModel(Record):
         saved: When it was written, as it says; None if it does not.
         layers: The BatchNormalization layers, in the order of the configuration.
         hidden: Layers that cannot be looked into, and why.
+        code: What holds code (``Lambda`` and the like) or asks for some, nested too.
     """
 
     model: str
@@ -102,6 +124,11 @@ class StoredModel(Record):
     saved: str | None
     layers: tuple[StoredLayer, ...]
     hidden: tuple[Left, ...] = ()
+    code: tuple[Code, ...] = ()
+
+    def summary(self) -> str:
+        """How many layers."""
+        return f"'{self.model}': {counted(len(self.layers), 'layer')}"
 
     def tables(self) -> Sequence[Table]:
         """One row per layer."""
@@ -122,8 +149,9 @@ class StoredModel(Record):
         columns = ("layer", "of", "axis", "channels", "momentum", "epsilon", "frozen", "dtype",
                    "moving statistics")  # fmt: skip
         notes = [f"Not looked into: {one.path}, {one.reason}." for one in self.hidden]
+        notes += [f"Runs code if it is loaded: {one.path} ({one.what})." for one in self.code]
         if self.keras is not None:
             notes.insert(0, f"Written by Keras {self.keras}, {self.saved or 'no date given'}.")
         notes.insert(0, "Read from the file alone: no model was made, so no mode was observed.")
-        title = f"BatchNormalization in the file of '{self.model}': {len(rows)} layers"
+        title = f"BatchNormalization in the file of {self.summary()}"
         return (Table(title, columns if rows else (), rows, tuple(notes)),)

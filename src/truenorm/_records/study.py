@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from truenorm._records.tables import Record, Table, number
+from truenorm._errors import OptionError
+from truenorm._records.drawings.drawing import Drawing, Drawn, plot
+from truenorm._records.tables import Record, Table, counted, number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+View = Literal["differences", "values", "curves", "statistics"]
+"""What there is to see of a study."""
 
 _LOWER_IS_BETTER = (
     *("loss", "error", "mae", "mse", "mape", "msle", "entropy", "divergence", "hinge", "poisson"),
@@ -20,7 +30,7 @@ def lower_is_better(metric: str) -> bool:
     return any(word in metric for word in _LOWER_IS_BETTER)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trial(Record):
     """One training run: one position, one seed.
 
@@ -87,6 +97,11 @@ class Trial(Record):
                 return epoch
         return None
 
+    def summary(self) -> str:
+        """Which trial, and how it ended."""
+        ended = "failed" if self.error else ", ".join(f"{k} {v:.4g}" for k, v in self.final.items())
+        return f"of {self.position}, seed {self.seed}: {ended}"
+
     def tables(self) -> Sequence[Table]:
         """The metrics that the study judges by."""
         rows = tuple((name, number(value, 4)) for name, value in self.final.items())
@@ -143,8 +158,8 @@ class Comparison:
     seeds_needed: int | None = None
 
 
-@dataclass(frozen=True)
-class Study(Record):
+@dataclass(frozen=True, repr=False)
+class Study(Drawn):
     """A controlled experiment over positions and seeds, and what it shows.
 
     Args:
@@ -177,6 +192,25 @@ class Study(Record):
         """Whether small values of the deciding metric are good."""
         return lower_is_better(self.metric)
 
+    def report(self, path: str | os.PathLike[str], title: str = "") -> None:
+        """Write the study as one HTML page that needs nothing else: :mod:`truenorm.report`.
+
+        Args:
+            path: The file.
+            title: The page's title; the study's name where none is given.
+
+        Raises:
+            OutputError: The file cannot be written; what was there is unchanged.
+            MissingDependencyError: Jinja2 or matplotlib is not installed.
+        """
+        reports: Any = importlib.import_module("truenorm.report")  # a row above: only when asked
+        reports.save(path, reports.study_page(self, title))
+
+    def summary(self) -> str:
+        """How many trials, and which variant won."""
+        ended = "no winner" if self.winner is None else f"{self.winner} is best"
+        return f"'{self.name}': {counted(len(self.trials), 'trial')}, {ended}"
+
     def tables(self) -> Sequence[Table]:
         """The positions, their paired differences, and the verdict."""
         metrics = tuple(dict.fromkeys(name for row in self.summaries.values() for name in row))
@@ -207,6 +241,42 @@ class Study(Record):
             ),
         )
         return (positions, pairs, self._other_tests(), Table("Verdict", (), (), self.verdict))
+
+    def drawing(self, view: View = "differences", metric: str | None = None) -> Drawing:
+        """One view of the study, as data; see :meth:`plot`."""
+        from truenorm._records import study_drawings
+
+        views = {name: getattr(study_drawings, name) for name in get_args(View)}
+        if view not in views:
+            raise OptionError(
+                "A study has no such view",
+                where="view",
+                expected="one of " + ", ".join(f"'{name}'" for name in views),
+                received=repr(view),
+            )
+        return views[view](self, metric or self.metric)
+
+    def plot(
+        self, ax: Axes | None = None, *, view: View = "differences", metric: str | None = None
+    ) -> Axes:
+        """Draw the study with matplotlib.
+
+        Args:
+            ax: The Axes to draw on; None: those of a new figure.
+            view: ``differences``: the paired differences of all positions, with their intervals.
+                ``values``: the value of every seed after the last epoch. ``curves``: the metric
+                after each epoch of the training, and beside it what the study judges by.
+                ``statistics``: what recalibration does to each trained model.
+            metric: A name in Keras's history; None: the metric that decides.
+
+        Returns:
+            The Axes.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+            OptionError: There is no such view, or no trial recorded this metric.
+        """
+        return plot(self.drawing(view, metric), ax)
 
     def _other_tests(self) -> Table:
         """The tests beside the t-test, and what more seeds would show, for the deciding metric."""

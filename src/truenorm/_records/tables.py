@@ -1,81 +1,86 @@
 """Records, and the tables of text that they print as: in the terminal, notebooks and reports.
 
 All of them render :meth:`Record.tables`, so that a fact is worded in one place. Text that comes
-from a model is made printable here: a layer's name may hold any characters.
+from a model is made printable on its way out: a layer's name may hold any characters.
 """
 
 from __future__ import annotations
 
-import html
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self, cast
 
-import numpy as np
-
-from truenorm._errors import ModelError
-from truenorm._records.moments import Moments
+from truenorm._records import json_text
+from truenorm._records.json_text import NOT_DATA as NOT_DATA
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-NOT_DATA = {"data": False}
-"""Metadata of a field that holds a live object (a model, an undo): it is left out of JSON."""
-
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under headings, with sentences below: all that a renderer needs."""
+    """Rows of text under headings, with sentences below: all that a renderer needs.
+
+    Args:
+        title: What the table shows.
+        columns: The headings; none if there are only sentences.
+        rows: The cells, as many in each row as there are headings.
+        notes: The sentences below.
+        severities: ``error``, ``warning`` or ``note`` per row, where rows differ in that.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+    severities: tuple[str, ...] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.table import Table as RichTable
-        from rich.text import Text
+        from truenorm._records.drawing import drawn
 
-        title = Text(printable(self.title), style="bold")
-        if self.columns:
-            drawn = RichTable(title=title, title_justify="left")
-            for column in self.columns:
-                drawn.add_column(Text(column), overflow="fold")
-            for row in self.rows:
-                drawn.add_row(*(Text(printable(cell)) for cell in row))
-            yield drawn
-        else:
-            yield title
-        for note in self.notes:
-            yield Text(printable(note))
+        yield from drawn(self, options.max_width)
 
 
 class Record:
     """Base of all records: renders as text, HTML and JSON.
 
-    A copy, or a record that was pickled, has the facts. An ``undo`` stays with the record that the
-    tool returned; a ``model`` goes along, as Keras pickles models.
+    ``print`` shows the tables as wide as the terminal is, or ``COLUMNS`` says, or 120 columns in a
+    pipe or file; the interpreter shows one line; ``rich.print`` adds colours by severity.
+
+    A copy, or a record that was pickled or written as JSON, has the facts. An ``undo`` stays with
+    the record that the tool returned; a ``model`` goes along in a pickle, as Keras pickles models.
     """
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(vars(self))
         if "undo" in state:
-            state["undo"] = _no_undo
+            state["undo"] = json_text.no_undo
         return state
 
     def tables(self) -> Sequence[Table]:
         """The record as tables of text."""
         raise NotImplementedError
 
+    def summary(self) -> str:
+        """The record in a few words."""
+        raise NotImplementedError
+
     def to_dict(self) -> dict[str, Any]:
         """The record as plain dicts, lists, strings and numbers; non-finite numbers become None."""
-        return cast(dict[str, Any], _plain(self))
+        return cast(dict[str, Any], json_text.as_plain(self))
 
     def to_json(self) -> str:
-        """The record as JSON text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        """The record as JSON text, with the name and version of its schema and truenorm's."""
+        return json_text.write(self)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """The record that :meth:`to_json` wrote; models and ``undo`` are not in JSON.
+
+        Raises:
+            DataError: The text is not JSON, of another kind of record, or of another version.
+        """
+        return json_text.read(cls, text)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from self.tables()
@@ -83,21 +88,20 @@ class Record:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=120, color_system=None, record=False)
+        from truenorm._records.drawing import terminal_width
+
+        console = Console(width=terminal_width(), color_system=None, record=False)
         with console.capture() as capture:
             console.print(self)
-        return capture.get().rstrip("\n")
+        return "\n".join(line.rstrip() for line in capture.get().splitlines()).rstrip("\n")
+
+    def __repr__(self) -> str:
+        return printable(f"<{type(self).__name__} {self.summary()}>")
 
     def _repr_html_(self) -> str:
-        return "\n".join(_html(table) for table in self.tables())
+        from truenorm._records.html import as_html
 
-
-def _no_undo() -> None:
-    raise ModelError(
-        "This record is a copy, which cannot undo anything",
-        expected="the record that the tool returned, in the process where it ran",
-        remedy="call undo() of that one",
-    )
+        return "\n".join(as_html(table) for table in self.tables())
 
 
 def printable(text: str) -> str:
@@ -117,37 +121,11 @@ def percent(value: float, digits: int = 2) -> str:
     return f"{100 * value:.{digits}f}%"
 
 
-def _html(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in table.columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(printable(c))}</td>" for c in row) + "</tr>"
-        for row in table.rows
-    )
-    notes = "".join(f"<p>{html.escape(printable(n))}</p>" for n in table.notes)
-    title = html.escape(printable(table.title))
-    return f"<table><caption>{title}</caption><tr>{head}</tr>{body}</table>{notes}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Moments):
-        return value.to_dict()
-    if is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: _plain(getattr(value, f.name))
-            for f in fields(value)
-            if f.metadata.get("data", True)
-        }
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in cast(Mapping[Any, Any], value).items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in cast(Sequence[Any], value)]
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def counted(count: int, noun: str) -> str:
+    """So many of something: "1 layer", "2 layers", "2 batches"."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}{'es' if noun.endswith('ch') else 's'}"
 
 
 def grouped(rows: Iterable[tuple[str, tuple[str, ...]]]) -> tuple[tuple[str, ...], ...]:

@@ -8,13 +8,15 @@ from typing import Any
 import keras
 import numpy as np
 
+from truenorm._checks import known_options
 from truenorm._keras_internals import layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.domains import of_domain
 from truenorm._model.edit import Piece, copy_of
 from truenorm._model.graph import Call, Graph, is_batch_normalization, nearby, read_graph
+from truenorm._model.progress import Wanted, shown
 from truenorm._model.rebuild import rebuild
-from truenorm._model.sites import Where, check_all, hidden, selector
+from truenorm._model.sites import Where, check_all, hidden, selector, with_kinds
 from truenorm._model.state import learns
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Array
@@ -48,8 +50,14 @@ from truenorm._rewrites.wrappers import (
 L = keras.layers
 
 
+@known_options
 def fold(
-    model: Any, *, where: Where = None, probe: Any = None, domain: int | None = None
+    model: Any,
+    *,
+    where: Where = None,
+    probe: Any = None,
+    progress: Wanted = None,
+    domain: int | None = None,
 ) -> Rewrite:
     """Fold every BatchNormalization that can be folded into its neighbours, for inference.
 
@@ -80,6 +88,8 @@ def fold(
             it is.
         probe: Inputs to verify on, as the model takes them; made from the input specification
             (standard normal) where none are given.
+        progress: Whether to show what is going on, on the standard error stream. None: on a
+            terminal and in a notebook.
         domain: Of a model whose layers have several (:func:`truenorm.domain`): the one that the new
             model is for.
 
@@ -104,11 +114,13 @@ def fold(
         Integer-Arithmetic-Only Inference", section 3.2, equation 14, arXiv:1712.05877.
     """
     graph = read_graph(model if domain is None else of_domain(model, domain))
-    folding = Folding(graph, where)
-    changed, left = folding.receipt()
-    edit = folding.edit()
-    new = rebuild(graph.model, edit)
-    proof = verify(graph, edit, folding.between, new, probe, "Folding")
+    with shown(progress, "folding") as line:
+        folding = Folding(graph, where)
+        changed, left = folding.receipt()
+        edit = folding.edit()
+        line.step("making the new model")
+        new = rebuild(graph.model, edit)
+        proof = verify(graph, edit, folding.between, new, probe, "Folding", line)
     return Rewrite(new, "fold", changed, left, *proof)
 
 
@@ -147,7 +159,9 @@ class Folding:
         """Fold every site."""
         paths = {site_of(call).path for call in self.sites}
         others = [left for left in hidden(self.graph) if left.path not in paths]
-        return check_all(self.site, self.sites, others)
+        changed, left = check_all(self.site, self.sites, others)
+        labels = self.graph.labels
+        return with_kinds(labels, changed), with_kinds(labels, left)
 
     def site(self, call: Call) -> Change | Left:
         """Fold one site, or say why not."""

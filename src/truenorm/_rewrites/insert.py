@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from truenorm._model.edit import Piece, copy_of
-from truenorm._model.graph import Call, is_batch_normalization, nearby
+from truenorm._model.graph import Call, is_batch_normalization, label_of, nearby
 from truenorm._model.sites import fused_activation, is_activation, is_linear
 
 
@@ -33,7 +33,7 @@ def insertion(
     if call.shared or call.is_output:
         return "it is called more than once" if call.shared else "it is an output of the model"
     batch_norm = _new(layer, taken)
-    inserted = f"{batch_norm.layer.name} inserted"
+    inserted = f"{label_of(batch_norm.layer)} inserted"
     if fused_activation(call) and not behind_activation:
         bare, activation = split(layer)
         what = f"{inserted} before '{fused_activation(call)}', split out"

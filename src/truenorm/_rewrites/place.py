@@ -13,9 +13,16 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
+from truenorm._checks import known_options, meant
 from truenorm._errors import OptionError
 from truenorm._model.edit import Piece, copy_of
-from truenorm._model.graph import Call, is_batch_normalization, layer_paths, read_graph
+from truenorm._model.graph import (
+    Call,
+    is_batch_normalization,
+    label_of,
+    layer_paths,
+    read_graph,
+)
 from truenorm._model.rebuild import rebuild
 from truenorm._model.sites import (
     Where,
@@ -26,6 +33,7 @@ from truenorm._model.sites import (
     is_activation,
     is_linear,
     selector,
+    with_kinds,
 )
 from truenorm._records.rewrite import Change, Left, Rewrite
 from truenorm._rewrites.insert import insertion, lacks_batch_normalization, split, split_name
@@ -34,6 +42,7 @@ Position = Literal["none", "before_activation", "after_activation"]
 """The positions that any model can have, and that a study compares unless told otherwise."""
 
 
+@known_options
 def place(
     model: Any,
     position: Position | Literal["before_layer"],
@@ -106,12 +115,13 @@ def place(
         Before the layer: He, Zhang, Ren and Sun (2016), "Identity Mappings in Deep Residual
         Networks", section 4, arXiv:1603.05027.
     """
-    if position not in _RULES:
+    if position not in list(_RULES):  # which may not be hashable
         raise OptionError(
             "There is no such position",
             where="position",
             expected=" or ".join(repr(name) for name in _RULES),
             received=repr(position),
+            remedy=meant(position, _RULES),
         )
     _require_insertable(position, where, insert)
     wanted, edit, graph = selector(where), dict[Any, list[Piece]](), read_graph(model)
@@ -152,6 +162,8 @@ def place(
         notes += (_AFTER_INSERTION,) if new else ()
         changed += new
         left += tuple(result for result in results if isinstance(result, Left))
+    labels = graph.labels | {label_of(piece.layer) for chain in edit.values() for piece in chain}
+    changed, left = with_kinds(labels, changed), with_kinds(labels, left)
     return Rewrite(rebuild(model, edit), f"place {position}", changed, left, notes=notes)
 
 

@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import keras
 
+from truenorm._checks import known_options, meant
 from truenorm._errors import ModelError, OptionError
 from truenorm._keras_internals import layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.edit import Edit, Piece, from_config
 from truenorm._model.graph import Graph, graph_of, read_graph
+from truenorm._model.progress import Wanted, shown
 from truenorm._model.rebuild import rebuild
 from truenorm._model.sites import is_own_class, spots
 from truenorm._model.trainer import has_optimizer
@@ -26,7 +28,14 @@ _CLASSES: dict[str, Any] = {
 }
 
 
-def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) -> Rewrite:
+@known_options
+def replace(
+    model: Any,
+    to: Literal["truenorm", "keras"],
+    *,
+    probe: Any = None,
+    progress: Wanted = None,
+) -> Rewrite:
     """Swap every BatchNormalization for truenorm's or for Keras's, weights and outputs kept.
 
     The function of the model stays: outputs are compared on a probe before the new model is
@@ -40,6 +49,8 @@ def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) 
         to: ``"truenorm"`` or ``"keras"``: whose layer every site shall have.
         probe: Inputs to compare on; made from the input specification where none are given. What a
             subclassed model takes is not known: without a probe each layer is compared by itself.
+        progress: Whether to show what is going on, on the standard error stream. None: on a
+            terminal and in a notebook.
 
     Returns:
         The new model with its receipt. Layer names, weights, ``trainable`` flags (of single
@@ -62,17 +73,20 @@ def replace(model: Any, to: Literal["truenorm", "keras"], *, probe: Any = None) 
         >>> type(rewrite.model.layers[0]).__module__.split(".")[0], len(rewrite.changed)
         ('truenorm', 1)
     """
-    if to not in _CLASSES:
+    if to not in list(_CLASSES):  # which may not be hashable
         raise OptionError(
             "There is no such layer to replace by",
             where="to",
             expected="'truenorm' or 'keras'",
             received=repr(to),
+            remedy=meant(to, _CLASSES),
         )
     edit, changed, left = _plan(model, to)
-    new = rebuild(model, edit)
-    graph = Graph(model, ()) if graph_of(model) is None else read_graph(model)
-    proof = verify(graph, edit, (), new, probe, "Replacing")
+    with shown(progress, "replacing") as line:
+        line.step("making the new model")
+        new = rebuild(model, edit)
+        graph = Graph(model, ()) if graph_of(model) is None else read_graph(model)
+        proof = verify(graph, edit, (), new, probe, "Replacing", line)
     proof = Proof(*proof[:3], notes=(*proof.notes, *_notes(model, edit)))
     return Rewrite(new, f"replace to {to}", changed, left, *proof)
 

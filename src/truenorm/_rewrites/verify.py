@@ -14,6 +14,7 @@ from truenorm._model.edit import Edit
 from truenorm._model.graph import Call, Graph, graph_of, layer_paths
 from truenorm._model.hooks import intercepted
 from truenorm._model.probe import make_inputs, outputs
+from truenorm._model.progress import Line
 from truenorm._records.moments import Array
 from truenorm._rewrites.places import compared_places, shaken
 
@@ -41,7 +42,13 @@ class Proof(NamedTuple):
 
 
 def verify(
-    graph: Graph, edit: Edit, between: Collection[Call], new: Any, probe: Any, what: str
+    graph: Graph,
+    edit: Edit,
+    between: Collection[Call],
+    new: Any,
+    probe: Any,
+    what: str,
+    line: Line,
 ) -> Proof:
     """Compare the old and the new model; refused if rounding cannot be why they differ.
 
@@ -52,13 +59,16 @@ def verify(
         new: The new model.
         probe: Inputs of the whole model; None for made-up ones.
         what: The start of a sentence about the rewrite: "Folding".
+        line: Says what is being compared.
     """
     old = graph.model
+    line.step("comparing each changed place")
     rounding = max((TOLERANCE.get(k.compute_dtype, 0.0) for k in layer_paths(old)), default=1e-4)
     site_error = _verify_places(graph, edit, between, rounding, what)
     if probe is None and graph_of(old) is None:
         return Proof(None, None, site_error, (_NOT_KNOWN + _BY_ITSELF,))
     inputs = make_inputs(old) if probe is None else check(old, probe)
+    line.step("comparing the outputs")
     try:
         before = outputs(old, inputs)
     except DataError:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from truenorm._checks import check_options
 from truenorm._errors import OptionError
 from truenorm._model.sites import batch_normalizations
 from truenorm._model.values import as_float64
@@ -75,6 +76,7 @@ def adapt(
         common corruptions by covariate shift adaptation", section 3, arXiv:2006.16971; there the
         last term of the variance, that of the two means, is left out.
     """
+    check_options(options, collect)
     if not isinstance(prior, Real) or not 0 <= prior < np.inf:
         raise OptionError(
             "The weight of the old statistics is not a number of samples",

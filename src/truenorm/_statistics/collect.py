@@ -11,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from truenorm._checks import known_options, meant
 from truenorm._errors import DataError, ModelError, OptionError
-from truenorm._model.data import check_limits, input_batches, limited
+from truenorm._model.data import check_limits, input_batches, limited, number_of_batches
 from truenorm._model.domains import of_domain, require_one_domain
+from truenorm._model.progress import Wanted, shown
 from truenorm._model.sites import Layers, chosen_layers, is_own_class
 from truenorm._records.population import Population
+from truenorm._records.tables import counted, number
 from truenorm._statistics.distributed import Processes
 from truenorm._statistics.fixed_point import Sample, settle
-from truenorm._statistics.progress import bar
 from truenorm._statistics.runner import Runner, Use
-from truenorm._statistics.tally import Pass
+from truenorm._statistics.tally import Pass, Tally
 
 Upstream = Literal["batch", "population", "moving"]
 Until = Literal["end", "converged"]
@@ -32,6 +34,7 @@ _LEAST_BATCHES = 16
 """An error estimated from fewer batches is itself too uncertain to stop at."""
 
 
+@known_options
 def collect(
     model: Any,
     data: Any,
@@ -42,7 +45,7 @@ def collect(
     max_samples: int | None = None,
     until: Until = "end",
     shard: bool | None = None,
-    progress: bool = False,
+    progress: Wanted = None,
     layers: Layers = None,
     domain: int | None = None,
 ) -> Population:
@@ -78,7 +81,8 @@ def collect(
             of a multi-worker ``tf.distribute`` strategy) all get the population of all. True: all
             have the same data, and each takes every n-th batch. False: each has its own part. None:
             True, unless the data is a ``DataLoader`` with a ``DistributedSampler``.
-        progress: Whether to show a progress bar (on the standard error stream).
+        progress: Whether to show how far it is, on the standard error stream. None: on a terminal
+            and in a notebook, and of several processes the first.
         layers: Which BatchNormalization layers, as in :func:`truenorm.freeze`; None for all. The
             others normalise with their moving statistics meanwhile, as frozen ones do in training.
         domain: Of a model whose layers have several (:func:`truenorm.domain`): the one that the
@@ -138,10 +142,17 @@ class Collection:
         max_samples: int | None = None,
         until: Until = "end",
         shard: bool | None = None,
-        progress: bool = False,
+        progress: Wanted = False,
     ) -> None:
         _choice("upstream", upstream, ("batch", "population", "moving"))
         _choice("until", until, ("end", "converged"))
+        if shard not in (True, False, None):
+            raise OptionError(
+                "Whether processes share the data is said by a boolean",
+                where="shard",
+                expected="True, False or None",
+                received=repr(shard),
+            )
         ends = until == "converged" and max_batches is None  # by itself
         check_limits(data, 1 if ends else max_batches, max_samples)
         if upstream == "population" and isinstance(data, Iterator):
@@ -157,12 +168,13 @@ class Collection:
         self.max_batches, self.max_samples = max_batches, max_samples
         self.until_converged = until == "converged"
         self.processes = Processes(runner, data, shard)
-        self.progress = progress
+        self.progress = progress if self.processes.is_first else progress or False
 
     def population(self) -> Population:
         """Read it as often as it takes."""
         runner, agreement, passes = self.runner, None, 1
-        with bar(self.progress) as self._show:
+        with shown(self.progress, "collecting") as self._line:
+            self._passes = 0
             if self.upstream == "population":
                 seen, passes, agreement = settle(runner, self.one_pass, self.processes.first_of)
             else:
@@ -198,16 +210,33 @@ class Collection:
         batches = self.processes.share(limited(inputs, self.max_batches, self.max_samples))
         if sample is not None:
             batches = sample.drawn_from(batches)
-        looked_at = self.progress or self.until_converged
-        seen = self.runner.one_pass(batches, use, self._enough if looked_at else None)
+        self._passes += 1
+        self._line.begin()
+        self._total = self._batches_in_all()
+        seen = self.runner.one_pass(batches, use, self._enough)
         if self.until_converged:  # every further pass is to read the same batches
             self.until_converged = False
             self.max_batches = seen.batches * self.processes.stride
         return seen
 
-    def _enough(self, seen: Pass) -> bool:
-        self._show(seen)
-        return self.until_converged and _converged(seen)
+    def _batches_in_all(self) -> int | None:
+        """How many batches this process is going to read, if that is known."""
+        total = number_of_batches(self.runner.model, self.data, self.batch_size)
+        known = [n for n in (total, self.max_batches) if n is not None]
+        if not known or self.until_converged or self.max_samples is not None:
+            return None
+        return -(-min(known) // self.processes.stride)
+
+    def _enough(self, tally: Tally) -> bool:
+        if self._line.due():
+            seen = tally.seen()
+            error = max((_error(seen, path) for path in seen.spread), default=0.0)
+            self._line.tell(
+                f"pass {self._passes}: {counted(seen.samples, 'sample')}, "
+                f"standard error {number(error, 2)} std",
+                seen.batches / self._total if self._total else None,
+            )
+        return self.until_converged and _converged(tally.seen())
 
 
 def runner_of(model: Any, layers: Layers = None) -> Runner:
@@ -238,10 +267,15 @@ def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
             where=name,
             expected=", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}",
             received=repr(value),
+            remedy=meant(value, choices),
         )
 
 
 def _converged(seen: Pass) -> bool:
     return seen.batches >= _LEAST_BATCHES and all(
-        spread.standard_error(seen.sites[path]) <= CONVERGED for path, spread in seen.spread.items()
+        _error(seen, path) <= CONVERGED for path in seen.spread
     )
+
+
+def _error(seen: Pass, path: str) -> float:
+    return seen.spread[path].standard_error(seen.sites[path])

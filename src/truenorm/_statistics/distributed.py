@@ -34,6 +34,7 @@ class Processes:
         self._rank, self._count = collecting.processes()
         self._slices = runner.slices
         divided = type(getattr(data, "sampler", None)).__name__ == "DistributedSampler"
+        self.is_first = self._rank == 0
         self.stride = self._count if (not divided if shard is None else shard) else 1
 
     def share(self, batches: Iterable[Any]) -> Iterator[Any]:

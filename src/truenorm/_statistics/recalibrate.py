@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from truenorm._checks import check_options
 from truenorm._errors import DataError
 from truenorm._model.domains import of_domain, put_back, require_one_domain
 from truenorm._model.sites import batch_normalizations
@@ -15,6 +16,7 @@ from truenorm._model.values import as_float64, numbers
 from truenorm._records.moments import Moments
 from truenorm._records.population import Population
 from truenorm._records.recalibration import Gap, Recalibration
+from truenorm._records.tables import counted
 from truenorm._statistics.collect import Upstream, collect, known
 
 
@@ -43,7 +45,7 @@ def recalibrate(
         batch_size: As in :func:`collect`.
         domain: As in :func:`collect`: the domain whose statistics are set.
         **options: The other options of :func:`collect`: with ``layers`` only the layers that are
-            meant are recalibrated.
+            meant are recalibrated; ``progress=False`` shows nothing while the data is read.
 
     Returns:
         The population, the gap that there was before, what is left of it, and ``undo()``.
@@ -63,6 +65,7 @@ def recalibrate(
         >>> [float(v) for v in keras.ops.convert_to_numpy(layer.moving_mean)]
         [0.0]
     """
+    check_options(options, collect)
     if domain is not None:
         options |= {"upstream": upstream, "batch_size": batch_size}
         return on_domain(model, domain, lambda single: recalibrate(single, data, **options))
@@ -133,8 +136,10 @@ def _meant(model: Any, population: Population) -> dict[Any, str]:
             raise DataError(
                 "This population is of another model",
                 where=path,
-                expected=f"{ours[path]} channels" if path in ours else f"one of {sorted(ours)}",
-                received=f"{len(moments.mean)} channels",
+                expected=counted(ours[path], "channel")
+                if path in ours
+                else f"one of {sorted(ours)}",
+                received=counted(len(moments.mean), "channel"),
             )
     return {layer: path for layer, path in layers.items() if path in population.sites}
 

@@ -169,13 +169,13 @@ class Runner:
         return run
 
     def one_pass(
-        self, batches: Iterable[Any], use: Use, enough: Callable[[Pass], bool] | None = None
+        self, batches: Iterable[Any], use: Use, enough: Callable[[Tally], bool] | None = None
     ) -> Pass:
         """Moments over all batches, or until there are enough."""
         tally = Tally(self.slices)
         for run in _one_behind(map(self.using(use), filter(size_of, batches))):
             tally.add(run)
-            if enough is not None and enough(tally.seen()):
+            if enough is not None and enough(tally):
                 break
         return tally.seen()
 

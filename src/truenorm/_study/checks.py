@@ -11,11 +11,12 @@ import keras
 import numpy as np
 
 from truenorm._backends import Backend
-from truenorm._checks import check_integer
+from truenorm._checks import check_integer, is_number, meant
 from truenorm._errors import DataError, MissingDependencyError, ModelError, OptionError
 from truenorm._model.data import check
 from truenorm._model.graph import calls, is_batch_normalization
 from truenorm._model.sites import position as position_of
+from truenorm._records.tables import counted
 from truenorm._rewrites.place import Position, place
 from truenorm._study.folder import NAMES, Arrays
 
@@ -30,6 +31,7 @@ def check_backend(backend: str) -> None:
             where="backend",
             expected=f"one of {', '.join(Backend)}",
             received=repr(backend),
+            remedy=meant(backend, Backend),
         )
     for module, extra in (("scipy", "study"), ("cloudpickle", "study"), (backend, backend)):
         if importlib.util.find_spec(module) is None:
@@ -69,7 +71,7 @@ def check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
 
 def check_timeout(value: float | None) -> None:
     """Refuse a time limit that is not a positive number of seconds."""
-    if value is not None and not (math.isfinite(value) and value > 0):
+    if value is not None and not (is_number(value) and math.isfinite(value) and value > 0):
         raise OptionError(
             "timeout must be a positive number of seconds, or None for no limit",
             received=repr(value),
@@ -78,7 +80,7 @@ def check_timeout(value: float | None) -> None:
 
 def check_margin(margin: float | None) -> None:
     """See that this is None or a difference."""
-    if margin is not None and not (math.isfinite(margin) and margin > 0):
+    if margin is not None and not (is_number(margin) and math.isfinite(margin) and margin > 0):
         raise OptionError(
             "The margin is not a difference",
             where="margin",
@@ -87,6 +89,28 @@ def check_margin(margin: float | None) -> None:
             received=repr(margin),
             remedy="give for example 0.005 for half a point of accuracy: within a margin of 0 "
             "nothing is ever equivalent",
+        )
+
+
+def check_threshold(threshold: Any) -> None:
+    """See that this is None or a value of the metric."""
+    if threshold is not None and not is_number(threshold):
+        raise OptionError(
+            "The threshold is not a value of the metric",
+            where="threshold",
+            expected="a number, or None",
+            received=repr(threshold),
+        )
+
+
+def check_runner(runner: Any) -> None:
+    """See that this names a runner."""
+    if not isinstance(runner, str):
+        raise OptionError(
+            "There is no such runner",
+            where="runner",
+            expected="'local', 'here', 'ray', or the address of a Ray cluster",
+            received=repr(runner),
         )
 
 
@@ -128,14 +152,15 @@ def check_placement(model: Any, positions: Sequence[str]) -> tuple[str, ...]:
                 f"No BatchNormalization of this model can be put at {wanted}",
                 where=stray[0],
                 expected="a BatchNormalization that directly follows or precedes an activation",
-                received=f"{len(stray)} sites, none of that kind",
+                received=f"{counted(len(stray), 'site')}, none of that kind",
                 remedy=f"see what truenorm.place(model, '{wanted}') says about each site",
             )
         if stray:
             listed = ", ".join(stray[:5]) + (" …" if len(stray) > 5 else "")
+            sites_left = counted(len(stray), "BatchNormalization site")
             notes.append(
-                f"At {wanted}, {len(stray)} BatchNormalization sites could not be placed and stay "
-                f"where they were: {listed}."
+                f"At {wanted}, {sites_left} could not be placed, and nothing is changed there: "
+                f"{listed}."
             )
     return tuple(notes)
 
@@ -181,7 +206,7 @@ def check_data(data: Any) -> tuple[Arrays, Arrays]:
                 f"The {part} inputs and targets have different lengths",
                 where="data",
                 expected="one target per sample",
-                received=f"{len(x)} inputs, {len(y)} targets",
+                received=f"{counted(len(x), 'input')}, {counted(len(y), 'target')}",
                 remedy="cut them to the same samples",
             )
     for name, first, second in (("inputs", x_train, x_val), ("targets", y_train, y_val)):

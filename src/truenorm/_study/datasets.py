@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from truenorm._errors import DataError, MissingDependencyError
+from truenorm._records.tables import counted
 
 SKLEARN = ("digits", "breast_cancer", "wine", "diabetes")
 KERAS = ("boston_housing", "california_housing", "cifar10", "cifar100", "fashion_mnist", "mnist")
@@ -141,7 +142,7 @@ def _split(x: np.ndarray, y: np.ndarray, seed: int) -> Parts:
         raise DataError(
             "The inputs and targets do not fit together, or are fewer than 5",
             where="data",
-            received=f"{len(x)} inputs, {len(y)} targets",
+            received=f"{counted(len(x), 'input')}, {counted(len(y), 'target')}",
         )
     parts = _groups(y, seed)
     inputs = [x[rows].astype("float32") for rows in parts]

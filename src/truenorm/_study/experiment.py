@@ -9,13 +9,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import keras
 
-from truenorm._checks import check_integer
+from truenorm._checks import check_integer, known_options
 from truenorm._errors import OptionError, OutputError
+from truenorm._model.progress import Wanted
 from truenorm._records.study import Study, Trial
 from truenorm._rewrites.place import Position
 from truenorm._study import checks
@@ -27,17 +29,19 @@ from truenorm._study.folder import (
     Spec,
     digest,
     open_folder,
+    read_about,
     read_result,
     write_data,
     write_json,
 )
 from truenorm._study.here import Here
 from truenorm._study.identity import code_digest
+from truenorm._study.live import told
 from truenorm._study.local import Local
 from truenorm._study.lock import only_driver
 from truenorm._study.models import build_of, made
 from truenorm._study.plan import Plan
-from truenorm._study.pool import OnEvent, Runner, run_all
+from truenorm._study.pool import OnEvent, Progress, Runner, run_all
 from truenorm._study.ray_tasks import RayTasks
 from truenorm._study.surprises import surprises
 from truenorm._study.variants import Variant, Variants, is_positions, positions_in, variants_of
@@ -45,6 +49,7 @@ from truenorm._study.variants import Variant, Variants, is_positions, positions_
 POSITIONS: tuple[Position, ...] = get_args(Position)
 
 
+@known_options
 def study(
     build: Callable[[], Any] | str | Path,
     data: Any,
@@ -66,6 +71,7 @@ def study(
     runner: str = "local",
     resources: Mapping[str, Any] | None = None,
     on_event: OnEvent | None = None,
+    progress: Wanted = None,
 ) -> Study:
     """Train versions of one model, as with BatchNormalization at each position; say what is better.
 
@@ -126,6 +132,8 @@ def study(
             of a cluster.
         resources: Options of Ray's tasks, such as ``{"num_cpus": 4, "num_gpus": 1}``.
         on_event: Called in this thread with a :class:`Progress` for every start, epoch and end.
+        progress: Whether to show how far it is, on the standard error stream. None: on a terminal
+            and in a notebook, unless ``on_event`` is given.
 
     Returns:
         The trials, summaries, paired comparisons and the verdict. A failed trial is among the
@@ -199,6 +207,8 @@ or 'before_activation' or 'after_activation' or 'before_layer'. Received: 'behin
             check_integer(option, value)
     checks.check_timeout(timeout)
     checks.check_margin(margin)
+    checks.check_threshold(threshold)
+    checks.check_runner(runner)
     arrays, function = _data(data)
     plan = Plan(build_of(build), function, named, callbacks)
     model, notes = _tried(plan, arrays, numbers[0], batch_size)
@@ -226,20 +236,31 @@ or 'before_activation' or 'after_activation' or 'before_layer'. Received: 'behin
         folder = Path(temporary if directory is None else directory).resolve()
         specs = specs_of(settings, keep_models=directory is not None)
         with _opened(folder, settings):
-            about = {"name": name, "notes": list(notes), "command": _command()}
+            about: dict[str, Any] = {"name": name, "notes": list(notes), "command": _command()}
             with _writing(folder):
                 trials, todo = _prepare(folder, specs, plan, arrays)
                 if todo:
+                    about["date"] = f"{datetime.now(UTC):%Y-%m-%d, %H:%M} UTC"
                     write_json(folder / ABOUT, about)
+                else:
+                    about |= {key: read_about(folder)[key] for key in ("command", "date")}
             if todo:
-                trials += run_all(
-                    folder,
-                    todo,
-                    _runner(runner, folder, chosen, workers, timeout, resources),
-                    on_event=on_event,
-                    finished=trials,
-                )
+                crew = _runner(runner, folder, chosen, workers, timeout, resources)
+                with told(False if progress is None and on_event else progress) as tell:
+                    trials += run_all(
+                        folder, todo, crew, on_event=_both(on_event, tell), finished=trials
+                    )
     return judged(trials, settings, about)
+
+
+def _both(first: OnEvent | None, second: OnEvent | None) -> OnEvent:
+    """Whoever of the two wants to be told is told."""
+
+    def tell(event: Progress) -> None:
+        for one in filter(None, (first, second)):
+            one(event)
+
+    return tell
 
 
 def _runner(
@@ -406,7 +427,7 @@ def judged(trials: Sequence[Trial], settings: Mapping[str, Any], about: Mapping[
         trials,
         positions=settings["positions"],
         name=about["name"],
-        settings={**settings, "command": about["command"]},
+        settings={**settings, "command": about["command"], "date": about["date"]},
         notes=(*about["notes"], *surprises(trials)),
         margin=settings["margin"],
     )

@@ -3,7 +3,7 @@
 ::
 
     study.json                      the settings that decide the result
-    about.json                      its title, what was noted beforehand, the command
+    about.json                      its title, what was noted beforehand, the command, the date
     .lock                           held by the process that runs the study
     plan.pkl                        the functions that make model, data, variants and callbacks
     data.npz                        the data, where it is given as arrays
@@ -124,6 +124,14 @@ def open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
             received=_listed(wanted, names),
             remedy="give another folder, or the same arguments as before",
         )
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What ``about.json`` says; what it lacks is empty."""
+    about: dict[str, Any] = {"name": folder.name, "notes": [], "command": "", "date": ""}
+    if (folder / ABOUT).exists():
+        about |= json.loads((folder / ABOUT).read_text("utf-8"))
+    return about
 
 
 def _listed(settings: Mapping[str, Any], names: list[str]) -> str:

@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from truenorm._model.progress import Wanted, duration, is_notebook, is_shown, is_terminal, shown
 from truenorm._study.pool import OnEvent, Progress
 
 
@@ -57,7 +58,7 @@ class View:
     def lines(self) -> list[str]:
         """One line for the whole, one for each running trial, one for each variant's mean."""
         left = self.left()
-        when = "" if left is None else f", about {_duration(left)} left"
+        when = "" if left is None else f", about {duration(left)} left"
         failed = f", {self._failed} failed" if self._failed else ""
         lines = [f"{self._done} of {self._total} trials{failed}{when}"]
         for (name, seed), event in sorted(self._running.items()):
@@ -83,12 +84,23 @@ class View:
         return Group(bar, *(Text(line, overflow="ellipsis", no_wrap=True) for line in rest))
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+@contextmanager
+def told(wanted: Wanted) -> Generator[OnEvent | None]:
+    """Show a study that is called in Python, where that is wanted."""
+    if not is_shown(wanted):
+        yield None
+    elif is_notebook() and not is_terminal():
+        view = View()
+        with shown(True, "study") as line:
+
+            def tell(event: Progress) -> None:
+                view.update(event)
+                line.tell(view.lines()[0])
+
+            yield tell
+    else:
+        with live(Console(highlight=False, stderr=True)) as on_event:
+            yield on_event
 
 
 @contextmanager

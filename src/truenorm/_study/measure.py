@@ -71,7 +71,7 @@ def costs(model: Any, batch: Any) -> Costs:
         (time_now,) = _medians((model,), batch)
         return Costs(0, (), time_now)
     try:
-        done = fold(model, probe=batch)
+        done = fold(model, probe=batch, progress=False)
     except TruenormError as error:
         (time_now,) = _medians((model,), batch)
         return Costs(0, (str(error),), time_now)

@@ -11,7 +11,7 @@ from typing import Any
 from truenorm._errors import StudyError
 from truenorm._records.study import Study
 from truenorm._study.experiment import judged, specs_of
-from truenorm._study.folder import ABOUT, read_failure, read_result, write_json
+from truenorm._study.folder import read_about, read_failure, read_result, write_json
 from truenorm._study.lock import only_driver
 
 
@@ -67,9 +67,7 @@ def merge(folder: str | Path, *others: str | Path) -> None:
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         settings = json.loads((folder / "study.json").read_text("utf-8"))
-        about = {"name": folder.name, "notes": [], "command": ""}
-        if (folder / ABOUT).exists():
-            about |= json.loads((folder / ABOUT).read_text("utf-8"))
+        about = read_about(folder)
         specs_of(settings, keep_models=False)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise StudyError(

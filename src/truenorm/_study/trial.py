@@ -161,6 +161,7 @@ class Training:
             # A stream can be read once only; what the batches say is the next best.
             upstream="batch" if once or parts.steps_per_epoch else "population",
             batch_size=self.batch_size,
+            progress=False,
             **({"max_batches": parts.steps_per_epoch} if parts.steps_per_epoch else {}),
         )
 

@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 
 import keras
 
+from truenorm._checks import is_number
 from truenorm._errors import ModelError, OptionError
 from truenorm._keras_internals import layers_in
 from truenorm._layer.arguments import FreezePolicy, check_policy
@@ -59,9 +60,9 @@ class Variant:
                 received=repr(self.change),
             )
         rate, momentum, size = self.learning_rate, self.momentum, self.batch_size
-        if rate is not None and not rate > 0:
+        if rate is not None and not (is_number(rate) and rate > 0):
             raise _bad("learning_rate", "a number above 0, or None", rate)
-        if momentum is not None and not 0 <= momentum <= 1:
+        if momentum is not None and not (is_number(momentum) and 0 <= momentum <= 1):
             raise _bad("momentum", "a number from 0 to 1, or None", momentum)
         if size is not None and (type(size) is not int or size < 1):
             raise _bad("batch_size", "an integer of 1 or more, or None", size)

@@ -48,6 +48,12 @@ class Outcome:
         """What is compared, in a word."""
         return "position" if set(self.means) <= set(get_args(Position)) else "variant"
 
+    def called(self, name: str, *, first: bool = False) -> str:
+        """A version in a sentence, perhaps its first word; ``none`` would be read as "no one"."""
+        if name != "none" or self.kind != "position":
+            return name
+        return f"{'The' if first else 'the'} model without BatchNormalization"
+
     @property
     def noun(self) -> str:
         """The metric in words."""
@@ -79,16 +85,17 @@ def _result(outcome: Outcome) -> list[str]:
     if math.isnan(mean):
         return [f"No {outcome.kind} has a {outcome.noun} that is a number: every run diverged."]
     level = f"{100 * mean:.2f}%" if outcome.in_points else f"{mean:.4g}"
+    best = outcome.called(outcome.best, first=True)
     if len(outcome.seeds) == 1:
         only = (
-            f"{outcome.best} has the best {outcome.noun} ({level}), but with 1 seed nothing can be "
+            f"{best} has the best {outcome.noun} ({level}), but with 1 seed nothing can be "
             "told from chance: run the study with at least 2 seeds, better 5 or more."
         )
         return [only]
     pairs = list(zip(outcome.comparisons, outcome.shown, outcome.equivalent, strict=True))
     if outcome.winner is None:
         first = (
-            f"{outcome.best} has the best mean {outcome.noun} ({level}, {seeds}), but it is not "
+            f"{best} has the best mean {outcome.noun} ({level}, {seeds}), but it is not "
             f"shown to differ from every other {outcome.kind}."
         )
         return [first, *(_pair(outcome, *pair) for pair in pairs), *_flips(outcome)]
@@ -96,12 +103,12 @@ def _result(outcome: Outcome) -> list[str]:
     parts = [_lead(outcome, c, outcome.winner) for c in own]
     count = len(outcome.comparisons)
     first = (
-        f"{outcome.winner} is best: its {outcome.noun} ({level}, {seeds}) is "
+        f"{best} is best: its {outcome.noun} ({level}, {seeds}) is "
         f"{' and '.join(parts)}, shown at the 5% level"
         f"{_corrected(count)} (in brackets: 95% intervals)."
     )
     small = [
-        c.second if outcome.winner == c.first else c.first
+        outcome.called(c.second if outcome.winner == c.first else c.first)
         for c, _, same in pairs
         if same and c in own
     ]
@@ -118,39 +125,50 @@ def _result(outcome: Outcome) -> list[str]:
 
 
 def _lead(outcome: Outcome, comparison: Comparison, leader: str) -> str:
-    """How far the leader is from the other: ``1.20 points [0.40, 2.00] above none's``."""
+    """How far the leader is from the other: ``1.20 points [0.40, 2.00] above that of …``."""
     other = comparison.second if leader == comparison.first else comparison.first
+    amount, higher = _distance(outcome, comparison, leader)
+    called = outcome.called(other)
+    whose = f"{other}'s" if called == other else f"that of {called}"
+    return f"{amount} {'above' if higher else 'below'} {whose}"
+
+
+def _distance(outcome: Outcome, comparison: Comparison, leader: str) -> tuple[str, bool]:
+    """How far apart the two are, and whether the leader's value is the higher one."""
     difference = _seen_from(comparison, leader)
-    below = difference.mean < 0
-    if below:
-        difference = _negative(difference)
-    side = "below" if below else "above"
-    return f"{_told(outcome, difference)} {side} {other}'s"
+    higher = difference.mean >= 0
+    return _told(outcome, difference if higher else _negative(difference)), higher
 
 
 def _pair(outcome: Outcome, comparison: Comparison, shown: bool, equivalent: bool) -> str:
-    first, second, difference = comparison.first, comparison.second, comparison.difference
-    if math.isnan(difference.mean):
-        return f"{first} and {second} cannot be compared: no seed has a number for both."
+    leader, other, difference = comparison.first, comparison.second, comparison.difference
     if (difference.mean > 0) == outcome.lower_is_better and difference.mean != 0:
-        first, second = second, first
+        leader, other = other, leader
+    first, second = outcome.called(leader), outcome.called(other)
+    start = outcome.called(leader, first=True)
+    if math.isnan(difference.mean):
+        return f"{start} and {second} cannot be compared: no seed has a number for both."
+    amount, higher = _distance(outcome, comparison, leader)
+    side = "higher" if higher else "lower"
     if shown:
-        lead = _lead(outcome, comparison, first)
         but = f", which is less than {_margin(outcome)}, the smallest of interest" * equivalent
-        return f"{first} is shown to be better than {second}: its {outcome.noun} is {lead}{but}."
+        return (
+            f"{start} is shown to be better than {second}: its {outcome.noun} is {amount} "
+            f"{side}{but}."
+        )
     if difference.low is None or difference.high is None:
-        return f"{first} and {second} share one seed only, which shows nothing about chance."
+        return f"{start} and {second} share one seed only, which shows nothing about chance."
     if difference.low == difference.high:
         if difference.mean == 0:
-            return f"{first} and {second} gave the same {outcome.noun} in every seed."
+            return f"{start} and {second} gave the same {outcome.noun} in every seed."
         return (
-            f"No difference shown between {first} and {second}: {first}'s {outcome.noun} is "
-            f"{_lead(outcome, comparison, first)} in each of {difference.n} seeds, which leaves no "
+            f"No difference shown between {first} and {second}: the {outcome.noun} of {first} is "
+            f"{amount} {side} in each of {difference.n} seeds, which leaves no "
             "spread to test against; use more seeds or more validation data."
         )
-    seen = _told(outcome, _seen_from(comparison, first))
+    seen = _told(outcome, _seen_from(comparison, leader))
     if equivalent:
-        return _equivalent(outcome, comparison, first, second)
+        return _equivalent(outcome, comparison, leader, other)
     if outcome.margin is not None and comparison.narrow is None:
         return (
             f"Not decided between {first} and {second} in {outcome.noun}: {first} minus {second} "
@@ -169,13 +187,16 @@ def _pair(outcome: Outcome, comparison: Comparison, shown: bool, equivalent: boo
     )
 
 
-def _equivalent(outcome: Outcome, comparison: Comparison, first: str, second: str) -> str:
+def _equivalent(outcome: Outcome, comparison: Comparison, leader: str, other: str) -> str:
     narrow = comparison.narrow or comparison.difference
-    seen = _told(outcome, narrow if first == comparison.first else _negative(narrow))
+    seen = _told(outcome, narrow if leader == comparison.first else _negative(narrow))
+    first, second = outcome.called(leader), outcome.called(other)
+    odds = f"p = {comparison.p_equivalent:.2g} that it is larger"
     return (
-        f"{first} and {second} are equivalent within {_margin(outcome)} in {outcome.noun}: {first} "
-        f"minus {second} is {seen} (90% interval; p = {comparison.p_equivalent:.2g} that it is "
-        f"larger{_corrected(len(outcome.comparisons))}; {comparison.difference.n} seeds)."
+        f"{outcome.called(leader, first=True)} and {second} are equivalent within "
+        f"{_margin(outcome)} in {outcome.noun}: {first} minus {second} is {seen} "
+        f"(90% interval; {odds}{_corrected(len(outcome.comparisons))}; "
+        f"{comparison.difference.n} seeds)."
     )
 
 
@@ -208,7 +229,7 @@ def _corrected(count: int) -> str:
 def _flips(outcome: Outcome) -> list[str]:
     """What the exact sign-flip test says of the differences that are called shown."""
     told = [
-        f"{c.first} and {c.second} p = {c.p_flips:.2g}"
+        f"{outcome.called(c.first)} and {outcome.called(c.second)} p = {c.p_flips:.2g}"
         for c, shown in zip(outcome.comparisons, outcome.shown, strict=True)
         if shown and c.p_flips is not None
     ]
@@ -260,21 +281,23 @@ def _left_out(outcome: Outcome) -> list[str]:
     for position in dict.fromkeys(absent):
         reasons = {_first_line(t) for t in outcome.failed if t.position == position}
         why = "; ".join(sorted(reasons))
-        notes.append(f"{position} is not compared: none of its trials finished ({why}).")
+        name = outcome.called(position, first=True)
+        notes.append(f"{name} is not compared: none of its trials finished ({why}).")
     for trial in outcome.failed:
         if trial.position in absent:
             continue
         reason = _first_line(trial)
         notes.append(
-            f"Seed {trial.seed} is left out at every {outcome.kind}: its {trial.position} trial "
-            f"failed ({reason})."
+            f"Seed {trial.seed} is left out at every {outcome.kind}: its trial of "
+            f"{outcome.called(trial.position)} failed ({reason})."
         )
     for position, seeds in outcome.diverged.items():
         if seeds:
             listed = ", ".join(map(str, seeds))
             notes.append(
-                f"{position} diverged (a metric that is not a number) with seed {listed}; such "
-                f"values are left out of the means, which flatters this {outcome.kind}."
+                f"{outcome.called(position, first=True)} diverged (a metric that is not a number) "
+                f"with seed {listed}; such values are left out of the means, which flatters this "
+                f"{outcome.kind}."
             )
     return notes
 

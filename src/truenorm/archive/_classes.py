@@ -11,18 +11,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from truenorm._errors import ArchiveError
+from truenorm.archive._code import CODE
 
 AREAS = frozenset(
     {"activations", "constraints", "dtype_policies", "initializers", "layers", "losses", "metrics",
      "models", "ops", "optimizers", "quantizers", "random", "regularizers"}
 )  # fmt: skip
 """The parts of Keras that a model is made of; not its file, data and network functions."""
-
-CODE = frozenset(
-    {"Lambda", "TorchModuleWrapper", "TFSMLayer", "JaxLayer", "FlaxLayer", "__lambda__",
-     "__typespec__"}
-)  # fmt: skip
-"""Classes of Keras that hold code, or run a program that was saved elsewhere."""
 
 TOOLS = frozenset(
     {"deserialize", "get", "serialize", "clone_model", "load_model", "model_from_json",

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +95,12 @@ def not_enough_memory(path: str, received: str) -> ArchiveError:
 
 @contextmanager
 def confined(
-    entry: str, arguments: Mapping[str, Any], *, memory: int, output: int | None = None
+    entry: str,
+    arguments: Mapping[str, Any],
+    *,
+    memory: int,
+    output: int | None = None,
+    hear: Callable[[str], bool] | None = None,
 ) -> Generator[Ended]:
     """Call ``module:function`` in a separate process with limits, and wait for its end.
 
@@ -104,6 +109,7 @@ def confined(
         arguments: Its keywords, as JSON can say them.
         memory: Bytes of private memory that the process may take.
         output: Where its standard output goes; None for this process's.
+        hear: Gets each line of its standard error at once; whether it is done with by that.
     """
     with _folder() as folder:
         job = {"folder": str(folder), "memory": memory, "seconds": SECONDS, "entry": entry,
@@ -116,7 +122,7 @@ def confined(
             env={**os.environ, "TMPDIR": str(folder), "JOBLIB_MULTIPROCESSING": "0"},
         )
         try:
-            complaints = _beginning(process.stderr)
+            complaints = _beginning(process.stderr, hear)
             process.wait()
         finally:
             process.kill()
@@ -137,14 +143,15 @@ def _folder() -> Generator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _beginning(stream: IO[bytes] | None) -> str:
-    """What is written to a pipe until it is closed, as far as it is kept."""
+def _beginning(stream: IO[bytes] | None, hear: Callable[[str], bool] | None) -> str:
+    """What is written to a pipe until it is closed, as far as it is kept and not heard."""
     if stream is None:
         return ""
+    kept = bytearray()
     with stream:
-        kept = stream.read(MOST_COMPLAINTS)
-        while stream.read(MOST_COMPLAINTS):
-            pass
+        while line := stream.readline(MOST_COMPLAINTS):
+            if hear is None or not hear(line.decode(errors="replace")):
+                kept += line[: MOST_COMPLAINTS - len(kept)]
     return kept.decode(errors="replace")
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from truenorm._checks import known_options
 from truenorm._errors import ArchiveError, OptionError, OutputError, is_out_of_memory
 from truenorm._records.files import replacing
 from truenorm._records.tables import printable
@@ -46,6 +47,7 @@ SLACK = 1_000_000
 are made with more than they store."""
 
 
+@known_options
 def load(
     path: str | os.PathLike[str],
     *,

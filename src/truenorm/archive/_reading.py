@@ -22,7 +22,8 @@ import numpy as np
 from truenorm._errors import ArchiveError
 from truenorm._records.moments import Array
 from truenorm._records.rewrite import Left
-from truenorm._records.stored_model import StoredLayer, StoredModel, StoredStatistics
+from truenorm._records.stored_model import Code, StoredLayer, StoredModel, StoredStatistics
+from truenorm.archive._code import code_in, package_of
 from truenorm.archive._container import CONFIG, METADATA, WEIGHTS, opened, read_json, weights
 from truenorm.archive._legacy import (
     config_of,
@@ -83,7 +84,11 @@ def _found(
 ) -> StoredModel:
     name = _text(_object(config, "config", CONFIG).get("name", "model"), "name")
     reader.look(config, "", "")
-    return StoredModel(name, *about, tuple(reader.layers), tuple(reader.hidden))
+    layers, hidden = tuple(reader.layers), tuple(reader.hidden)
+    code = dict.fromkeys((path.removeprefix(f"{name}/"), what) for path, what in code_in(config))
+    return StoredModel(
+        name, *about, layers, hidden, tuple(Code(path or name, what) for path, what in code)
+    )
 
 
 @dataclass
@@ -251,8 +256,7 @@ def _snake_case(name: str) -> str:
 
 def _package(entry: Mapping[str, Any]) -> str | None:
     """Keras's or ours; None for a custom class."""
-    module = entry.get("module")
-    package = module.split(".")[0] if isinstance(module, str) else None
+    package = package_of(entry.get("module"))
     return package if package in ("keras", "truenorm") else None
 
 

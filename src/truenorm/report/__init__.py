@@ -1,12 +1,12 @@
 """Reports: records and charts as one HTML file that needs nothing else.
 
-``page`` makes the page, ``charts`` what is drawn on it (``_curves``, ``_pairs`` and ``_gaps``
-paint, ``_canvas`` is what all drawings share), ``study`` the report of a study.
+``page`` makes the page, ``charts`` the pictures on it (the records' own drawings, as SVG),
+``study`` the report of a study.
 """
 
 from __future__ import annotations
 
-from truenorm.report.charts import Chart, comparison, gaps, learning_curves
+from truenorm.report.charts import Chart, comparison, gaps, learning_curves, picture
 from truenorm.report.page import Section, report, save
 from truenorm.report.study import study_page
 
@@ -16,6 +16,7 @@ __all__ = [
     "comparison",
     "gaps",
     "learning_curves",
+    "picture",
     "report",
     "save",
     "study_page",

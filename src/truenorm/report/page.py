@@ -18,7 +18,7 @@ from typing import Any
 from truenorm._errors import MissingDependencyError
 from truenorm._records.files import replacing
 from truenorm._records.tables import Record, Table, printable
-from truenorm.report._canvas import Chart
+from truenorm.report.charts import Chart
 
 _NUMBER = re.compile(r"[+−-]?(\d[\d.,]*(e[+-]?\d+)?%?|nan|inf)( \[.*\])?")
 
@@ -59,6 +59,7 @@ def report(title: str, lead: str | Sequence[str], sections: Sequence[Section]) -
     """
     try:
         import jinja2
+        import markupsafe
     except ImportError as error:
         raise MissingDependencyError(
             "A report needs Jinja2, which is not installed",
@@ -68,12 +69,17 @@ def report(title: str, lead: str | Sequence[str], sections: Sequence[Section]) -
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         # Whatever the template shows passes here, so that no text is forgotten.
-        finalize=lambda value: printable(value) if isinstance(value, str) else value,
+        finalize=lambda value: (
+            printable(value)
+            if isinstance(value, str) and not isinstance(value, markupsafe.Markup)
+            else value
+        ),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["breakable"] = _breakable
     return environment.get_template("page.html").render(
         title=title,
         lead=[lead] if isinstance(lead, str) else list(lead),
@@ -100,6 +106,13 @@ def save(path: str | os.PathLike[str], page: str) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
+
+
+def _breakable(text: str) -> Any:
+    """A cell whose long names may be broken behind underscores and slashes, not within words."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"(?<=\w)[_/](?=\w)", r"\g<0><wbr>", str(escape(printable(text)))))  # noqa: S704
 
 
 def _views(item: Record | Table | Chart) -> list[dict[str, Any]]:

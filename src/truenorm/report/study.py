@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from truenorm._records.study import Study, Trial
+from truenorm._records.study_drawings import recalibrated
 from truenorm._records.tables import Table, number
-from truenorm.report.charts import comparison, learning_curves
+from truenorm.report.charts import comparison, learning_curves, picture
 from truenorm.report.page import Section, report
 
 
@@ -39,8 +40,8 @@ def sections(study: Study) -> list[Section]:
         Section("Comparison", (_counted(study),), (comparison(study, study.metric), *tables[:-1])),
         Section("Learning curves", (), tuple(curves)),
         Section("Cost", _cost_words(study), (_costs(study), *_unfoldable(study))),
-        Section("Health of the statistics", _health_words(study), (_health(study),)),
-        Section("Settings", (), (_settings(study), *_command(study))),
+        _health_part(study),
+        Section("Settings", (), (_settings(study), *_repeat(study))),
     ]
     tests = _test_table(study)
     if tests is not None:
@@ -143,6 +144,11 @@ def _unfoldable(study: Study) -> tuple[Table, ...]:
     return (Table("What cannot be folded", ("variant", "layer and reason"), rows),)
 
 
+def _health_part(study: Study) -> Section:
+    pictures = (picture(study.drawing("statistics")),) if recalibrated(study, study.metric) else ()
+    return Section("Health of the statistics", _health_words(study), (*pictures, _health(study)))
+
+
 def _health(study: Study) -> Table:
     lower = study.lower_is_better
     rows: list[tuple[str, ...]] = []
@@ -209,7 +215,7 @@ def _settings(study: Study) -> Table:
     rows = [
         (f"{key}: {inner}" if inner else key, _said(value))
         for key, given in study.settings.items()
-        if key != "command"
+        if key not in ("command", "date")
         for inner, value in (given.items() if isinstance(given, dict) else [("", given)])
     ]
     return Table("Everything that decides the result", ("setting", "value"), tuple(rows))
@@ -223,6 +229,9 @@ def _said(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def _command(study: Study) -> tuple[Table, ...]:
-    command = study.settings.get("command")
-    return (Table("The command that repeats it", (), (), (str(command),)),) if command else ()
+def _repeat(study: Study) -> tuple[Table, ...]:
+    """When it was run, and how to run it again."""
+    command, date = study.settings.get("command"), study.settings.get("date")
+    when = (f"Run on {date}.",) if date else ()
+    how = (Table("The command that repeats it", (), (), (str(command), *when)),)
+    return how if command else ()

@@ -1,10 +1,10 @@
-r"""PyTorch: the compiled passes on a processor; else native kernels around accurate statistics.
+r"""PyTorch: passes of our own, compiled or by Triton; else native kernels around our statistics.
 
 ``torch.nn.functional.batch_norm`` adds float32 numbers one after the other, so that its mean of
-100,000 values is off by 5e-6 standard deviations. Where the compiled passes (``native.py``)
-cannot be used, the same native kernel is asked for the statistics of groups of 2048 rows at most (a
-free view: groups as channels), which are merged exactly (law of total variance) in float64. The
-native inference kernel normalises with them, and the native training-mode backward, given these
+100,000 values is off by 5e-6 standard deviations. Where the passes of ``passes.py`` cannot be used,
+the same native kernel is asked for the statistics of groups of 2048 rows at most (a free view:
+groups as channels), which are merged exactly (law of total variance) in float64. The native
+inference kernel normalises with them, and the native training-mode backward, given these
 statistics, is the closed form that differentiates through them. It keeps x, mean and rstd. PyTorch
 differentiates it once more; third derivatives are not right.
 
@@ -25,7 +25,7 @@ from torch import distributed
 from truenorm._kernels import composite
 from truenorm._kernels.contract import Normalized, Options, Scalar, Tensor, Vector
 from truenorm._kernels.masks import by_channel
-from truenorm._kernels.torch import native
+from truenorm._kernels.torch import passes
 
 MOST_GROUPS = 32  # These three weigh time against digits.
 MOST_GROUPED_CHANNELS = 2**12  # More running sums than these do not stay in the cache.
@@ -50,11 +50,11 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     """
     axis, epsilon, mask, moving, relu = options
     several = mask is not None and by_channel(mask, axis)
-    if not several and native.takes(x, gamma, beta, mask, *(moving[:2] if moving else ())):
+    if not several and passes.takes(x, mask, gamma, beta, *(moving[:2] if moving else ())):
         if mask is None:
-            return native.normalize(x, gamma, beta, options)
+            return passes.normalize(x, gamma, beta, options)
         last, mask = (values.movedim(axis, -1).contiguous() for values in (x, mask))
-        batch = native.normalize(last, gamma, beta, options._replace(axis=-1, mask=mask))
+        batch = passes.normalize(last, gamma, beta, options._replace(axis=-1, mask=mask))
         return batch._replace(output=batch.output.movedim(-1, axis))
     channels = x.shape[axis]
     count = x.numel() // max(channels, 1)
@@ -63,7 +63,7 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
         or count < 2
         or not _has_native_kernels()
         or x.device.type not in ("cpu", "cuda")
-        or native.watched(x, gamma, beta)
+        or passes.watched(x, gamma, beta)
     ):
         return composite.normalize(x, gamma, beta, options)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -105,13 +105,13 @@ def infer(
         or x.device.type not in ("cpu", "cuda")
         or not x.dtype.is_floating_point
         or x.numel() == 0
-        or native.watched(x, gamma, beta, mean, variance)
+        or passes.watched(x, gamma, beta, mean, variance)
     ):
         return None
     given = (gamma, beta, mean, variance)
     differentiated = x.requires_grad and torch.is_grad_enabled()
-    if not differentiated and native.takes(x, *given):
-        return native.infer(x, *given, axis=axis, epsilon=epsilon)
+    if not differentiated and x.is_cpu and passes.takes(x, None, *given):
+        return passes.infer(x, *given, axis=axis, epsilon=epsilon)
     if not _has_native_kernels():
         return None
     dtype = torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,69 @@
+"""Labels of a data file, and the loss and metrics that they are judged by.
+
+Models are loaded without those that they were compiled with: a file may ask for code there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from truenorm._checks import meant
+from truenorm._errors import OptionError
+
+Loss = Annotated[
+    str | None,
+    typer.Option(
+        help="The model's loss, by Keras's name, to judge it by the labels y of an .npz.",
+        show_default=False,
+    ),
+]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option(help="A metric, by Keras's name; may be repeated.", show_default=False),
+]
+
+_SHORT = ("mse", "mae", "mape", "msle")
+_MADE_BY_COMPILE = ("accuracy", "acc", "crossentropy", "ce")
+
+
+def check_loss(loss: str | None, metrics: Sequence[str] | None, data: Any) -> None:
+    """Refuse names that Keras does not know, and a loss or metric without labels."""
+    import keras
+
+    for option, names, kind in (
+        ("--loss", () if loss is None else (loss,), keras.losses),
+        ("--metric", metrics or (), keras.metrics),
+    ):
+        for name in names:
+            if name not in _MADE_BY_COMPILE or option == "--loss":
+                _check_name(name, option, kind.get, dir(kind))
+    if metrics and loss is None:
+        raise OptionError("A metric is given without a loss", where="--metric", remedy="add --loss")
+    if loss is not None and not isinstance(data, tuple):
+        raise OptionError(
+            "A loss is given without labels",
+            where="--loss",
+            expected="--data with an .npz file that holds x and y",
+        )
+
+
+def compiled(model: Any, loss: str, metrics: Sequence[str] | None) -> None:
+    """Compile the model with these."""
+    model.compile(loss=loss, metrics=list(metrics or ()))
+
+
+def _check_name(name: str, option: str, get: Callable[[str], Any], known: Sequence[str]) -> None:
+    try:
+        get(name)
+    except (ValueError, TypeError) as error:
+        names = [*_SHORT, *(one for one in known if not one.startswith("_"))]
+        raise OptionError(
+            "Keras has nothing of this name",
+            where=option,
+            expected="a name such as mse or sparse_categorical_crossentropy",
+            received=name,
+            remedy=meant(name, names),
+        ) from error

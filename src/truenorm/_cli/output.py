@@ -1,0 +1,41 @@
+"""What the commands say: results on the standard output stream, all else on the standard error."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from truenorm._cli import isolation
+from truenorm._records.drawing import terminal_width
+from truenorm._records.tables import Record, printable
+from truenorm.archive import save
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def show(record: Record, *, as_json: bool) -> None:
+    """Print a record, and flush: if the reader has closed the pipe, the error is raised here."""
+    if as_json:
+        print(record.to_json())
+    else:
+        from rich.console import Console
+
+        Console(highlight=False, width=terminal_width()).print(record)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Say something beside the result."""
+    print(f"truenorm: {printable(text)}", file=sys.stderr)
+
+
+def write(model: Any, out: Path, *, as_json: bool) -> None:
+    """Save a model, and say so if the output is for people."""
+    elsewhere = isolation.handed_over()
+    save(model, elsewhere or out)
+    if not as_json and elsewhere is None:
+        print(f"Saved as {printable(str(out))}")
+        sys.stdout.flush()

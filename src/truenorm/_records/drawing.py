@@ -1,0 +1,123 @@
+"""Tables on a terminal: columns where they fit, stacked lines where they do not.
+
+No word is split, unless it alone is longer than the line. The widths are shared out here, since
+rich narrows columns without regard to the words in them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.cells import cell_len
+from rich.padding import Padding
+from rich.table import Table as Grid
+from rich.text import Text
+
+from truenorm._records.tables import printable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from truenorm._records.tables import Table
+
+DEFAULT_WIDTH = 120
+"""Columns of a pipe or a file, unless the variable COLUMNS says how many."""
+
+NARROW = 100
+"""Below so many columns a table has its cells on one line each, or is stacked."""
+
+_COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+
+
+def terminal_width() -> int:
+    """The variable COLUMNS, else the terminal's width, else the default."""
+    return shutil.get_terminal_size((DEFAULT_WIDTH, 24)).columns
+
+
+def drawn(table: Table, width: int) -> Iterator[RenderableType]:
+    """The table for a terminal of this width."""
+    columns = [printable(column) for column in table.columns]
+    rows = [[printable(cell) for cell in row] for row in table.rows]
+    colours = [_COLOURS.get(severity, "") for severity in table.severities] or [""] * len(rows)
+    yield Text(printable(table.title), style="bold")
+    widths = _widths(columns, rows, width)
+    if widths is not None:
+        yield _in_columns(columns, rows, colours, widths)
+    else:
+        named = _name_width(columns[1:], rows, width)
+        for (first, *others), colour in zip(rows, colours, strict=True):
+            yield Text(first, style=f"bold {colour}")
+            yield _stacked(columns[1:], others, named)
+    for note in table.notes:
+        yield Text(printable(note))
+
+
+def _in_columns(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    colours: Sequence[str],
+    widths: Sequence[int],
+) -> RenderableType:
+    grid = Grid()
+    for column, wide in zip(columns, widths, strict=True):
+        grid.add_column(Text(column), width=wide, overflow="fold")
+    for (first, *others), colour in zip(rows, colours, strict=True):
+        grid.add_row(Text(first, style=colour), *map(Text, others))
+    return grid if columns else Text("", end="")
+
+
+def _name_width(names: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> int:
+    """How wide the names are of stacked cells: on one line each, if the cells leave room."""
+    longest = max(map(cell_len, names), default=0)
+    cell = max((cell_len(cell) for row in rows for cell in row[1:]), default=0)
+    return min(longest, max(_longest_word(names), width // 3, width - cell - 4))
+
+
+def _stacked(names: Sequence[str], cells: Sequence[str], named: int) -> RenderableType:
+    """The cells of a row under each other, behind their names."""
+    grid = Grid.grid(padding=(0, 2, 0, 0))
+    grid.add_column(width=named)
+    grid.add_column(overflow="fold")
+    for name, cell in zip(names, cells, strict=True):
+        grid.add_row(Text(name, style="dim"), Text(cell))
+    return Padding(grid, (0, 0, 0, 2))
+
+
+def _widths(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], width: int
+) -> Sequence[int] | None:
+    """How wide each column of cells is; None where they do not fit."""
+    room = width - 3 * len(columns) - 1  # a line and two blanks around each
+    cells = [[row[index] for row in rows] for index in range(len(columns))]
+    bodies = [max(map(cell_len, column), default=0) for column in cells]
+    wanted = [max(cell_len(name), body) for name, body in zip(columns, bodies, strict=True)]
+    if width < NARROW:  # only headings are wrapped
+        least = [
+            max(_longest_word([name]), body) for name, body in zip(columns, bodies, strict=True)
+        ]
+    else:
+        least = [
+            _longest_word([name, *column]) for name, column in zip(columns, cells, strict=True)
+        ]
+    return _shared_out(wanted, least, room) if sum(least) <= room else None
+
+
+def _shared_out(wanted: Sequence[int], least: Sequence[int], room: int) -> Sequence[int]:
+    """The widths wanted, the widest made narrower until there is room, none below its least."""
+    most = max(wanted, default=0)
+    widths = list(wanted)
+    while sum(widths) > room:
+        most -= 1
+        widths = [max(low, min(one, most)) for one, low in zip(wanted, least, strict=True)]
+    left = room - sum(widths)
+    for index, one in enumerate(wanted):  # what the last step took too much
+        if left and widths[index] == most < one:
+            widths[index] += 1
+            left -= 1
+    return widths
+
+
+def _longest_word(texts: Sequence[str]) -> int:
+    return max((cell_len(word) for text in texts for word in text.split()), default=0)

@@ -15,6 +15,9 @@ PyTorch. It ends when a weight that it has changed is read. The overhead is a st
 of *without* in the same round: the median of all rounds and the quartiles. Beside the times: the
 loss of the first step, the same for the first three but for rounding; and on PyTorch the memory
 that is kept for the backward pass and, on a GPU, how far the memory in use rises in a step.
+
+``--monitor`` measures something else: epochs of ``fit`` with and without ``callbacks.Monitor`` at
+its default setting, in turns, and the time that is spent inside the callback.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import argparse
 import importlib
 import os
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -160,12 +164,70 @@ def table(models: dict[str, Any], steps: dict[str, Step], rounds: int) -> None:
     assert same, "other losses (so it is where a batch has very few values per channel)"
 
 
+class Timed(tn.callbacks.Monitor):
+    """Adds up the time of its own hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spent: dict[str, float] = {}
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if not name.startswith("on_"):
+            return found
+
+        def hook(*args: Any, **kwargs: Any) -> None:
+            start = time.perf_counter()
+            found(*args, **kwargs)
+            self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
+
+        return hook
+
+
+class Repeated(keras.utils.PyDataset):
+    """One batch, as many times as an epoch has steps."""
+
+    def __init__(self, batch: tuple[np.ndarray, np.ndarray], steps: int) -> None:
+        super().__init__()
+        self.batch, self.steps = batch, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.batch
+
+
+def monitored(model: Any, data: Repeated, rounds: int) -> None:
+    """Epochs with and without the monitor, in turns."""
+    timed: list[Timed] = []
+
+    def fit(watched: bool) -> float:
+        timed.extend([Timed()] if watched else [])
+        callbacks = [timed[-1]] if watched else []
+        return model.fit(data, callbacks=callbacks, verbose=0).history["loss"][0]
+
+    runs = {"without": lambda: fit(watched=False), "monitor": lambda: fit(watched=True)}
+    taken = in_turns(runs, rounds)
+    over = [1e3 * (a - b) for a, b in zip(taken["monitor"], taken["without"], strict=True)]
+    epoch = 1e3 * statistics.median(taken["without"])
+    begin = 1e3 * statistics.median(one.spent["on_train_begin"] for one in timed[-rounds:])
+    inside = 1e3 * statistics.median(sum(one.spent.values()) for one in timed[-rounds:]) - begin
+    print(f"an epoch of {data.steps} steps: {epoch:.1f} ms, a step {epoch / data.steps:.1f} ms")
+    print(f"with the monitor longer by {quartiles(over)} ms")
+    print(f"inside the monitor {inside:.1f} ms per epoch, and {begin:.1f} ms when fit begins")
+    print(f"that is {inside / epoch:.2%} of an epoch of {data.steps} steps", end="")
+    print(f", {inside * data.steps / epoch / 100:.2%} of one of 100")
+
+
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=96, help="height and width of the images")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--monitor", action="store_true", help="what callbacks.Monitor costs")
+    parser.add_argument("--steps", type=int, default=20, help="steps per epoch, with --monitor")
     parser.add_argument("--dtype", default="float32", help="dtype policy, as mixed_bfloat16")
     given = parser.parse_args()
     keras.utils.set_random_seed(0)
@@ -173,6 +235,12 @@ def main() -> None:
     random = np.random.default_rng(0)
     x = random.normal(size=(given.batch, given.size, given.size, 3)).astype("float32")
     y = random.integers(0, CLASSES, given.batch)
+    if given.monitor:
+        build: Any = keras.applications.ResNet50
+        model = build(weights=None, classes=CLASSES, input_shape=x.shape[1:])
+        model.compile(keras.optimizers.SGD(1e-9), "sparse_categorical_crossentropy")
+        monitored(model, Repeated((x, y), given.steps), given.rounds)
+        return
     models = candidates(given.size)
     steps = {name: training(model, x, y) for name, model in models.items()}
     framework = importlib.import_module(keras.config.backend())

@@ -45,18 +45,21 @@ from ._records.diagnosis import Finding as Finding
 from ._records.freezing import Freezing as Freezing
 from ._records.inspection import Inspection as Inspection
 from ._records.moments import Moments as Moments
+from ._records.monitoring import Monitoring as Monitoring
 from ._records.observation import Observation as Observation
 from ._records.population import Population as Population
 from ._records.recalibration import Recalibration as Recalibration
 from ._records.rewrite import Rewrite as Rewrite
 from ._records.site import Site as Site
 from ._records.study import Study as Study
+from ._records.synchronization import Synchronization as Synchronization
 from ._rewrites.fold import fold as fold
 from ._rewrites.place import place as place
 from ._rewrites.replace import replace as replace
 from ._statistics.adapt import adapt as adapt
 from ._statistics.collect import collect as collect
 from ._statistics.recalibrate import recalibrate as recalibrate
+from ._statistics.synchronize import sync_statistics as sync_statistics
 from ._study import Variant as Variant
 from ._study import study as study
 

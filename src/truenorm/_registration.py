@@ -1,4 +1,4 @@
-"""Registers the layer with Keras as soon as both are imported, in whichever order.
+"""Registers the layers with Keras as soon as both are imported, in whichever order.
 
 A saved model names its layers, and Keras makes only those that it knows. Importing Keras here would
 make ``import truenorm`` slow, so its import is awaited.
@@ -18,7 +18,8 @@ from typing import Any
 def register_layer() -> None:
     """Register now if Keras is imported, else right after its import."""
     if "keras" in sys.modules:
-        importlib.import_module("truenorm._layer.batch_normalization")
+        for module in ("batch_normalization", "frozen_affine"):
+            importlib.import_module(f"truenorm._layer.{module}")
     elif not any(isinstance(finder, _KerasFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _KerasFinder())
 

@@ -47,6 +47,13 @@ def test_importing_truenorm_is_enough_to_load_a_file(imports: str, file: Path) -
     assert fresh(code, file) == str(tn.BatchNormalization)
 
 
+def test_a_frozen_map_is_loaded_as_well(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(name="bn")])
+    tn.replace(model, to="affine").model.save(tmp_path / "model.keras")
+    code = "import truenorm, keras, sys; print(keras.saving.load_model(sys.argv[1]).layers[0].name)"
+    assert fresh(code, tmp_path / "model.keras") == "bn"
+
+
 def test_an_import_of_keras_that_failed_may_be_tried_again(file: Path) -> None:
     code = (
         "import os, sys, truenorm\n"

@@ -49,6 +49,8 @@ def records(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[type[R
     inspection = tn.inspect(model)
     with tn.observe(model) as observation:
         model.predict(x, verbose=0)
+    monitor = tn.callbacks.Monitor()
+    model.fit(x, x[:, :3], callbacks=[monitor], verbose=0)
     trial = Trial("none", 0, {"val_loss": (1.0, 0.5)}, {"val_loss": 0.5}, 0, 10, 1.0, "a.keras")
     interval = Interval(0.5, None, None, 1)
     made = [
@@ -62,6 +64,8 @@ def records(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[type[R
         tn.collect(model, x),
         tn.recalibrate(model, x),
         tn.freeze(model),
+        tn.sync_statistics(model),
+        monitor.history,
         tn.place(model, "after_activation"),
         tn.diagnose(model, x),
         tn.Finding("TN101", "note", "a problem", "bn", {"gap": 0.5}, "a call"),

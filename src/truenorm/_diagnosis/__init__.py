@@ -86,18 +86,19 @@ def diagnose(
     if domain is not None:
         model = of_domain(model, domain)
     require_one_domain(batch_normalizations(model))  # refuses what there is nothing to say of
-    _refuse_endless(data)
+    refuse_endless(data)
     kept = list(data) if isinstance(data, Iterator) else data
     with shown(progress, "diagnosing") as line:
         facts = Facts(model, kept, y, batch_size, line)
-        return _diagnosis(facts, list(filter(wanted, RULES)))
+        return judged(facts, wanted)
 
 
-def _diagnosis(facts: Facts, rules: Sequence[Rule]) -> Diagnosis:
+def judged(facts: Facts, wanted: Callable[[Rule], bool]) -> Diagnosis:
+    """What the wanted rules find in these facts."""
     findings: list[Finding] = []
     checked: list[str] = []
     skipped: dict[str, list[str]] = {}
-    for rule in rules:
+    for rule in filter(wanted, RULES):
         facts.line.step(rule.code)
         reason = next(filter(None, map(facts.lacks, rule.needs)), None)
         if reason is not None:
@@ -110,7 +111,7 @@ def _diagnosis(facts: Facts, rules: Sequence[Rule]) -> Diagnosis:
     return Diagnosis(facts.model.name, tuple(findings), tuple(checked), left, sites)
 
 
-def _refuse_endless(data: Any) -> None:
+def refuse_endless(data: Any) -> None:
     """Endless data would be read for ever; here there is no limit to give, as elsewhere."""
     try:
         check_limits(data, None, None)
@@ -122,7 +123,7 @@ def _refuse_endless(data: Any) -> None:
         ) from error
 
 
-def selection(select: Codes, ignore: Codes) -> Callable[[Rule], bool]:
+def selection(select: Codes, ignore: Codes = None) -> Callable[[Rule], bool]:
     """Which rules to run: the longest beginning of a code decides, ``ignore`` where they tie."""
     chosen, refused = _beginnings(select, "select"), _beginnings(ignore, "ignore")
 

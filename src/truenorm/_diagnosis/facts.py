@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,12 +16,12 @@ from truenorm._errors import KerasVersionError
 from truenorm._keras_internals import inner_optimizer, is_compiled
 from truenorm._model.data import comes_in_batches, labelled_batches, number_of_batches
 from truenorm._model.graph import Call, Graph, graph_of, read_graph
-from truenorm._model.progress import Line, counted_batches
+from truenorm._model.progress import NOWHERE, Line, counted_batches
 from truenorm._model.sites import batch_normalizations, is_own_class, policy_of, spots
 from truenorm._model.values import numbers
 from truenorm._modes.inspect import inspect
 from truenorm._records.inspection import Inspection
-from truenorm._records.moments import Spread
+from truenorm._records.moments import Array, Spread
 from truenorm._records.recalibration import Gap
 from truenorm._rewrites.replace import why_not_replaced
 from truenorm._statistics.recalibrate import gaps
@@ -51,13 +51,19 @@ class Facts:
         y: Labels of array data, if they are not in ``data``.
         batch_size: Of array data.
         line: Says what is being found out.
+        observed: What the layers did in ``fit``, where that was seen; None: they are tried out.
+        variances: Of the batches in ``fit``, per layer path, where they were seen.
+        runner: Of the model, with its outputs, where there is one already.
     """
 
     model: Any
     data: Any
     y: Any
     batch_size: int
-    line: Line
+    line: Line = NOWHERE
+    observed: Inspection | None = None
+    variances: Mapping[str, Array] = field(default_factory=dict[str, Array])
+    runner: Runner | None = None
 
     def lacks(self, need: Need) -> str | None:
         """Why a rule that needs this cannot run; None if it can."""
@@ -151,6 +157,8 @@ class Facts:
     @cached_property
     def _inspected(self) -> Inspection | str:
         """The inspection, or why there is none."""
+        if self.observed is not None:
+            return self.observed
         if self.data is None and not self.graph:
             return "a subclassed model does not say what its inputs are"
         attempts: list[tuple[Any, ...]] = [()]
@@ -240,7 +248,7 @@ class Facts:
 
     @cached_property
     def _runner(self) -> Runner:
-        return Runner(self.model, self.layers, outputs=True)
+        return self.runner or Runner(self.model, self.layers, outputs=True)
 
     @cached_property
     def _first_batch(self) -> tuple[Any, Any]:

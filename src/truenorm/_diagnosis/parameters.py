@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from numpy.typing import NDArray
 
 from truenorm._diagnosis import remedies
 from truenorm._diagnosis.batches import recalibration_harms
@@ -39,9 +40,8 @@ deviation in inference decides the output."""
 def dead_gamma(facts: Facts) -> Iterator[Fault]:
     """TN201."""
     for layer, path in facts.layers.items():
-        gamma = _gamma(layer)
+        gamma, dead = gamma_of(layer), is_dead(layer)
         size = float(np.sqrt(np.mean(np.square(gamma))))
-        dead = np.abs(gamma) < DEAD * size
         if dead.any():
             evidence = {
                 "dead": int(dead.sum()),
@@ -52,15 +52,20 @@ def dead_gamma(facts: Facts) -> Iterator[Fault]:
             yield Fault(path, evidence, f"filters={int((~dead).sum())}, or a lower regularization")
 
 
+def is_dead(layer: Any) -> NDArray[np.bool_]:
+    """Which channels have next to no gamma."""
+    gamma = gamma_of(layer)
+    return np.abs(gamma) < DEAD * np.sqrt(np.mean(np.square(gamma)))
+
+
 def constant_input(facts: Facts) -> Iterator[Fault]:
     """TN202."""
     population = None if facts.lacks("data") else facts.seen.training
     for layer, path in facts.layers.items():
-        variance = as_float64(layer.moving_variance)
+        variance = facts.variances.get(path, as_float64(layer.moving_variance))
         if population is not None and path in population.sites:
             variance = population.sites[path].variance
-        with np.errstate(invalid="ignore", divide="ignore"):
-            constant = (variance >= 0) & (variance / (variance + layer.epsilon) < CONSTANT)
+        constant = is_constant(layer, variance)
         if constant.mean() >= MANY:
             evidence = {
                 "constant": int(constant.sum()),
@@ -69,6 +74,12 @@ def constant_input(facts: Facts) -> Iterator[Fault]:
                 "epsilon": float(layer.epsilon),
             }
             yield Fault(path, evidence, _against_epsilon(variance[constant]))
+
+
+def is_constant(layer: Any, variance: Array) -> NDArray[np.bool_]:
+    """Which channels of such a variance are as good as constant."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (variance >= 0) & (variance / (variance + layer.epsilon) < CONSTANT)
 
 
 def _against_epsilon(variance: Array) -> str:
@@ -96,7 +107,7 @@ def exploding_scale(facts: Facts) -> Iterator[Fault]:
 
 def _scale(layer: Any, variance: Array) -> Array:
     with np.errstate(invalid="ignore", divide="ignore"):  # stored variances may be anything
-        return np.abs(_gamma(layer)) / np.sqrt(variance + layer.epsilon)
+        return np.abs(gamma_of(layer)) / np.sqrt(variance + layer.epsilon)
 
 
 def _against_the_scale(facts: Facts, layer: Any, path: str) -> str:
@@ -141,7 +152,7 @@ def zero_gamma(facts: Facts) -> Iterator[Fault]:
     for layer, path in facts.layers.items():
         if layer.gamma is not None:
             began = isinstance(layer.gamma_initializer, keras.initializers.Zeros)
-            is_zero = not _gamma(layer).any()
+            is_zero = not gamma_of(layer).any()
             if began or is_zero:
                 evidence = {"gamma_now": "all zero" if is_zero else "learned"}
                 remedy = 'keras.layers.BatchNormalization(gamma_initializer="ones")'
@@ -168,7 +179,8 @@ def redundant_bias(facts: Facts) -> Iterator[Fault]:
             yield Fault(site.path, evidence, f"keras.layers.{name}(…, use_bias=False)")
 
 
-def _gamma(layer: Any) -> Array:
+def gamma_of(layer: Any) -> Array:
+    """Gamma, or ones."""
     if layer.gamma is None:
         return np.ones(layer.moving_mean.shape)
     return as_float64(layer.gamma)

@@ -7,13 +7,14 @@ behind its activation is ``{bn: [], activation: [activation, bn]}``. All rewrite
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 
-from truenorm._errors import ModelError
+from truenorm._errors import ModelError, OptionError
 from truenorm._keras_internals import operation_like
 
 
@@ -28,7 +29,7 @@ class Piece:
         values: One array per variable, in Keras's order, where they are not the source's. What
             else is set on a variable comes from that of the same name.
         arguments: What it is called with besides its input. In the place of its own source it is
-            called with all that the source was called with.
+            called with all that the source was called with, as far as it takes it.
         frozen: Names of variables that the source does not have and that shall not learn.
     """
 
@@ -40,6 +41,8 @@ class Piece:
 
 
 Edit = Mapping[Any, Sequence[Piece]]
+
+_OF_EVERY_LAYER = ("name", "trainable", "dtype")
 
 
 def copy_of(
@@ -62,21 +65,30 @@ def through(chain: Sequence[Piece], operation: Any, args: Any, kwargs: Any) -> A
     value = given = args[0] if args else next(iter(kwargs.values()))
     for piece in chain:
         if piece.source is operation and value is given:
-            value = piece.layer(*args, **kwargs)
+            taken = inspect.signature(piece.layer.call).parameters
+            value = piece.layer(*args, **{k: v for k, v in kwargs.items() if k in taken})
         else:
             value = piece.layer(value, **piece.arguments)
     return value
 
 
 def from_config(layer: Any, kind: Any, **changes: Any) -> Any:
-    """A layer of a class from the config of another one, with changes."""
+    """A layer of a class from the config of another one, as far as it goes, with changes."""
+    known = {*layer.get_config(), *changes}
+    if not isinstance(layer, kind):
+        known &= {*inspect.signature(kind).parameters, *_OF_EVERY_LAYER}
+
+    def made(**config: Any) -> Any:
+        return kind.from_config({k: v for k, v in config.items() if k in known})
+
     try:
         try:
-            new = kind.from_config({**layer.get_config(), **changes})
+            new = made(**layer.get_config() | changes)
         except (TypeError, ValueError):  # it can only name a function or class of the user's
-            config = {**layer.get_config(), **_objects_of(layer), **changes}
-            new = kind.from_config(config)
+            new = made(**layer.get_config() | _objects_of(layer) | changes)
     except (TypeError, ValueError, NotImplementedError) as error:
+        if isinstance(error.__context__, OptionError):  # a layer of ours says itself what is wrong
+            raise error.__context__ from None
         raise ModelError(
             f"This {type(layer).__name__} cannot be made again from its config",
             where=layer.name,

@@ -125,6 +125,10 @@ class _Nothing(Line):
         pass
 
 
+NOWHERE: Line = _Nothing("")
+"""A line that nobody sees."""
+
+
 @contextmanager
 def shown(wanted: Wanted, what: str) -> Generator[Line]:
     """A line for as long as the block is open.
@@ -133,7 +137,7 @@ def shown(wanted: Wanted, what: str) -> Generator[Line]:
         OptionError: ``wanted`` is neither a boolean nor None.
     """
     if not is_shown(wanted):
-        yield _Nothing(what)
+        yield NOWHERE
         return
     line = Line(what, 0.0 if wanted else _QUIET)
     try:

@@ -77,7 +77,7 @@ class _Builder:
         """What stands for an old layer, model or operation; one and the same wherever it is."""
         if old in self.edit:  # inside another layer
             (piece,) = self.edit[old]
-            _build_like(old, piece.layer)
+            build_like(old, piece.layer)
             return piece.layer
         if old not in self.made:
             self.made[old] = old  # until it is made, for what leads back to it
@@ -102,7 +102,7 @@ class _Builder:
                 if not self.edit.keys().isdisjoint(layers_in(old)):  # it would make the old ones
                     raise
                 new = from_config(old, type(old))
-                _build_like(old, new)
+                build_like(old, new)
         self.pieces.append(Piece(new, old))
         return new
 
@@ -193,7 +193,7 @@ def _same_variables(piece: Piece) -> Iterator[tuple[Any, Any]]:
         yield from ((named[one.name], one) for one in new if one.name in named)
 
 
-def _build_like(old: Any, new: Any) -> None:
+def build_like(old: Any, new: Any) -> None:
     """Build a layer as another one was, and under the same path."""
     if old.built and not new.built:
         with scope((old.path or old.name).split("/")[:-1]):

@@ -125,7 +125,7 @@ def counted(count: int, noun: str) -> str:
     """So many of something: "1 layer", "2 layers", "2 batches"."""
     if count == 1:
         return f"1 {noun}"
-    return f"{count} {noun}{'es' if noun.endswith('ch') else 's'}"
+    return f"{count} {noun}{'es' if noun.endswith(('ch', 's')) else 's'}"
 
 
 def grouped(rows: Iterable[tuple[str, tuple[str, ...]]]) -> tuple[tuple[str, ...], ...]:

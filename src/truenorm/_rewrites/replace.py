@@ -1,99 +1,118 @@
-"""Swap every BatchNormalization of a model for ours, or for Keras's own."""
+"""Swap every BatchNormalization of a model for another layer, or for one with other options."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
-import keras
-
-from truenorm._checks import known_options, meant
 from truenorm._errors import ModelError, OptionError
 from truenorm._keras_internals import layers_in
-from truenorm._layer.batch_normalization import BatchNormalization
-from truenorm._model.edit import Edit, Piece, from_config
+from truenorm._model.edit import Edit, Piece
 from truenorm._model.graph import Graph, graph_of, read_graph
 from truenorm._model.progress import Wanted, shown
 from truenorm._model.rebuild import rebuild
-from truenorm._model.sites import is_own_class, spots
+from truenorm._model.sites import spots
 from truenorm._model.trainer import has_optimizer
 from truenorm._records.rewrite import Change, Left, Rewrite
+from truenorm._rewrites.targets import Target, To, target_of
 from truenorm._rewrites.verify import Proof, verify
 
-_OF_EVERY_LAYER = ("name", "trainable", "dtype")
-_CLASSES: dict[str, Any] = {
-    "truenorm": BatchNormalization,
-    "keras": keras.layers.BatchNormalization,
-}
 
-
-@known_options
 def replace(
     model: Any,
-    to: Literal["truenorm", "keras"],
+    to: To = "truenorm",
     *,
+    groups: int | None = None,
     probe: Any = None,
     progress: Wanted = None,
+    **options: Any,
 ) -> Rewrite:
-    """Swap every BatchNormalization for truenorm's or for Keras's, weights and outputs kept.
+    r"""Swap every BatchNormalization for another layer, or for one with other options.
 
-    The function of the model stays: outputs are compared on a probe before the new model is
-    returned. The model given is not changed. Layers are found wherever a model holds them: inside
-    wrappers, RNN cells, blocks and nested models of your own classes, in attributes, lists and
-    dicts; the objects around them are copied with all that they hold. A layer with an option that
-    Keras's does not have is left, with its reason in the receipt.
+    ``"truenorm"``, ``"keras"`` and ``"affine"`` keep what the model computes in inference: outputs
+    are compared on a probe before the new model is returned. ``"group"`` and ``"layer"`` do not
+    and cannot: each sample is then normalised by itself, as small batches, private training and
+    per-sample gradients ask for, and the new model has to be trained. The receipt says which.
+
+    ========== ===================== ===============================================================
+    to         layer                 normalises with
+    ========== ===================== ===============================================================
+    truenorm   truenorm's            the batch or the moving statistics
+    keras      Keras's               the same
+    group      GroupNormalization    one sample's: groups of channels, all positions
+    layer      LayerNormalization    one sample's: all channels, each position by itself
+    affine     a map that is frozen  nothing: a scale and a shift made of the moving statistics
+    ========== ===================== ===============================================================
+
+    The model given is not changed. Layers are found wherever a model holds them: inside wrappers,
+    RNN cells, blocks and nested models of your own classes, in attributes, lists and dicts; the
+    objects around them are copied with all that they hold. A layer that the new one cannot stand
+    for is left, with its reason in the receipt: one with an option that Keras's does not have, or
+    one with an activation of its own inside that is to become another layer.
 
     Args:
         model: Any built ``keras.Model``, subclassed ones and nested ones included.
-        to: ``"truenorm"`` or ``"keras"``: whose layer every site shall have.
+        to: What every site shall have; see the table.
+        groups: With ``"group"``: how many groups; 32, as in the paper, unless given. It has to
+            divide the channels of every layer. 1 is layer normalization over channels and
+            positions together.
         probe: Inputs to compare on; made from the input specification where none are given. What a
             subclassed model takes is not known: without a probe each layer is compared by itself.
         progress: Whether to show what is going on, on the standard error stream. None: on a
             terminal and in a notebook.
+        **options: With ``"truenorm"`` and ``"keras"``: arguments of the layer's constructor that
+            decide how it trains, for every site: ``synchronized``, ``virtual_batch_size``,
+            ``momentum``, ``renorm``, ``bessel_correction``, ``freeze``… Statistics that an option
+            brings along begin at the moving ones; with ``momentum=None`` the count of batches
+            begins at 0, and the first batch takes their place.
 
     Returns:
-        The new model with its receipt. Layer names, weights, ``trainable`` flags (of single
-        variables, too), dtype policies and the compile configuration are carried over; the
-        optimizer starts anew. Weights are the same bit for bit, but under a 16-bit policy, where
-        Keras's layer keeps its statistics in 16 bits. What a constructor of your own makes, it
-        makes again as it is written when a file is loaded: notes say where that is.
+        The new model with its receipt. Layer names, weights (of ``"group"`` and ``"layer"`` gamma
+        and beta), ``trainable`` flags (of single variables, too), dtype policies and the compile
+        configuration are carried over; the optimizer starts anew. Weights are the same bit for bit,
+        but under a 16-bit policy, where Keras's layer keeps its statistics in 16 bits. What a
+        constructor of your own makes, it makes again as it is written when a file is loaded: notes
+        say where that is.
 
     Raises:
         ModelError: The model is not built, has no BatchNormalization, or holds what cannot be
             copied.
-        OptionError: ``to`` is something else.
+        OptionError: ``to`` is something else; ``groups`` does not divide the channels; an option
+            is none of the layer's, or would change what it computes.
         DataError: The model does not take ``probe``.
         VerificationError: The outputs would differ by more than rounding.
 
     Example:
         >>> import keras, truenorm as tn
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
-        >>> rewrite = tn.replace(model, to="truenorm")
+        >>> rewrite = tn.replace(model, synchronized=True)
         >>> type(rewrite.model.layers[0]).__module__.split(".")[0], len(rewrite.changed)
         ('truenorm', 1)
+        >>> type(tn.replace(model, to="group", groups=2).model.layers[0]).__name__
+        'GroupNormalization'
+
+    Reference:
+        Wu and He (2018), "Group Normalization", arXiv:1803.08494. Ba, Kiros and Hinton (2016),
+        "Layer Normalization", arXiv:1607.06450.
     """
-    if to not in list(_CLASSES):  # which may not be hashable
-        raise OptionError(
-            "There is no such layer to replace by",
-            where="to",
-            expected="'truenorm' or 'keras'",
-            received=repr(to),
-            remedy=meant(to, _CLASSES),
-        )
-    edit, changed, left = _plan(model, to)
+    target = target_of(model, to, groups, options)
+    edit, changed, left = _plan(model, target)
+    notes = tuple(_notes(model, edit))
     with shown(progress, "replacing") as line:
         line.step("making the new model")
-        new = rebuild(model, edit)
+        new, kind = rebuild(model, edit), f"replace to {target.name}"
+        if target.note is not None:
+            said = (target.note,) if changed else ()
+            return Rewrite(new, kind, changed, left, notes=(*said, *notes))
         graph = Graph(model, ()) if graph_of(model) is None else read_graph(model)
         proof = verify(graph, edit, (), new, probe, "Replacing", line)
-    proof = Proof(*proof[:3], notes=(*proof.notes, *_notes(model, edit)))
-    return Rewrite(new, f"replace to {to}", changed, left, *proof)
+    proof = Proof(*proof[:3], notes=(*proof.notes, *notes))
+    return Rewrite(new, kind, changed, left, *proof)
 
 
-def why_not_replaced(model: Any, to: str) -> dict[str, str]:
+def why_not_replaced(model: Any, to: To) -> dict[str, str]:
     """Path of every site that stays, and why: all of them, if the model cannot be copied."""
-    edit, changed, left = _plan(model, to)
+    edit, changed, left = _plan(model, target_of(model, to, None, {}))
     try:
         rebuild(model, edit)
     except ModelError as error:
@@ -101,27 +120,20 @@ def why_not_replaced(model: Any, to: str) -> dict[str, str]:
     return {site.path: site.reason for site in left}
 
 
-def _plan(model: Any, to: str) -> tuple[Edit, tuple[Change, ...], tuple[Left, ...]]:
+def _plan(model: Any, target: Target) -> tuple[Edit, tuple[Change, ...], tuple[Left, ...]]:
     edit: dict[Any, list[Piece]] = {}
-    changed: list[Change] = []
-    left: list[Left] = []
-    for spot in spots(model):
-        reason = _why_left(spot.layer, to)
-        if reason is None:
-            edit[spot.layer] = [Piece(from_config(spot.layer, _CLASSES[to]), spot.layer)]
-            changed.append(Change(spot.path, f"now {to}'s BatchNormalization"))
-        else:
-            left.append(Left(spot.path, reason))
-    return edit, tuple(changed), tuple(left)
-
-
-def _why_left(layer: Any, to: str) -> str | None:
-    if type(layer) is _CLASSES[to]:
-        return f"it is {to}'s already"
-    if is_own_class(layer):
-        return f"its class {type(layer).__name__} is a custom subclass"
-    option = _only_ours(layer) if to == "keras" else None
-    return option and f"Keras's layer has nothing like its {option}"
+    reasons: dict[Any, str | None] = {}
+    places = spots(model)
+    for spot in places:  # a shared layer stays if one of its calls does not let it go
+        reasons[spot.layer] = reasons.get(spot.layer) or target.why_left(spot)
+    for layer in [layer for layer, reason in reasons.items() if reason is None]:
+        try:
+            edit[layer] = [target.piece(layer)]
+        except OptionError as error:  # options of its own and the new ones do not go together
+            reasons[layer] = str(error)
+    changed = tuple(Change(spot.path, target.what) for spot in places if spot.layer in edit)
+    left = tuple(Left(s.path, why) for s in places if (why := reasons[s.layer]) is not None)
+    return edit, changed, left
 
 
 def _notes(model: Any, edit: Edit) -> Iterator[str]:
@@ -144,16 +156,3 @@ def _makes_its_own(holder: Any, edit: Edit) -> bool:
     inside = layers_in(holder, itself=False)
     kerass = type(holder).__module__.partition(".")[0] == "keras"
     return not kerass and graph_of(holder) is None and any(layer in edit for layer in inside)
-
-
-def _only_ours(layer: Any) -> str | None:
-    """An option in use that Keras's layer does not have, on this backend; None if there is none."""
-    known = inspect.signature(keras.layers.BatchNormalization).parameters
-    for option, value in layer.get_config().items():
-        if option not in known and option not in _OF_EVERY_LAYER:
-            return option
-        if option == "momentum" and value is None:
-            return option
-        if option == "synchronized" and value and keras.config.backend() != "tensorflow":
-            return option
-    return None

@@ -1,0 +1,67 @@
+"""Recalibrate in ``fit``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from truenorm._checks import check_options
+from truenorm._model.sites import Layers
+from truenorm._records.recalibration import Recalibration
+from truenorm._statistics.collect import Collection, collect, runner_of
+from truenorm._statistics.recalibrate import recalibrate
+from truenorm._statistics.runner import Runner
+from truenorm.callbacks._before_validation import BeforeValidation
+
+
+class Recalibrate(BeforeValidation):
+    """Recalibrate the statistics before each validation, and when the training ends.
+
+    So validation judges the model with the statistics of its weights as they are now, not with an
+    average over weights that it had before. Where something replaces the weights, as the averages
+    of ``keras.callbacks.SwapEMAWeights`` or ``SWA`` of your own do, list this callback *after* it:
+    averaged weights have no statistics of their own until they are recalibrated.
+
+    Training goes on with the statistics that validation had: training does not use them.
+
+    Args:
+        data: As in :func:`truenorm.recalibrate`: the training set or a large enough sample of it.
+        every: Recalibrate in every so many epochs (before validation, or at the epoch's end where
+            there is none), and always when the training ends.
+        **options: Those of :func:`truenorm.recalibrate`: ``upstream``, ``batch_size``…
+
+    Attributes:
+        last: The last :class:`truenorm.Recalibration`; None before the first.
+
+    Raises:
+        OptionError: ``every`` is not a positive integer.
+
+    Example:
+        >>> import keras, numpy as np, truenorm as tn
+        >>> layer = keras.layers.BatchNormalization()
+        >>> model = keras.Sequential([keras.Input((1,)), layer, keras.layers.Dense(1)])
+        >>> model.compile("sgd", "mse")
+        >>> x = np.array([[0.0], [2.0], [4.0], [6.0]], "float32")
+        >>> callback = tn.callbacks.Recalibrate(x)
+        >>> history = model.fit(x, x, epochs=1, callbacks=[callback], verbose=0)
+        >>> float(keras.ops.convert_to_numpy(layer.moving_mean)[0])  # not a hundredth of the way
+        3.0
+
+    Reference:
+        Izmailov et al. (2018), "Averaging Weights Leads to Wider Optima and Better Generalization",
+        section 3.2: batch normalization, arXiv:1803.05407.
+    """
+
+    def __init__(self, data: Any, every: int = 1, **options: Any) -> None:
+        super().__init__(every)
+        check_options(options, collect)
+        self.data, self.options = data, options
+        self.layers: Layers = options.pop("layers", None)
+        self.last: Recalibration | None = None
+        self._runner: Runner | None = None
+
+    def act(self) -> None:
+        """Recalibrate."""
+        if self._runner is None or self._runner.model is not self.model:
+            self._runner = runner_of(self.model, self.layers)  # compiled once, not at each call
+        population = Collection(self._runner, self.data, **self.options).population()
+        self.last = recalibrate(self.model, population)

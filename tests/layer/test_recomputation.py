@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -211,6 +212,13 @@ def test_remat_works_for_layers_of_others() -> None:
     found = trained(lambda: make(tn.remat), steps=2)
     expected = trained(lambda: make(plain), steps=2)
     assert_same(found, expected)
+    if BACKEND == "jax":
+        return
+    other = trained(
+        lambda: make(lambda f: lambda x, scale: keras.remat(partial(f, scale=scale))(x))
+    )
+    kernel, right = other.weights[0], trained(lambda: make(plain)).weights[0]
+    assert np.abs(array(kernel) - array(right)).max() > 1e-3  # it drew others for the gradient
 
 
 def test_a_loss_inside_is_refused() -> None:
@@ -308,6 +316,26 @@ def test_the_tools_see_into_it(kind: Any) -> None:
     for mode in tn.inspect(found, X, Y).modes["fit"]:  # how often it ran is not the same
         assert (mode.updated, mode.learned) == (True, True)
         assert {call.statistics for call in mode.calls} == {"batch"}
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="there it fails, as without renorm")
+def test_the_framework_alone_repeats_renorm_with_other_statistics() -> None:
+    options = {"renorm": True, "renorm_momentum": 0.5}
+    found, exact = (trained(lambda w=wrap: Block(w, **options)) for wrap in (keras.remat, plain))
+    for one, other in zip(*map(statistics, (found.layers[-1], exact.layers[-1])), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)  # one step, as ever
+    assert np.abs(array(found.weights[0]) - array(exact.weights[0])).max() > 1e-3
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="about tf.function")
+def test_a_function_that_tensorflow_traces_once_for_both_passes() -> None:
+    import tensorflow as tf
+
+    inside = trained(lambda: Block(lambda f: tf.recompute_grad(partial(tf.function(f)))))
+    outside = trained(lambda: Block(lambda f: tf.function(tf.recompute_grad(f))))
+    once = oracle()[0]
+    np.testing.assert_allclose(statistics(inside.layers[-1])[0], 1.5 * once, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(statistics(outside.layers[-1])[0], once, rtol=1e-5, atol=1e-6)
 
 
 # --- what does not work, and what Keras's layer does: docs/training.md says so ------------------

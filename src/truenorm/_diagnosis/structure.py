@@ -117,7 +117,7 @@ def gradient_accumulation(facts: Facts) -> Iterator[Fault]:
             "batches_per_step": steps,
             "momentum_per_step": min((float(np.power(m, steps)) for m in momentum), default=0.0),
         }
-        remedy = f"tn.BatchNormalization(accumulation_steps={steps}) in their places"
+        remedy = f'model = tn.replace(model, to="truenorm", accumulation_steps={steps}).model'
         yield Fault(facts.model.name, evidence, remedy)
 
 

@@ -33,6 +33,15 @@ from truenorm._layer.renorm import Renorm
 
 ops: Any = keras.ops
 
+DEFAULTS: dict[str, Any] = {
+    "virtual_batch_size": None,
+    "bessel_correction": False,
+    "accumulation_steps": 1,
+    "domains": None,
+    "domain_affine": False,
+}
+"""Options that Keras's layer does not have, as they are where they are not used."""
+
 
 @keras.saving.register_keras_serializable(package="truenorm")
 class BatchNormalization(keras.layers.BatchNormalization):
@@ -295,19 +304,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
         config = super().get_config()
         if self._policy != "none":
             config["freeze"] = self._policy
-        if self.virtual_batch_size is not None:
-            config["virtual_batch_size"] = self.virtual_batch_size
-        if self.bessel_correction:
-            config["bessel_correction"] = True
         if self.activation is not None:
             config["activation"] = keras.activations.serialize(self.activation)
-        if self.accumulation_steps > 1:
-            config["accumulation_steps"] = self.accumulation_steps
-        if self.domains is not None:
-            config["domains"] = self.domains
-        if self.domain_affine:
-            config["domain_affine"] = True
-        return config
+        used = {name: getattr(self, name) for name in DEFAULTS}
+        return config | {name: used[name] for name in used if used[name] != DEFAULTS[name]}
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
         """As ``keras.layers.Layer.add_weight``; statistics are float32 at least.

@@ -51,7 +51,7 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Diagnosis(Drawn):
+class Diagnosis(Record, Drawn):
     """Everything that was found in a model, and what could not be looked for.
 
     Args:

@@ -14,11 +14,11 @@ from truenorm._records import population_file as storage
 from truenorm._records.drawings.drawing import Drawing, Drawn
 from truenorm._records.drawings.rows import Rows, Span
 from truenorm._records.moments import ROWS, Moments, Spread, from_rows, to_rows
-from truenorm._records.tables import Table, number
+from truenorm._records.tables import Record, Table, number
 
 
 @dataclass(frozen=True)
-class Population(Drawn):
+class Population(Record, Drawn):
     """The moments of every BatchNormalization's input over a data set.
 
     Args:

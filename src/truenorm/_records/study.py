@@ -152,7 +152,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Study(Drawn):
+class Study(Record, Drawn):
     """A controlled experiment over positions and seeds, and what it shows.
 
     Args:

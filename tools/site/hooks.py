@@ -18,6 +18,8 @@ _FORMULA = re.compile(
 )
 _HIDDEN = re.compile(r"<!--.*?-->\n*", re.DOTALL)
 _REFERENCE = re.compile(r"^::: truenorm\.(.*)$", re.MULTILINE)
+_BROKEN = re.compile(r"(?<=[\u3000-\u9fff\uff00-\uffef])\n(?=[\u3000-\u9fff\uff00-\uffef])")
+"""An end of a line in Chinese, of which a browser makes a space."""
 _PAGES: dict[str, str] = {}
 """Of each English page: its address, and its Markdown."""
 
@@ -30,8 +32,9 @@ def on_config(config: Any, **_: Any) -> None:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Leave out what is for the tests only: code that stands in a comment."""
     shown = _HIDDEN.sub("", markdown)
-    if not page.file.src_uri.endswith(".zh-CN.md"):
-        _PAGES[page.file.src_uri] = shown
+    if page.file.src_uri.endswith(".zh-CN.md"):
+        return _BROKEN.sub("", shown)
+    _PAGES[page.file.src_uri] = shown
     return shown
 
 

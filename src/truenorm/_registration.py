@@ -1,18 +1,23 @@
 """Registers the layers with Keras as soon as both are imported, in whichever order.
 
 A saved model names its layers, and Keras makes only those that it knows. Importing Keras here would
-make ``import truenorm`` slow, so its import is awaited.
+make ``import truenorm`` slow, so its import is awaited; where it fails for want of a backend, what
+to install is said.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+from truenorm._backends import Backend
+from truenorm._errors import MissingDependencyError
 
 
 def register_layer() -> None:
@@ -45,7 +50,28 @@ def _call_after(loader: Loader) -> None:
     run: Any = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
-        run(module)
+        try:
+            run(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name not in list(Backend):
+                raise
+            raise _missing(error.name) from error
         register_layer()
 
     loader.exec_module = exec_module
+
+
+def _missing(backend: str) -> MissingDependencyError:
+    """Keras wants a backend that is not there; it takes TensorFlow where nobody chose one."""
+    installed = [name for name in Backend if importlib.util.find_spec(name) is not None]
+    if installed:
+        remedy = f"set KERAS_BACKEND={installed[0]} before Keras is imported"
+    else:
+        remedy = 'pip install "truenorm[jax]", or [tensorflow], or [torch]; then set KERAS_BACKEND'
+    return MissingDependencyError(
+        f"Keras is to work on {backend}, which is not installed",
+        where="KERAS_BACKEND",
+        expected=", ".join(installed or Backend),
+        received=backend,
+        remedy=remedy,
+    )

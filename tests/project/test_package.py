@@ -72,6 +72,38 @@ def test_no_framework_beyond_kerass_own_is_imported() -> None:
     assert run(code) == "set()"
 
 
+def test_a_backend_that_is_missing_is_said_with_what_to_do() -> None:
+    code = (
+        "import importlib.util, sys; find, gone = importlib.util.find_spec, set(sys.argv[1:])\n"
+        "importlib.util.find_spec = lambda name, *a: None if name in gone else find(name, *a)\n"
+        "class Gone:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name in gone: raise ModuleNotFoundError('No module', name=name)\n"
+        "sys.meta_path.insert(0, Gone())\n"
+        "import truenorm; truenorm.BatchNormalization"
+    )
+
+    def said(*gone: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *gone], capture_output=True, text=True, check=False,
+            env={**os.environ, "KERAS_BACKEND": "tensorflow"},
+        )  # fmt: skip
+        return done.stderr.splitlines()[-1]
+
+    problem = (
+        "truenorm._errors.MissingDependencyError: Keras is to work on tensorflow, which is not "
+        "installed (at 'KERAS_BACKEND'). Expected: "
+    )
+    assert said("tensorflow") == (
+        f"{problem}jax, torch. Received: tensorflow. Remedy: set KERAS_BACKEND=jax before Keras is "
+        "imported."
+    )
+    assert said("tensorflow", "jax", "torch") == (
+        f"{problem}jax, tensorflow, torch. Received: tensorflow. Remedy: pip install "
+        '"truenorm[jax]", or [tensorflow], or [torch]; then set KERAS_BACKEND.'
+    )
+
+
 SOURCES = {
     ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "src" / "truenorm").rglob("*.py"))

@@ -14,7 +14,7 @@ from truenorm._records import population_file as storage
 from truenorm._records.drawings.drawing import Drawing, Drawn
 from truenorm._records.drawings.rows import Rows, Span
 from truenorm._records.moments import ROWS, Moments, Spread, from_rows, to_rows
-from truenorm._records.tables import Table, counted, number
+from truenorm._records.tables import Record, Table, counted, number
 
 
 @dataclass(frozen=True, repr=False)

@@ -38,7 +38,7 @@ def check_identifiers(
     constraints: Mapping[str, Any],
 ) -> None:
     """Refuse an axis that is no number, and names that Keras does not know."""
-    single = next(iter(cast(Any, axis)), None) if isinstance(axis, list | tuple) else axis
+    single: Any = next(iter(cast(Any, axis)), None) if isinstance(axis, list | tuple) else axis
     try:
         int(single)
     except (TypeError, ValueError) as error:

@@ -188,6 +188,12 @@ def test_findings_stand_at_their_site_the_gravest_on_top() -> None:
     assert names(axes.xaxis) == [*PATHS]
 
 
+def test_findings_of_a_record_that_knows_no_sites_stand_in_their_own_order() -> None:
+    axes = replace(diagnosis(), sites=()).plot()
+    assert names(axes.xaxis) == [PATHS[0], PATHS[2], PATHS[1], "net"]
+    assert set(marks(axes, "X")) == {(2, 0)}
+
+
 def test_a_clean_diagnosis_says_so() -> None:
     axes = Diagnosis("net", (), ("TN101",), (), PATHS).plot()
     assert words(axes) == ["Nothing was found."]
@@ -338,6 +344,14 @@ def test_the_given_axes_are_drawn_on_and_come_back(record: str) -> None:
     assert not both[1].has_data()
     assert axes.get_figure() is figure
     assert len(plt.get_fignums()) == 1
+
+
+def test_transparent_axes_stay_transparent() -> None:
+    axes = plt.subplots(facecolor="black")[1]
+    axes.set_facecolor("none")
+    recalibration().plot(axes)
+    assert to_hex(axes.get_facecolor(), keep_alpha=True) == "#00000000"
+    assert {to_hex(t.get_color()) for t in axes.get_legend().get_texts()} == {DARK["ink"]}
 
 
 @pytest.mark.parametrize("record", every_record())

@@ -81,6 +81,20 @@ def test_a_folder_says_the_same_as_the_run(both: tuple[Path, Path, Study]) -> No
     assert load(folder) == result
 
 
+def test_a_study_called_again_keeps_its_date_and_command(
+    both: tuple[Path, Path, Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, result = both
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d, \d\d:\d\d UTC", result.settings["date"])
+    about = json.loads((folder / "about.json").read_text())
+    (folder / "about.json").write_text(json.dumps({**about, "date": "2020-01-02, 03:04 UTC"}))
+    monkeypatch.setattr(sys, "argv", ["another.py"])
+    again = run(folder, seeds=(0, 1), margin=0.1)
+    (folder / "about.json").write_text(json.dumps(about))
+    assert again.settings["date"] == "2020-01-02, 03:04 UTC"
+    assert again.settings["command"] == result.settings["command"]
+
+
 def test_merging_adds_the_others_trials(both: tuple[Path, Path, Study], tmp_path: Path) -> None:
     import shutil
 

@@ -104,6 +104,7 @@ class Diagnosis(Record, Drawn):
         title = f"Diagnosis {self.summary()}"
         if not self.findings:
             return Message(title=title, alt="Nothing was found.", text="Nothing was found.")
+        places = self.sites or tuple(dict.fromkeys(f.site for f in self.findings))
         graves = sorted(self.findings, key=lambda f: -SEVERITIES.index(f.severity))
         codes = {finding.code: finding.problem for finding in graves}
         sites = {code: [f.site for f in graves if f.code == code] for code in codes}
@@ -111,9 +112,9 @@ class Diagnosis(Record, Drawn):
             title=title,
             alt=". ".join(f"{code}, {codes[code]}: {joined(sites[code])}" for code in codes),
             notes=("A finding about the whole model is a line along all of it.",)
-            if any(f.site not in self.sites for f in graves)
+            if any(f.site not in places for f in graves)
             else (),
-            places=self.sites,
+            places=places,
             rows=codes,
             marks=[Mark(f.code, f.site, f.severity) for f in graves],
         )

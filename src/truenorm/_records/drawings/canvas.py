@@ -58,27 +58,21 @@ class Canvas:
             lines: Lines of a legend that stands between the title and the Axes.
         """
         axes, theme = self.axes, self.theme
-        axes.set_facecolor(theme["paper"])
         axes.grid(visible=True, axis=along, color=theme["grid"], linewidth=1)
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(theme["faint"])
         axes.tick_params(length=0, labelsize=self.small, labelcolor=theme["muted"], pad=6)
-        self.head(unit, lines)
+        axes.set_title(
+            printable(unit if self.title is None else self.title),
+            loc="left",
+            fontsize=self.small / 0.92,
+            color=theme["ink"],
+            pad=10 + lines * 1.5 * self.small,
+        )
         if self.title is not None:
             label = axes.set_xlabel if along == "x" else axes.set_ylabel
             label(printable(unit), color=theme["muted"], fontsize=self.small)
-
-    def head(self, unit: str, lines: int = 0) -> None:
-        """The title above the Axes, or the unit where a caption has the title."""
-        text = printable(unit if self.title is None else self.title)
-        self.axes.set_title(
-            text,
-            loc="left",
-            fontsize=self.small / 0.92,
-            color=self.theme["ink"],
-            pad=10 + lines * 1.5 * self.small,
-        )
 
     def write(
         self,

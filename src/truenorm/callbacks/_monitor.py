@@ -109,6 +109,7 @@ class Monitor(keras.callbacks.Callback):
         self._trained, self._in_epoch, self._next = 0, 0, 0
         self._length: int | None = (self.params or {}).get("steps")
         self._tried_out = False
+        self._inspection: Inspection | None = None
         self.history = self._record()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
@@ -221,9 +222,12 @@ class Monitor(keras.callbacks.Callback):
             self._tried_out = True
             return None
         modes = {"fit": tuple(did[spot.layer] for spot in self._spots)}
-        sites = tuple(map(describe_spot, self._spots))
-        model: Any = self.model
-        return Inspection(model.name, sites, modes, surprises(model, self._spots, modes))
+        if self._inspection is None or self._inspection.modes != modes:  # as a rule it is as ever
+            model: Any = self.model
+            sites = tuple(map(describe_spot, self._spots))
+            causes = surprises(model, self._spots, modes)
+            self._inspection = Inspection(model.name, sites, modes, causes)
+        return self._inspection
 
     def _warn(self, found: Iterable[Finding], epoch: int) -> None:
         new: dict[str, list[Finding]] = {}

@@ -62,7 +62,7 @@ def check_options(names: Iterable[str], function: Callable[..., Any]) -> None:
             )
 
 
-def meant(given: Any, choices: Iterable[str], *, alike: float = 0.6) -> str | None:
+def meant(given: Any, choices: Iterable[str], *, alike: float = 0.7) -> str | None:
     """The remedy for something misspelt: what was probably meant; None if nothing is alike."""
     close = difflib.get_close_matches(str(given), list(choices), n=1, cutoff=alike)
     return f"write {close[0]}" if close else None

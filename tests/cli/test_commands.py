@@ -156,8 +156,8 @@ def test_what_cannot_be_written_is_refused_before_anything_is_loaded(
         assert (code, problem in errors) == (2, True)
     assert command("diagnose", "model.keras", "--select", "TN9", "--no-isolate")[0] == 2
     assert command("diagnose", "model.keras", "--data", "no.npy", "--no-isolate")[0] == 2
-    assert command("diagnose", "model.keras", "--data", "train.npz", "--loss", "mes",
-                   "--no-isolate")[2].endswith("Received: mes. Remedy: write mse.\n")  # fmt: skip
+    assert command("diagnose", "model.keras", "--data", "train.npz", "--loss", "mean_sqared_error",
+                   "--no-isolate")[2].endswith("Remedy: write mean_squared_error.\n")  # fmt: skip
 
 
 def test_force_replaces_a_file(command: Command, tmp_path: Path) -> None:

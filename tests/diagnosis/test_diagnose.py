@@ -204,6 +204,25 @@ def test_the_record_goes_to_json() -> None:
     assert plain["skipped"][0]["reason"] == "no data was given"
 
 
+def test_the_record_knows_all_sites_in_their_order_and_draws_its_findings_there() -> None:
+    layers = [L.BatchNormalization(name=name) for name in ("z", "a", "m")]
+    between = [L.Conv2D(4, 1, use_bias=name == "m", name=f"conv_{name}") for name in "zam"]
+    model = keras.Sequential(
+        [
+            keras.Input((2, 2, 3)),
+            *(one for pair in zip(between, layers, strict=True) for one in pair),
+        ],
+        name="net",
+    )
+    diagnosis = tn.diagnose(model, select="TN206")
+    assert diagnosis.sites == ("z", "a", "m")
+    assert [f.site for f in diagnosis.findings] == ["m"]
+    axes = diagnosis.plot()
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["z", "a", "m"]
+    assert 2.0 in [x for line in axes.lines for x in line.get_xdata() if line.get_marker() == "o"]
+    assert tn.diagnose(subclassed(), select="TN105").sites
+
+
 # --- the pages ---------------------------------------------------------------------------------
 
 

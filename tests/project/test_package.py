@@ -162,6 +162,9 @@ MODEL = keras.Sequential(
         (lambda _: tn.study("mlp", "wine", epochs=3, backend="trch"), "backend", "torch"),
         (lambda _: tn.archive.load("m.keras", max_parameter=3), "max_parameter", "max_parameters"),
         (lambda _: tn.BatchNormalization(momentm=0.9), "momentm", "momentum"),
+        (lambda _: tn.BatchNormalization(activation="rleu"), "activation", "relu"),
+        (lambda _: tn.BatchNormalization(gamma_initializer="onse"), "gamma_initializer", "ones"),
+        (lambda _: tn.Variant(learnin_rate=1e-3), "learnin_rate", "learning_rate"),
     ],
 )  # fmt: skip
 def test_a_misspelt_option_is_answered_with_the_right_one(
@@ -171,6 +174,32 @@ def test_a_misspelt_option_is_answered_with_the_right_one(
         call(np.ones((4, 4), "float32"))
     assert refused.value.where == where
     assert refused.value.remedy == f"write {remedy}"
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (lambda _: tn.BatchNormalization(axis="a"), "The axis of BatchNormalization is a number"),
+        (lambda x: tn.BatchNormalization(axis=7)(x), "does not have this axis"),
+        (lambda _: tn.BatchNormalization(epsilon="a"), "Expected: a number of 0 or more"),
+        (lambda _: tn.Variant(momentum="a"), "A variant has an impossible setting"),
+        (lambda _: tn.place(MODEL, ["none"]), "There is no such position"),
+        (lambda _: tn.replace(MODEL, ["keras"]), "There is no such layer to replace by"),
+        (lambda _: tn.freeze(MODEL, layers=3), "No BatchNormalization of the model is meant"),
+        (lambda x: tn.diagnose(MODEL, x, select=3), "No rule has a code that begins so"),
+        (lambda x: tn.collect(MODEL, x.astype(str)), "The data is not numbers"),
+        (lambda x: tn.diagnose(MODEL, x.astype(object)), "The data is not numbers"),
+        (lambda x: tn.collect(MODEL, x, shard="yes"), "Whether processes share the data"),
+        (lambda x: tn.study(lambda: MODEL, ((x, x), (x, x)), epochs=1, margin="a"), "margin"),
+        (lambda x: tn.study(lambda: MODEL, ((x, x), (x, x)), epochs=1, threshold="a"), "threshold"),
+        (lambda x: tn.study(lambda: MODEL, ((x, x), (x, x)), epochs=1, runner=3), "runner"),
+        (lambda _: tn.archive.save(None, "m.keras"), "This is not a Keras model"),
+    ],
+)
+def test_a_users_mistake_is_no_error_of_a_framework(call: Any, problem: str) -> None:
+    with pytest.raises(tn.TruenormError) as refused:
+        call(np.ones((4, 4), "float32"))
+    assert problem in str(refused.value)
 
 
 def test_the_layer_takes_what_keras_takes() -> None:

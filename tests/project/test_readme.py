@@ -29,6 +29,10 @@ def test_the_code_runs_from_top_to_bottom(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    in_fit, stale, recalibrated = map(float, done.stdout.split()[:3])
+    assert in_fit > 0.95
+    assert stale < 0.3
+    assert recalibrated > 0.95
     for shown in (
         "place after_activation: 33 of 53 sites changed",
         "before_activation − after_activation",
@@ -37,6 +41,7 @@ def test_the_code_runs_from_top_to_bottom(tmp_path: Path) -> None:
     ):
         assert shown in done.stdout
     assert (tmp_path / "deploy.keras").is_file()
+    assert (tmp_path / "modes.png").is_file()
 
 
 def test_both_languages_show_the_same_code_of_public_names() -> None:

@@ -289,6 +289,12 @@ def test_a_view_or_metric_that_there_is_not_is_refused() -> None:
             make_study(seeds=1).plot(view=view, metric="f1")
 
 
+def test_up_to_eight_versions_have_colours_of_their_own() -> None:
+    for versions in (tuple("abcdefgh"), (*"abcd", "none", "before_activation")):
+        study = make_study(versions, seeds=2, epochs=3)
+        assert len(means_of(study.plot(view="curves"))) == len(versions)
+
+
 # --- over time ----------------------------------------------------------------------------------
 
 

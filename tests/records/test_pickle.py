@@ -21,7 +21,6 @@ import small_models as models
 import truenorm as tn
 import truenorm._records
 from truenorm import archive
-from truenorm._records.drawings.drawing import Drawn
 from truenorm._records.study import Comparison, Interval, Trial
 from truenorm._records.tables import Record
 
@@ -80,7 +79,7 @@ def records(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[type[R
 def kinds() -> list[type[Record]]:
     for module in pkgutil.iter_modules(truenorm._records.__path__):
         importlib.import_module(f"truenorm._records.{module.name}")
-    return [*(k for k in Record.__subclasses__() if k is not Drawn), *Drawn.__subclasses__()]
+    return Record.__subclasses__()
 
 
 def through_pickle(record: Any) -> Any:

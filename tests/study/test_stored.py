@@ -284,7 +284,7 @@ def test_the_command_runs_a_study_and_shows_it(tmp_path: Path) -> None:
         *("--runner", "here", "--report", str(page)),
     )
     assert done.returncode == 0, done.stderr
-    assert "finished none, seed 1: 3 of 4 trials" in done.stdout
+    assert "finished none, seed 1: 3 of 4 trials" in done.stderr
     assert "Verdict" in done.stdout
     text = page.read_text("utf-8")
     assert "truenorm study mlp:4" in text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import keras
 
@@ -29,6 +29,46 @@ def check_average(momentum: Any, epsilon: Any) -> None:
             expected="a number of 0 or more",
             received=repr(epsilon),
         )
+
+
+def check_identifiers(
+    axis: Any,
+    initializers: Mapping[str, Any],
+    regularizers: Mapping[str, Any],
+    constraints: Mapping[str, Any],
+) -> None:
+    """Refuse an axis that is no number, and names that Keras does not know."""
+    single = next(iter(cast(Any, axis)), None) if isinstance(axis, list | tuple) else axis
+    try:
+        int(single)
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            "The axis of BatchNormalization is a number",
+            where="axis",
+            expected="an integer: -1 for the last axis, 1 for channels first",
+            received=repr(axis),
+        ) from error
+    for module, given in (
+        (keras.initializers, initializers),
+        (keras.regularizers, regularizers),
+        (keras.constraints, constraints),
+    ):
+        for argument, name in given.items():
+            if isinstance(name, str):
+                _check_name(module, argument, name)
+
+
+def _check_name(module: Any, argument: str, name: str) -> None:
+    try:
+        module.get(name)
+    except ValueError as error:
+        raise OptionError(
+            "Keras has nothing of this name",
+            where=argument,
+            expected=f"a name of keras.{module.__name__.rpartition('.')[2]}",
+            received=repr(name),
+            remedy=meant(name, dir(module)),
+        ) from error
 
 
 def check_axis(axis: Any, rank: int, where: str | None) -> None:

@@ -22,6 +22,7 @@ from truenorm._layer.arguments import (
     check_axis,
     check_domains,
     check_ghosts,
+    check_identifiers,
     check_names,
     check_policy,
     check_renorm,
@@ -192,6 +193,17 @@ class BatchNormalization(keras.layers.BatchNormalization):
         **kwargs: Any,
     ) -> None:
         check_names(kwargs, inspect.signature(BatchNormalization.__init__).parameters)
+        check_identifiers(
+            axis,
+            {
+                "beta_initializer": beta_initializer,
+                "gamma_initializer": gamma_initializer,
+                "moving_mean_initializer": moving_mean_initializer,
+                "moving_variance_initializer": moving_variance_initializer,
+            },
+            {"beta_regularizer": beta_regularizer, "gamma_regularizer": gamma_regularizer},
+            {"beta_constraint": beta_constraint, "gamma_constraint": gamma_constraint},
+        )
         check_average(momentum, epsilon)
         check_renorm(renorm, renorm_clipping)
         check_ghosts(virtual_batch_size, {"renorm": renorm, "synchronized": synchronized})

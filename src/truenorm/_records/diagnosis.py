@@ -55,7 +55,7 @@ class Skipped:
 
 
 @dataclass(frozen=True, repr=False)
-class Diagnosis(Drawn):
+class Diagnosis(Record, Drawn):
     """Everything that was found in a model, and what could not be looked for.
 
     Args:

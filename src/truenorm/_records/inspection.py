@@ -9,7 +9,7 @@ from truenorm._records.drawings.depth import Kind, Strips
 from truenorm._records.drawings.drawing import Drawing, Drawn
 from truenorm._records.observation import Mode
 from truenorm._records.site import Site
-from truenorm._records.tables import Table, counted, grouped, joined
+from truenorm._records.tables import Record, Table, counted, grouped, joined
 
 ENTRY_POINTS = ("fit", "evaluate", "predict", "model(x)", "model(x, training=True)")
 """What ``inspect`` runs."""
@@ -31,7 +31,7 @@ class Surprise:
 
 
 @dataclass(frozen=True, repr=False)
-class Inspection(Drawn):
+class Inspection(Record, Drawn):
     """Every site of a model, and what it did in each entry point.
 
     Args:

@@ -105,10 +105,22 @@ def _made(kind: Any, value: Any, where: str) -> Any:
         items = _checked(dict, value, where).items()
         return {key: _made(arguments[1], part, _below(where, key)) for key, part in items}
     if origin is np.ndarray:
-        return np.array([_made(float, part, where) for part in _checked(list, value, where)], float)
+        return _array(_checked(list, value, where), where)
     if kind is float:
         return math.nan if value is None else float(_checked((int, float), value, where))
     return _checked(kind, value, where)
+
+
+def _array(rows: Any, where: str) -> np.ndarray[Any, Any]:
+    def numbers(part: Any) -> Any:
+        if isinstance(part, list):
+            return [numbers(one) for one in cast(list[Any], part)]
+        return _made(float, part, where)
+
+    try:
+        return np.array(numbers(rows), float)
+    except ValueError:  # rows of unlike lengths
+        return _refused("an array", rows, where)
 
 
 def _record(kind: type[Any], content: dict[str, Any], where: str) -> Any:
@@ -145,7 +157,9 @@ def _one_of(kinds: Sequence[Any], value: Any, where: str) -> Any:
 
 def _checked(kind: Any, value: Any, where: str) -> Any:
     wrong = isinstance(value, bool) and kind is not bool
-    return value if isinstance(value, kind) and not wrong else _refused(kind, value, where)
+    if isinstance(value, kind) and not wrong:
+        return value
+    return _refused("a number" if kind == (int, float) else kind, value, where)
 
 
 def _refused(kind: Any, value: Any, where: str) -> Any:
@@ -153,7 +167,7 @@ def _refused(kind: Any, value: Any, where: str) -> Any:
 
 
 def _name(kind: Any) -> str:
-    return getattr(kind, "__name__", None) or str(kind)
+    return kind if isinstance(kind, str) else getattr(kind, "__name__", None) or str(kind)
 
 
 def _below(where: str, name: str) -> str:

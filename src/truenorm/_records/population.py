@@ -18,7 +18,7 @@ from truenorm._records.tables import Table, counted, number
 
 
 @dataclass(frozen=True, repr=False)
-class Population(Drawn):
+class Population(Record, Drawn):
     """The moments of every BatchNormalization's input over a data set.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Literal
 from truenorm._records.drawings.drawing import Drawing, Drawn, Message
 from truenorm._records.drawings.rows import Rows, Span
 from truenorm._records.population import Population
-from truenorm._records.tables import NOT_DATA, Table, counted, number
+from truenorm._records.tables import NOT_DATA, Record, Table, counted, number
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Gap:
 
 
 @dataclass(frozen=True, repr=False)
-class Recalibration(Drawn):
+class Recalibration(Record, Drawn):
     """Moving statistics replaced by the population's; what was before can be put back.
 
     Args:

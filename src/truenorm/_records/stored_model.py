@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from truenorm._records.rewrite import Left
-from truenorm._records.tables import Record, Table, counted, number
+from truenorm._records.tables import Record, Table, counted, grouped, number
 
 
 @dataclass(frozen=True, repr=False)
@@ -131,10 +131,9 @@ class StoredModel(Record):
         return f"'{self.model}': {counted(len(self.layers), 'layer')}"
 
     def tables(self) -> Sequence[Table]:
-        """One row per layer."""
-        rows = tuple(
+        """One row per layer, or for several that are alike."""
+        cells = (
             (
-                layer.path,
                 layer.layer.split(".")[0],
                 str(layer.axis),
                 str(layer.channels),
@@ -146,6 +145,7 @@ class StoredModel(Record):
             )
             for layer in self.layers
         )
+        rows = grouped(zip((layer.path for layer in self.layers), cells, strict=True))
         columns = ("layer", "of", "axis", "channels", "momentum", "epsilon", "frozen", "dtype",
                    "moving statistics")  # fmt: skip
         notes = [f"Not looked into: {one.path}, {one.reason}." for one in self.hidden]

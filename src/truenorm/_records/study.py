@@ -159,7 +159,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, repr=False)
-class Study(Drawn):
+class Study(Record, Drawn):
     """A controlled experiment over positions and seeds, and what it shows.
 
     Args:

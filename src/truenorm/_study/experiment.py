@@ -177,6 +177,7 @@ or 'before_activation' or 'after_activation' or 'before_layer'. Received: 'behin
 
             result = tn.study(build, data, epochs=10, directory="my-study")
             print(result)   # tables and verdict
+            result.report("study.html")
             result.winner   # a position, or None where none is shown to be best
 
         What is compared can be anything::

@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 
 import keras
 
-from truenorm._checks import is_number
+from truenorm._checks import is_number, known_options
 from truenorm._errors import ModelError, OptionError
 from truenorm._keras_internals import layers_in
 from truenorm._layer.arguments import FreezePolicy, check_policy
@@ -113,6 +113,8 @@ class Variant:
         }
         return {key: value for key, value in said.items() if value is not None}
 
+
+Variant.__init__ = known_options(Variant.__init__)
 
 Variants = Sequence[str] | Mapping[str, "str | Variant | Callable[[Any], Any] | None"]
 

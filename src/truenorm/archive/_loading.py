@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from truenorm._checks import known_options
-from truenorm._errors import ArchiveError, OptionError, OutputError, is_out_of_memory
+from truenorm._errors import (
+    ArchiveError,
+    ModelError,
+    OptionError,
+    OutputError,
+    is_out_of_memory,
+)
 from truenorm._records.files import replacing
 from truenorm._records.tables import printable
 from truenorm.archive._checking import checked
@@ -191,6 +197,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OutputError: The file cannot be written; what was there is unchanged.
+        ModelError: It is no model.
 
     Example:
         >>> import tempfile, keras
@@ -200,6 +207,12 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
         ...     archive.save(model, f"{folder}/model.keras")
     """
     check_name(path)
+    if not hasattr(model, "save"):
+        raise ModelError(
+            "This is not a Keras model",
+            expected="a keras.Model",
+            received=type(model).__name__,
+        )
     with replacing(path) as temporary:
         model.save(temporary)
 

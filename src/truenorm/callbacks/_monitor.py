@@ -122,8 +122,8 @@ class Monitor(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Look, when it is time: what a step has done is read before the next."""
-        end = batch + self._several
-        self._in_epoch = min(end, self._length or end)
+        # Of data of unknown length the last step begins and finds none.
+        self._in_epoch = min(batch + self._several, self._length) if self._length else batch
         if self._moments:
             self._see(batch)
         if not self._moments and self._is_due(batch):

@@ -90,9 +90,22 @@ class Canvas:
         ha: str = "left",
         va: str = "center",
         colour: str = "ink",
+        inside: bool = False,
         covers: bool = False,
     ) -> None:
-        """Small text, ``shift`` points away from a place; perhaps on paper of its own."""
+        """Small text, ``shift`` points away from a place.
+
+        Args:
+            text: The text.
+            at: The place.
+            coordinates: What ``at`` is measured in.
+            shift: Points to the right and up.
+            ha: Horizontal alignment.
+            va: Vertical alignment.
+            colour: A name of the theme, or a colour.
+            inside: It lies on the Axes, and must not make them smaller.
+            covers: It hides what is behind it.
+        """
         paper = {"facecolor": self.theme["paper"], "edgecolor": "none", "pad": 1}
         note = self.axes.annotate(
             printable(text),
@@ -107,7 +120,7 @@ class Canvas:
             annotation_clip=False,
             bbox=paper if covers else None,
         )
-        note.set_in_layout(not covers)  # what lies on the Axes must not make them smaller
+        note.set_in_layout(not inside)
 
     def below(
         self, x: float, line: float, text: str, ha: str = "center", colour: str = "ink"
@@ -148,12 +161,19 @@ class Canvas:
         )
 
     def legend(self, handles: Sequence[Any], words: Sequence[str], columns: int) -> None:
-        """What the marks mean, above the Axes."""
-        self.axes.legend(
+        """What the marks mean, above the Axes; on a phone from the left edge of the picture."""
+        from matplotlib.transforms import blended_transform_factory
+
+        axes, figure = self.axes, self.axes.get_figure(root=True)
+        place = axes.transAxes
+        if self.narrow and figure is not None:
+            place = blended_transform_factory(figure.transFigure, axes.transAxes)
+        axes.legend(
             handles,
             list(map(printable, words)),
             loc="lower left",
             bbox_to_anchor=(0, 1),
+            bbox_transform=place,
             ncols=columns,
             frameon=False,
             labelcolor=self.theme["ink"],

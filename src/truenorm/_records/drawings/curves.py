@@ -106,7 +106,8 @@ class Curves(Drawing):
         from matplotlib import colormaps
         from matplotlib.colors import to_hex
 
-        shades = colormaps["cividis"](np.linspace(0.05, 0.85, len(self.lines)))
+        # Neither the darkest nor the lightest: they must be seen on both papers.
+        shades = colormaps["cividis"](np.linspace(0.3, 0.8, len(self.lines)))
         return {name: to_hex(shade) for name, shade in zip(self.lines, shades, strict=True)}
 
     def _limits(self) -> tuple[float, float]:
@@ -125,7 +126,7 @@ class Curves(Drawing):
     def _beside(self) -> float:
         """Where the results stand."""
         first, last = self._ends
-        return last + max(0.1 * (last - first), 0.5)
+        return last + max(0.12 * (last - first), 0.5)
 
     def _time(self, canvas: Canvas) -> None:
         from matplotlib.ticker import FixedLocator, MaxNLocator
@@ -172,7 +173,7 @@ class Curves(Drawing):
                 (1, place),
                 ("axes fraction", "data"),
                 shift=(8, 0),
-                colour=colour[name],
+                colour=colour[name] if len(colour) <= _MOST else "ink",
             )
 
 

@@ -152,7 +152,7 @@ class Marks(Drawing):
             lines = words.split("\n")
             for index, line in enumerate(reversed(lines)):
                 shift = (0, 15 + 1.25 * canvas.small * index)
-                canvas.write(line, (0, rows[name]), _AT_LEFT, shift=shift, covers=True)
+                canvas.write(line, (0, rows[name]), _AT_LEFT, shift=shift, inside=True, covers=True)
         for mark in self.marks:
             marker, colour = MARKERS[mark.kind]
             found = [x for place, x in columns.items() if place == mark.place]

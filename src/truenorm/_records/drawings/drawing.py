@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from truenorm._errors import MissingDependencyError
 from truenorm._records.drawings.canvas import Canvas
 from truenorm._records.drawings.theme import DARK, LIGHT, Theme
-from truenorm._records.tables import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,8 +65,8 @@ class Message(Drawing):
         canvas.write(self.text, (0.5, 0.5), "axes fraction", ha="center", colour="muted")
 
 
-class Drawn(Record):
-    """A record with a picture."""
+class Drawn:
+    """What a record with a picture has beside its tables."""
 
     def drawing(self) -> Drawing:
         """What :meth:`plot` paints, as data."""

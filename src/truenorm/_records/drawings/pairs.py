@@ -126,7 +126,8 @@ class Differences(Drawing):
                 (0, row),
                 ("axes fraction", "data"),
                 shift=(0, 14),
-                covers=True,
+                inside=True,
+                covers=self.margin is None,
             )
         limits = margins(min(reach), max(reach))
         axes.axvline(0, color=theme["muted"], lw=1.2, zorder=1)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from truenorm._records.drawings.canvas import Canvas, margins, number_ticks
 from truenorm._records.drawings.drawing import Drawing
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _TINY = 1e-8  # a gap below it is rounding of float32, and drawn at zero
 
@@ -83,7 +80,7 @@ class Rows(Drawing):
             if v is not None and math.isfinite(v)
         ]
         if self.log:
-            _logarithmic(axes, seen)
+            _logarithmic(canvas, seen)
             axes.axvline(0, color=theme["muted"], lw=1.2, zorder=1)
         else:
             ends = margins(min(seen, default=0.0), max(seen, default=1.0))
@@ -142,20 +139,22 @@ class Rows(Drawing):
         canvas.legend(handles, [word for _, word, _ in words], 1 if canvas.narrow else 2)
 
 
-def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
+def _logarithmic(canvas: Canvas, values: Sequence[float]) -> None:
     """A logarithmic axis that has a place for zero."""
     from matplotlib.ticker import FixedLocator, FuncFormatter
 
+    axes = canvas.axes
     large = [v for v in values if v >= _TINY]
     bottom = math.floor(math.log10(min(large, default=0.1)))
     top = max(math.ceil(math.log10(max(large, default=1.0))), bottom + 1)
     axes.set_xscale("symlog", linthresh=10.0**bottom, linscale=0.6)
     step = math.ceil((top - bottom + 1) / 5)
-    ticks = [0.0, *(10.0**k for k in range(top, bottom - 1, -step))]
+    lowest = bottom + canvas.narrow  # on a phone the last one would touch the zero
+    ticks = [0.0, *(10.0**k for k in range(top, lowest - 1, -step))]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(FixedLocator([]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
-    axes.set_xlim(-0.25 * 10.0**bottom, 10.0**top * 1.25)
+    axes.set_xlim(-0.25 * 10.0**bottom, 10.0**top * 2)
 
 
 def _power(value: float) -> str:

@@ -53,7 +53,7 @@ _OTHERS = ("purple", "olive", "crimson", "indigo")
 def colours(theme: Theme, names: Sequence[str]) -> dict[str, str]:
     """A colour for each name: always the same for the known positions, by order for others."""
     others = [name for name in names if name not in _POSITIONS]
+    free = [*_OTHERS, *(colour for name, colour in _POSITIONS.items() if name not in names)]
     return {
-        name: theme[_POSITIONS.get(name) or _OTHERS[others.index(name) % len(_OTHERS)]]
-        for name in names
+        name: theme[_POSITIONS.get(name) or free[others.index(name) % len(free)]] for name in names
     }

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from layer_cases import array, tensor
 
+import truenorm as tn
 from truenorm import BatchNormalization, OptionError
 from truenorm._kernels import reference
 
@@ -202,6 +203,22 @@ def test_in_fit_it_is_in_step_with_the_optimizer(run_eagerly: bool) -> None:
     batches = [x[i : i + 4].astype("float64") for i in (*range(0, 20, 4), *range(0, 12, 4))]
     assert_moved(model.layers[0], moved(union(batches[:4]), union(batches[4:])))
     assert array(model.layers[0].gathered)[0].tolist() == [2, 2, 2]
+
+
+def test_replace_and_a_monitor_know_it() -> None:
+    model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
+    model.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=4), "mse")
+    (finding,) = tn.diagnose(model, select="TN308").findings
+    names = {"tn": tn, "model": model}
+    exec(finding.remedy, names)  # noqa: S102
+    changed: Any = names["model"]
+    assert changed.layers[0].accumulation_steps == 4
+    assert not tn.diagnose(changed, select="TN308").findings
+    x = np.concatenate(BATCHES).astype("float32")
+    monitor = tn.callbacks.Monitor(every=1)
+    changed.fit(x, x, batch_size=8, epochs=2, verbose=0, callbacks=[monitor])
+    # What one batch made of the averages cannot be told from averages that wait for others.
+    assert np.isnan(monitor.history.values["distance"]).all()
 
 
 def test_frozen_and_in_inference_nothing_is_gathered() -> None:

@@ -440,7 +440,7 @@ def test_a_tool_that_is_not_told_which_domain_refuses(tool: Any) -> None:
     assert str(caught.value) == (
         "This BatchNormalization has statistics for several domains (at 'bn'). Expected: one mean "
         "and one variance for each channel. Received: domains=2. Remedy: name one of them: "
-        "domain=0."
+        "collect, recalibrate, adapt, diagnose and fold take domain=0."
     )
     with pytest.raises(OptionError) as out:
         tool(network(2), DATA, domain=2)
@@ -454,6 +454,32 @@ def test_a_tool_that_is_not_told_which_domain_refuses(tool: Any) -> None:
         "No BatchNormalization of this model has domains (at 'domain'). Expected: a model with "
         "layers that were made with domains=n. Received: a domain."
     )
+
+
+def test_replace_gives_a_model_domains_that_begin_as_it_is() -> None:
+    several = tn.replace(network(None), to="truenorm", domains=2, domain_affine=True).model
+    expected = array(network(None)(tensor(DATA)))
+    for index in range(2):
+        with tn.domain(index):
+            np.testing.assert_allclose(array(several(tensor(DATA))), expected, rtol=1e-5, atol=1e-6)
+    reasons = [
+        tn.replace(several, to="truenorm", domains=3).left[0].reason,
+        tn.replace(several, to="truenorm", domain_affine=False).left[0].reason,
+        *(tn.replace(several, to=to).left[0].reason for to in ("affine", "layer")),
+    ]
+    assert reasons == [
+        "it has 2 domains already",
+        "its domains have gamma and beta of their own",
+        *["it has several domains"] * 2,
+    ]
+
+
+def test_the_callbacks_refuse_several_domains() -> None:
+    for callback in (tn.callbacks.Monitor(), tn.callbacks.Recalibrate(DATA)):
+        model = network(2)
+        model.compile("sgd", "mse")
+        with pytest.raises(tn.TruenormError, match="has statistics for several domains"):
+            model.fit(DATA, DATA[:, :2], verbose=0, callbacks=[callback])
 
 
 def test_modes_are_observed_and_a_copy_has_all_domains() -> None:

@@ -237,6 +237,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.accumulation_steps = check_integer("accumulation_steps", accumulation_steps)
         self.domains = domains
         self.domain_affine = domain_affine
+        if domains is not None:
+            by_domain.current()  # While a program is traced it could not be made.
         self.batches_seen: Any = None
         self.gathered: Any = None
         self._policy: FreezePolicy = "none" if freeze == "all" else freeze

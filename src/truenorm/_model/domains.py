@@ -29,7 +29,8 @@ def require_one_domain(layers: Mapping[Any, str]) -> None:
                 where=path,
                 expected="one mean and one variance for each channel",
                 received=f"domains={layer.domains}",
-                remedy="name one of them: domain=0",
+                remedy="name one of them: collect, recalibrate, adapt, diagnose and fold take "
+                "domain=0",
             )
 
 

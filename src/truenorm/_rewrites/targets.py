@@ -147,6 +147,11 @@ def _why_not_replaced(to: str, options: Mapping[str, Any], spot: Spot) -> str | 
         return f"it is {to}'s already" + (", with these options" if options else "")
     if is_own_class(layer):
         return f"its class {type(layer).__name__} is a custom subclass"
+    domains, affine = (getattr(layer, name, None) for name in ("domains", "domain_affine"))
+    if domains is not None and options.get("domains", domains) != domains:
+        return f"it has {domains} domains already"
+    if affine and not options.get("domain_affine", affine):
+        return "its domains have gamma and beta of their own"
     option = _only_ours({**layer.get_config(), **options}) if to == "keras" else None
     return option and f"Keras's layer has nothing like its {option}"
 
@@ -196,6 +201,8 @@ def _why_not_converted(to: str, spot: Spot) -> str | None:
     layer, call = spot.layer, spot.call
     if is_own_class(layer):
         return f"its class {type(layer).__name__} is a custom subclass"
+    if getattr(layer, "domains", None) is not None:
+        return "it has several domains"
     if getattr(layer, "activation", None) is not None:
         return "it has an activation of its own inside"
     if to == "group" and call is not None and "mask" in call.extras:

@@ -43,8 +43,8 @@ def steps_of(layer: Any, moments: Sequence[Seen], calls: int) -> list[Step]:
         moments: Before the look, between its steps, and after it.
         calls: How often the layer is called in one step.
     """
-    if is_own_class(layer):  # what its averages are is not known
-        return []
+    if is_own_class(layer) or getattr(layer, "accumulation_steps", 1) > 1:
+        return []  # what its averages are is not known, or not what one batch made of them
     pairs = [
         Step.between(layer, a.averages[layer], b.averages[layer], (b.step - a.step) * calls)
         for a, b in pairwise(moments)
@@ -104,7 +104,9 @@ def mode_of(layer: Any, updated: bool, learned: bool) -> Mode:
 def _weights(layer: Any) -> tuple[list[bytes], list[bytes]]:
     """The bytes of the statistics, and of gamma and beta."""
     affine = [weight for weight in (layer.gamma, layer.beta) if weight is not None]
-    statistics = (layer.moving_mean, layer.moving_variance)
+    gathered = getattr(layer, "gathered", None)
+    moving = [layer.moving_mean, layer.moving_variance]
+    statistics = moving if gathered is None else [*moving, gathered]
     a, b = ([numbers(one).tobytes() for one in weights] for weights in (statistics, affine))
     return a, b
 

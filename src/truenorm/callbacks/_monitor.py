@@ -15,6 +15,7 @@ from truenorm._checks import check_integer
 from truenorm._diagnosis import judged, refuse_endless, selection
 from truenorm._diagnosis.facts import Facts
 from truenorm._errors import DataError
+from truenorm._model.domains import require_one_domain
 from truenorm._model.sites import batch_normalizations, describe_spot, spots
 from truenorm._modes.causes import surprises
 from truenorm._records.diagnosis import Finding
@@ -63,7 +64,7 @@ class Monitor(keras.callbacks.Callback):
 
     Raises:
         OptionError: ``every`` is not a positive integer.
-        ModelError: When ``fit`` begins: the model has no BatchNormalization.
+        ModelError: When ``fit`` begins: the model has no BatchNormalization, or one with domains.
         DataError: When ``fit`` begins: ``validation`` has no end, or can be read only once.
 
     Example:
@@ -96,6 +97,7 @@ class Monitor(keras.callbacks.Callback):
         """Refuse at once what could not be done later."""
         model = self.model
         self._layers = batch_normalizations(model)
+        require_one_domain(self._layers)
         self._spots = spots(model)
         self._calls = Counter(spot.layer for spot in self._spots)
         self._refuse_unreadable()

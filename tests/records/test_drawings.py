@@ -20,6 +20,7 @@ from truenorm._records.drawings.drawing import plot
 from truenorm._records.drawings.theme import DARK, LIGHT
 from truenorm._records.inspection import Inspection
 from truenorm._records.moments import Moments
+from truenorm._records.monitoring import QUANTITIES, Monitoring
 from truenorm._records.observation import Calls, Mode
 from truenorm._records.population import Population
 from truenorm._records.recalibration import Gap, Recalibration
@@ -313,6 +314,17 @@ def test_anything_that_is_measured_again_can_be_drawn_over_time() -> None:
     assert words(axes) == ["a  2", "b  2.5"]
     assert axes.get_xlim()[0] == 0
     assert axes.get_ylim()[0] < 1 < 3 < axes.get_ylim()[1]
+
+
+def test_a_monitor_draws_the_distance_of_each_layer_over_the_steps() -> None:
+    distances = np.array([[1.0, 0.5], [0.25, np.nan]])
+    values = dict.fromkeys(QUANTITIES, np.zeros((2, 2))) | {"distance": distances}
+    modes = (("batch", "batch"),) * 2
+    axes = Monitoring("net", ("a", "b"), (4, 4), (0, 1), (10, 20), values, modes).plot()
+    for drawn, column in zip(means_of(axes).values(), distances.T, strict=True):
+        np.testing.assert_array_equal(drawn, column)
+    assert sorted(words(axes)) == ["a  0.25", "b  0.5"]
+    assert axes.get_xlabel() == "step"
 
 
 def test_of_many_lines_the_first_and_the_last_are_named() -> None:

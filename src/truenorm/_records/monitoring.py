@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from truenorm._records.diagnosis import Finding
+from truenorm._records.drawings.curves import Curves, Line
+from truenorm._records.drawings.drawing import Drawing, Drawn, Message
 from truenorm._records.moments import Array
 from truenorm._records.tables import Record, Table, counted, number
 
@@ -24,7 +26,7 @@ class Noticed:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Monitoring(Record):
+class Monitoring(Record, Drawn):
     """What every BatchNormalization did during a training.
 
     A *look* is at two steps in a row. Of each look and layer ``values`` has, in arrays of the shape
@@ -87,6 +89,27 @@ class Monitoring(Record):
             return float((values.sum(axis=0) / looks).max())
         power = 2 if name in ("gamma", "beta") else 1
         return float(((values**power * counts).sum() / counts.sum()) ** (1 / power))
+
+    def drawing(self) -> Drawing:
+        """How far each layer's moving statistics were from the batch's, over the steps."""
+        title = f"Moving statistics against the batch's in '{self.model}'"
+        distances = self.values["distance"]
+        if not np.isfinite(distances).any():
+            text = "No distance is known."
+            return Message(title=title, alt=text, text=text)
+        lines = {
+            path: Line.of(self.steps, distances[:, column])
+            for column, path in enumerate(self.layers)
+        }
+        ends = (f"{path} {number(line.last)}" for path, line in lines.items())
+        return Curves(
+            title=title,
+            alt=f"The last distances: {', '.join(ends)}.",
+            notes=("0: equal; 1: an output differs by as much as it is large.",),
+            lines=lines,
+            unit="distance",
+            time="step",
+        )
 
     def tables(self) -> Sequence[Table]:
         """The latest look, one row per layer; and the findings, one row per code and layer."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from truenorm._diagnosis.averages import output_error
-from truenorm._diagnosis.parameters import gamma_of, is_constant, is_dead
+from truenorm._diagnosis.tn2_parameters import gamma_of, is_constant, is_dead
 from truenorm._model.sites import is_own_class, policy_of
 from truenorm._model.values import as_float64, numbers
 from truenorm._records.observation import Calls, Mode, Statistics

@@ -10,9 +10,9 @@ import numpy as np
 
 from truenorm._diagnosis import remedies
 from truenorm._diagnosis.averages import output_error
-from truenorm._diagnosis.batches import SKEW
 from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Fault
+from truenorm._diagnosis.tn1_batches import SKEW
 from truenorm._model.graph import Call, is_site, nearby
 from truenorm._model.sites import channel_axis, channel_axis_of, is_activation, is_linear, position
 from truenorm._records.moments import Moments

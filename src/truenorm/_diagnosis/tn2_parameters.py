@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from truenorm._diagnosis import remedies
-from truenorm._diagnosis.batches import recalibration_harms
 from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Fault
+from truenorm._diagnosis.tn1_batches import recalibration_harms
 from truenorm._keras_internals import decays
 from truenorm._model.sites import fused_activation, is_linear
 from truenorm._model.values import as_float64

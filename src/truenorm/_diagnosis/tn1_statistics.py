@@ -9,9 +9,9 @@ import numpy as np
 
 from truenorm._diagnosis import remedies
 from truenorm._diagnosis.averages import Cause, Distance, is_untouched, off, output_error, stored
-from truenorm._diagnosis.batches import recalibration_harms
 from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Fault
+from truenorm._diagnosis.tn1_batches import recalibration_harms
 from truenorm._layer.batch_normalization import BatchNormalization
 
 RATIO = 1e3

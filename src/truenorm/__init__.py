@@ -20,7 +20,8 @@ For deployment:
     fold(model)                   into the layers around it
     replace(model, to=…)          Keras's layer and truenorm's, one for the other
 
-The layer: BatchNormalization. In fit: the callbacks. Files that you may not trust: archive.
+The layer: BatchNormalization, with domains (domain) and in recomputed passes (remat). In fit: the
+callbacks; sync_statistics makes the statistics of several processes one. Files that you may not trust: archive.
 Statistics on Ray: cluster. Pages in HTML: report. What a tool returns is a record: it prints as
 tables, and has to_dict(), to_json() and from_json(). Every error is a TruenormError.
 

@@ -362,7 +362,7 @@ def test_a_model_without_batch_normalization_is_refused() -> None:
         watch(model)
     assert str(told.value) == (
         "This model has no BatchNormalization (at 'plain'). Expected: at least one "
-        "BatchNormalization layer. Received: 1 layers, none of that kind."
+        "BatchNormalization layer. Received: 1 layer, none of that kind."
     )
 
 

@@ -122,7 +122,7 @@ def test_a_model_without_batch_normalization_is_refused() -> None:
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)], name="plain")
     message = (
         "This model has no BatchNormalization (at 'plain'). Expected: at least one "
-        "BatchNormalization layer. Received: 1 layers, none of that kind."
+        "BatchNormalization layer. Received: 1 layer, none of that kind."
     )
     model.compile("sgd", "mse")
     x = np.zeros((4, 3))

@@ -74,12 +74,12 @@ def through(chain: Sequence[Piece], operation: Any, args: Any, kwargs: Any) -> A
 
 def from_config(layer: Any, kind: Any, **changes: Any) -> Any:
     """A layer of a class from the config of another one, as far as it goes, with changes."""
-    known = {*layer.get_config(), *changes}
+    own = None
     if not isinstance(layer, kind):
-        known &= {*inspect.signature(kind).parameters, *_OF_EVERY_LAYER}
+        own = {*inspect.signature(kind).parameters, *_OF_EVERY_LAYER}
 
     def made(**config: Any) -> Any:
-        return kind.from_config({k: v for k, v in config.items() if k in known})
+        return kind.from_config({k: v for k, v in config.items() if own is None or k in own})
 
     try:
         try:

@@ -104,6 +104,7 @@ def test_the_code_of_a_page_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)  # pages show what a pipe gets
     if page.name in ("study.md", "conversion.md"):  # a study of the same kind that ends soon
         short = {"epochs": 1, "seeds": 2, "runner": "here"}
         monkeypatch.setattr(tn, "study", lambda *a, real=tn.study, **k: real(*a, **k | short))

@@ -21,9 +21,9 @@ For deployment:
     replace(model, to=…)          Keras's layer and truenorm's, one for the other
 
 The layer: BatchNormalization, with domains (domain) and in recomputed passes (remat). In fit: the
-callbacks; sync_statistics makes the statistics of several processes one. Files that you may not trust: archive.
-Statistics on Ray: cluster. Pages in HTML: report. What a tool returns is a record: it prints as
-tables, and has to_dict(), to_json() and from_json(). Every error is a TruenormError.
+callbacks; sync_statistics makes the statistics of several processes one. Files that you may not
+trust: archive. Statistics on Ray: cluster. Pages in HTML: report. What a tool returns is a record:
+it prints as tables, and has to_dict(), to_json() and from_json(). Every error is a TruenormError.
 
 The names stand in the stub beside this file (``__init__.pyi``) and are loaded when they are first
 used: so ``truenorm --help`` and other commands that need no model do not wait for Keras.

@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 ONE_PROCESS = keras.config.backend() == "tensorflow"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "shown"),
     [

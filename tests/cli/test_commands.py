@@ -192,8 +192,27 @@ def test_labels_are_used_with_the_loss_that_is_named(command: Command) -> None:
     evidence = json.loads(output)["findings"][0]["evidence"]
     assert (code, errors) == (1, "")
     assert any("loss" in name or "mean_absolute_error" in name for name in evidence)
+    code, _, errors = command(*asked, "--loss", "mse", "--from-logits")
+    assert (code, "This loss knows no logits" in errors) == (2, True)
     code, _, errors = command(*asked, "--metric", "mae")
     assert (code, "A metric is given without a loss" in errors) == (2, True)
+
+
+def test_a_model_that_puts_out_logits(tmp_path: Path, command: Command) -> None:
+    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(name="bn"),
+                              keras.layers.Dense(3)])  # fmt: skip
+    archive.save(model, tmp_path / "logits.keras")
+    x = np.random.default_rng(0).normal(5.0, 2.0, (64, 4)).astype("float32")
+    np.savez(tmp_path / "labelled.npz", x=x, y=np.arange(64) % 3)
+    asked = ["diagnose", str(tmp_path / "logits.keras"), "--data", str(tmp_path / "labelled.npz"),
+             "--select", "TN110", "--json", "--no-isolate", "--loss",
+             "sparse_categorical_crossentropy"]  # fmt: skip
+    found = json.loads(command(*asked)[1])
+    assert [one["codes"] for one in found["skipped"]] == [["the loss"]]
+    assert "--from-logits" in found["skipped"][0]["reason"]
+    found = json.loads(command(*asked, "--from-logits")[1])
+    assert not found["skipped"]
+    assert "loss_in_inference" in found["findings"][0]["evidence"]
 
 
 # --- remedies ------------------------------------------------------------------------------------

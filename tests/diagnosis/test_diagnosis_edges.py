@@ -101,6 +101,38 @@ def test_without_a_loss_that_can_be_computed_the_outputs_are_compared(case: Any)
     assert set(finding.evidence) == {"outputs_differ_by"}
 
 
+def with_logits() -> tuple[Any, Any, Any]:
+    """It has learned with logits; its moving statistics have not arrived."""
+    x = np.random.default_rng(0).normal(3.0, 2.0, (256, 4)).astype("float32")
+    y = (x[:, 0] > 3).astype("int32")
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((4,)), L.Dense(8), L.BatchNormalization(name="bn"), L.ReLU(), L.Dense(2)]
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.05), loss)
+    model.fit(x, y, epochs=3, batch_size=32, verbose=0)
+    return model, x, y
+
+
+@pytest.mark.parametrize(
+    "loss",
+    ["sparse_categorical_crossentropy", keras.losses.SparseCategoricalCrossentropy(),
+     keras.losses.sparse_categorical_crossentropy],
+    ids=["name", "object", "function"],
+)  # fmt: skip
+def test_a_loss_that_takes_probabilities_says_nothing_of_logits(loss: Any) -> None:
+    model, x, y = with_logits()
+    told = {f.code for f in tn.diagnose(model, x, y, select="TN1").findings}
+    assert {"TN102", "TN110"} <= told
+    model.compile(loss=loss)
+    found = tn.diagnose(model, x, y, select="TN1")
+    assert {f.code for f in found.findings} >= {"TN102", "TN110"}
+    (skipped,) = found.skipped
+    assert skipped.codes == ("the loss",)
+    assert skipped.reason.startswith("it takes probabilities, and the model puts out numbers below")
+
+
 def test_a_layer_may_be_called_a_varying_number_of_times() -> None:
     class Varying(keras.Model):
         def __init__(self) -> None:

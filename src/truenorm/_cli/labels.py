@@ -5,6 +5,7 @@ Models are loaded without those that they were compiled with: a file may ask for
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -23,6 +24,11 @@ Loss = Annotated[
 Metrics = Annotated[
     list[str] | None,
     typer.Option(help="A metric, by Keras's name; may be repeated.", show_default=False),
+]
+
+FromLogits = Annotated[
+    bool,
+    typer.Option("--from-logits", help="The model puts out logits: the loss makes the softmax."),
 ]
 
 _SHORT = ("mse", "mae", "mape", "msle")
@@ -50,9 +56,25 @@ def check_loss(loss: str | None, metrics: Sequence[str] | None, data: Any) -> No
         )
 
 
-def compiled(model: Any, loss: str, metrics: Sequence[str] | None) -> None:
+def compiled(model: Any, loss: Any, metrics: Sequence[str] | None) -> None:
     """Compile the model with these."""
     model.compile(loss=loss, metrics=list(metrics or ()))
+
+
+def of_logits(loss: str) -> Any:
+    """The loss of this name, for a model that puts out logits."""
+    import keras
+
+    names = {name.lower(): name for name in dir(keras.losses)}
+    kind: Any = getattr(keras.losses, names.get(loss.replace("_", "").lower(), ""), None)
+    if not isinstance(kind, type) or "from_logits" not in inspect.signature(kind).parameters:
+        raise OptionError(
+            "This loss knows no logits",
+            where="--from-logits",
+            expected="--loss with a cross-entropy, by its full name",
+            received=loss,
+        )
+    return kind(from_logits=True)
 
 
 def _check_name(name: str, option: str, get: Callable[[str], Any], known: Sequence[str]) -> None:

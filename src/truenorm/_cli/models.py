@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +12,7 @@ import truenorm as tn
 from truenorm import archive
 from truenorm._cli.data import few_inputs, read_data
 from truenorm._cli.files import Out
-from truenorm._cli.labels import Loss, Metrics, check_loss, compiled
+from truenorm._cli.labels import FromLogits, Loss, Metrics, check_loss, compiled, of_logits
 from truenorm._cli.output import AsJson, note, show, write
 from truenorm._cli.remedies import receipt_with_commands, with_commands
 from truenorm._cli.shell import (
@@ -103,6 +103,7 @@ def diagnose(
         ),
     ] = None,
     loss: Loss = None,
+    from_logits: FromLogits = False,
     metric: Metrics = None,
     batch_size: BatchSize = 32,
     as_json: AsJson = False,
@@ -117,9 +118,10 @@ def diagnose(
 
     selection(select, ignore)
     check_loss(loss, metric, arrays)
+    judged_by: Any = of_logits(loss or "") if from_logits else loss
     model = model_of(file, backend, max_parameters, imports)
     if loss is not None:
-        compiled(model, loss, metric)
+        compiled(model, judged_by, metric)
     elif isinstance(arrays, tuple):
         note(f"The labels in {data} are not used. Remedy: add --loss, with the model's own.")
     found = tn.diagnose(model, arrays, select=select, ignore=ignore, batch_size=batch_size)

@@ -107,6 +107,8 @@ def judged(facts: Facts, wanted: Callable[[Rule], bool]) -> Diagnosis:
         checked.append(rule.code)
         findings += [Finding(rule.code, rule.severity, rule.problem, *f) for f in rule.check(facts)]
     left = tuple(Skipped(tuple(codes), reason) for reason, codes in skipped.items())
+    if facts.unscored is not None:
+        left = (*left, Skipped(("the loss",), facts.unscored))
     sites = tuple(dict.fromkeys(spot.path for spot in spots(facts.model)))
     return Diagnosis(facts.model.name, tuple(findings), tuple(checked), left, sites)
 

@@ -224,6 +224,12 @@ class Facts:
         """Whether the model's own loss could be computed, each way to normalise."""
         return bool(self.seen.scores and all(self.answers.scores.values()))
 
+    @property
+    def unscored(self) -> str | None:
+        """Why the loss means nothing, where a rule has asked for it and that was seen."""
+        judge: Judge | None = self.__dict__.get("_judge")
+        return None if judge is None else judge.why_not
+
     def scores(self, when: When) -> Scores:
         """The loss and the metrics, one value per batch."""
         return self.seen.scores if when == "in_training" else self.answers.scores[when]

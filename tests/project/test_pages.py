@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import keras
@@ -143,6 +144,14 @@ def test_a_chinese_page_shows_the_same_code_and_output(page: Path) -> None:
 def test_every_page_is_in_the_menu() -> None:
     menu = set(re.findall(r"[\w/]+\.md", (DOCS.parent / "mkdocs.yml").read_text("utf-8")))
     assert menu == {str(page.relative_to(DOCS)) for page in ENGLISH}
+
+
+@pytest.mark.any_backend
+def test_every_public_name_is_in_the_reference() -> None:
+    text = "".join(page.read_text("utf-8") for page in (DOCS / "api").glob("*.md"))
+    public = [name for name in tn.__all__ if not isinstance(getattr(tn, name), ModuleType)]
+    public += [f"callbacks.{name}" for name in tn.callbacks.__all__]
+    assert [name for name in public if not re.search(rf"::: truenorm\.{name}\b", text)] == []
 
 
 @pytest.mark.any_backend

@@ -34,10 +34,11 @@ def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Command:
     """The command in this process, in a folder with a model and data."""
-    archive.save(models.shake(models.dense()), tmp_path / "model.keras")
-    generator = np.random.default_rng(0)
-    x, y = generator.normal(size=(64, 5)), generator.normal(size=(64, 3))
-    np.savez(tmp_path / "train.npz", x=x.astype("float32"), y=y.astype("float32"))
+    model = models.shake(models.dense())
+    archive.save(model, tmp_path / "model.keras")
+    x = np.random.default_rng(0).normal(size=(64, 5)).astype("float32")
+    tn.recalibrate(model, x)  # labels that it would meet with these statistics
+    np.savez(tmp_path / "train.npz", x=x, y=model.predict(x, verbose=0))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KERAS_BACKEND", keras.backend.backend())
     monkeypatch.setenv("COLUMNS", "200")

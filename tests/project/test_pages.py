@@ -98,7 +98,11 @@ def pages() -> list[Any]:
     ]
 
 
-@pytest.mark.filterwarnings("ignore:Gradients do not exist")  # TN409, and Keras sees it as well
+@pytest.mark.filterwarnings(
+    "ignore:Gradients do not exist",  # TN409, and Keras sees it as well
+    "ignore:.*_at_fork.*:pytest.PytestUnraisableExceptionWarning",  # JAX, where Ray is started
+    "ignore:os.fork:RuntimeWarning",
+)
 @pytest.mark.parametrize("page", pages())
 def test_the_code_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -28,6 +28,8 @@ REMEDY = (
     "names another folder."
 )
 
+pytestmark = pytest.mark.any_backend
+
 
 def fill(folder: Path, *names: str) -> None:
     for name in names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -273,7 +274,7 @@ def test_progress_of_the_separate_process_is_shown_by_this_one(
     code, _, errors = command("inspect", "model.keras", "--json", "--max-memory", "16")
     assert code == 0
     assert "\rinspecting: running fit" in errors
-    assert errors.endswith("\r")
+    assert re.search("\r +\r", errors)  # wiped; TensorFlow may say something after it
     assert "\x1e" not in errors
 
 

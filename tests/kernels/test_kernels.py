@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from layer_cases import CASES, EPSILON, Case, array, error, gradients, precision, tensor
 
+from truenorm import BatchNormalization
 from truenorm import _kernels as kernels
 from truenorm._kernels import composite, library, reference
 from truenorm._kernels.contract import Moving, Options
@@ -116,6 +117,25 @@ def test_forward_and_backward(normalize: Callable[..., Any], case: Case) -> None
         assert error(array(found[0]), expected[0]) < 8 * EPS[case.dtype]
         for have, want in zip(found[1:], expected[1:], strict=True):
             assert error(array(have), want) < 50 * wide
+
+
+@pytest.mark.skipif("triton" not in KERNELS, reason="Triton is PyTorch's, and may be missing")
+@pytest.mark.parametrize("bessel", [False, True])
+def test_the_passes_of_a_gpu_take_the_step(bessel: bool) -> None:
+    x = np.random.default_rng(0).normal(3, 2, (300, 5)).astype("float32")
+    x[7, 1] = np.nan
+    layer = BatchNormalization(momentum=0.99, bessel_correction=bessel)
+    layer.build(x.shape)
+    passes = importlib.import_module("truenorm._kernels.torch.triton_passes")
+    with triton(), mock.patch.object(passes, "forward", wraps=passes.forward) as forward:
+        layer(tensor(x), training=True)
+    forward.assert_called_once()
+    fine = [0, 2, 3, 4]
+    mean, variance = x.mean(0, dtype="float64"), x.var(0, dtype="float64", ddof=int(bessel))
+    moved = array(layer.moving_mean), array(layer.moving_variance)
+    assert error(moved[0][fine], reference.moving(0.0, mean, 0.99)[fine]) < 2 * EPS["float32"]
+    assert error(moved[1][fine], reference.moving(1.0, variance, 0.99)[fine]) < 2 * EPS["float32"]
+    assert (moved[0][1], moved[1][1]) == (0, 1)  # what is not a number is not remembered
 
 
 SECOND = (

@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import collecting_process as processes
 import numpy as np
 import pytest
+import two_processes
 
 import truenorm as tn
 
 WORKER = Path(__file__).parents[1] / "collecting_process.py"
 
 
-def free_ports() -> list[str]:
-    held = [socket.socket() for _ in range(2)]
-    for one in held:
-        one.bind(("127.0.0.1", 0))
-    ports = [str(one.getsockname()[1]) for one in held]
-    for one in held:
-        one.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What both processes have written."""
-    out = tmp_path_factory.mktemp("processes")
-    ports = free_ports()
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(out), *ports],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=240)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
-    return out
+    return two_processes.run(WORKER, tmp_path_factory.mktemp("processes"))
 
 
 def close(a: tn.Population, b: tn.Population, tolerance: float) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import small_models as models
+import two_processes
 from synchronizing_process import COUNTS
-from test_distributed import free_ports
 
 import truenorm as tn
 
@@ -23,22 +21,7 @@ Found = list[dict[str, np.ndarray]]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What both processes have written."""
-    out = tmp_path_factory.mktemp("processes")
-    ports = free_ports()
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(out), *ports],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=240)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], "\n".join(said)
-    return out
+    return two_processes.run(WORKER, tmp_path_factory.mktemp("processes"))
 
 
 def read(folder: Path, name: str) -> Found:

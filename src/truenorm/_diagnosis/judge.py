@@ -12,6 +12,14 @@ from truenorm._model.values import as_float64
 
 ops: Any = keras.ops
 
+NO_PROBABILITIES = (
+    "it takes probabilities, and the model puts out numbers below 0 or above 1, such as logits "
+    "(from_logits=True in the loss; --from-logits in the command)"
+)
+
+SLACK = 1e-2
+"""What rounding in 16 bits makes of a probability."""
+
 
 class _Outputs(keras.Model):
     """Stands in the place of the model: Keras computes loss and metrics of what it is given."""
@@ -55,12 +63,6 @@ class Judge:
             return {}
 
 
-NO_PROBABILITIES = (
-    "it takes probabilities, and the model puts out numbers below 0 or above 1, such as logits "
-    "(from_logits=True in the loss; --from-logits in the command)"
-)
-
-
 def _are_no_probabilities(losses: Any, outputs: Any) -> bool:
     """Whether a cross-entropy of probabilities gets something else."""
     pairs = zip(keras.tree.flatten(losses), keras.tree.flatten(outputs), strict=False)
@@ -77,7 +79,3 @@ def _wants_probabilities(loss: Any) -> bool:
 def _leaves_0_to_1(output: Any) -> bool:
     numbers = as_float64(output)
     return bool(np.any((numbers < -SLACK) | (numbers > 1 + SLACK)))
-
-
-SLACK = 1e-2
-"""What rounding in 16 bits makes of a probability."""

@@ -48,7 +48,12 @@ class Finding(Record):
 
 @dataclass(frozen=True)
 class Skipped:
-    """Rules that could not run, and why."""
+    """What could not be looked at, and why.
+
+    Args:
+        codes: Of rules that could not run; or ``("the loss",)``, by which no rule could then judge.
+        reason: Why not.
+    """
 
     codes: tuple[str, ...]
     reason: str

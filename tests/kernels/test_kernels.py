@@ -280,6 +280,7 @@ def test_the_compiled_passes_take_plain_batches() -> None:
 
 
 @pytest.mark.skipif(keras.config.backend() != "torch", reason="orders of memory are PyTorch's")
+@pytest.mark.usefixtures("where_keras_computes")
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("order", ["channels_last", "sliced", "expanded", "negated"])
 def test_any_order_of_memory(order: str, axis: int) -> None:
@@ -307,6 +308,7 @@ def test_any_order_of_memory(order: str, axis: int) -> None:
 
 
 @pytest.mark.skipif(keras.config.backend() != "torch", reason="counts bytes that autograd keeps")
+@pytest.mark.usefixtures("where_keras_computes")
 def test_backward_keeps_the_input_and_little_else() -> None:
     import torch
 

@@ -17,6 +17,7 @@ from truenorm._kernels import composite, reference
 from truenorm._kernels.contract import Options
 
 BACKEND = keras.config.backend()
+pytestmark = pytest.mark.usefixtures("where_keras_computes")
 on_torch = pytest.mark.skipif(BACKEND != "torch", reason="about PyTorch")
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="about TensorFlow")
 RNG = np.random.default_rng(5)

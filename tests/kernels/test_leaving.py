@@ -16,6 +16,7 @@ from truenorm import BatchNormalization
 from truenorm._kernels import reference
 
 BACKEND = keras.config.backend()
+pytestmark = pytest.mark.usefixtures("where_keras_computes")
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="about JAX")
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="about TensorFlow")
 on_torch = pytest.mark.skipif(BACKEND != "torch", reason="about PyTorch")

@@ -19,6 +19,7 @@ from truenorm import BatchNormalization
 from truenorm._kernels import reference
 
 BACKEND = keras.config.backend()
+pytestmark = pytest.mark.usefixtures("where_keras_computes")
 RNG = np.random.default_rng(2)
 X = RNG.normal(3, 2, (8, 3, 5)).astype("float32")
 GRADIENT = RNG.normal(size=X.shape).astype("float32")

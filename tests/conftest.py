@@ -16,8 +16,9 @@ import keras
 import pytest
 from hypothesis import settings
 
-ARITHMETIC = {"kernels", "layer"}
-"""Folders whose tests are of the numbers themselves: they compile for JAX as users do."""
+QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+ARITHMETIC = {"kernels", "layer", "statistics"}
+"""Folders whose tests are of the numbers themselves."""
 
 # A shell ignores Ctrl-C for what it starts in the background; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,10 +37,10 @@ def _fixed_seed() -> None:
 def _quick_compilation(request: pytest.FixtureRequest) -> None:
     """JAX: where arithmetic is not what is tested, XLA leaves out its costly optimizations.
 
-    They take more time than they save: almost everything runs once. Processes that the tests start
-    get the same by the environment.
+    Almost everything runs once here, so they take more time than they save. Processes that the
+    tests start get the same by the environment. `make random` and `make long` compile as users do.
     """
-    quick = str(int(request.path.parent.name not in ARITHMETIC))
+    quick = str(int(QUICK and request.path.parent.name not in ARITHMETIC))
     if keras.config.backend() != "jax" or os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == quick:
         return
     import jax

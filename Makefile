@@ -26,6 +26,9 @@ $(addprefix test-,$(BACKENDS)): test-%: $(VENV)/test.stamp
 		--no-loadscope-reorder $(if $(filter torch,$*),,-m "not long and not any_backend") \
 		$(if $(filter $*,$(COVERAGE)),--cov --cov-report=term:skip-covered)
 
+# Programs as users have them; in `make test` JAX compiles in less time (tests/conftest.py).
+random long: export JAX_DISABLE_MOST_OPTIMIZATIONS := 0
+
 # Every rewrite on 500 random models, and 500 random steps of the layer, on each backend. With
 # SEED=1 they are the same every time, as CI wants it.
 random: $(VENV)/test.stamp

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 import truenorm as tn
-from truenorm._study.experiment import specs_of
 from truenorm._study.folder import read_result, write_result
 from truenorm._study.pool import Progress
+from truenorm._study.settings import specs_of
 
 
 def build() -> Any:

@@ -11,11 +11,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for a GPU run on a processor
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # see _quick_compilation
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
 
 import keras
 import pytest
 from hypothesis import settings
+
+QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+ARITHMETIC = {"kernels", "layer", "statistics"}
+"""Folders whose tests are of the numbers themselves."""
 
 # A shell ignores Ctrl-C for what it starts in the background; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,3 +44,20 @@ def where_keras_computes() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     keras.utils.set_random_seed(1234)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation(request: pytest.FixtureRequest) -> None:
+    """JAX: where arithmetic is not what is tested, XLA leaves out its costly optimizations.
+
+    Almost everything runs once here, so they take more time than they save. Processes that the
+    tests start get the same by the environment. `make random` and `make long` compile as users do.
+    """
+    quick = str(int(QUICK and request.path.parent.name not in ARITHMETIC))
+    if keras.config.backend() != "jax" or os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == quick:
+        return
+    import jax
+
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = quick
+    jax.config.update("jax_disable_most_optimizations", quick == "1")
+    jax.clear_caches()  # what was compiled in the other way

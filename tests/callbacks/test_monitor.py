@@ -199,7 +199,7 @@ def trained(callbacks: list[Any], kind: Any) -> list[np.ndarray]:
     model = keras.Model(inputs, L.Dense(4)(x))
     model.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"])
     data = (X, RNG_TARGETS)
-    model.fit(*data, epochs=2, batch_size=12, validation_data=data, callbacks=callbacks, verbose=0)
+    model.fit(*data, epochs=2, batch_size=16, validation_data=data, callbacks=callbacks, verbose=0)
     variables = [*model.variables, *model.optimizer.variables]
     return [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
 
@@ -213,7 +213,7 @@ def test_the_training_is_the_same_to_the_bit(kind: Any) -> None:
     data = (X, RNG_TARGETS)
     for options in ({}, {"every": 2, "validation": data}):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # statistics of 12 steps are not right yet
+            warnings.simplefilter("ignore", UserWarning)  # statistics of 8 steps are not right yet
             watched = trained([tn.callbacks.Monitor(**options)], kind)
         assert len(without) == len(watched)
         for one, other in zip(without, watched, strict=True):

@@ -13,6 +13,7 @@ import pytest
 import truenorm as tn
 from truenorm._checks import check_integer
 
+pytestmark = pytest.mark.any_backend
 PARTS = {"where": "a/b", "expected": "x", "received": "y", "remedy": "do z"}
 
 

@@ -14,6 +14,7 @@ from truenorm._model.graph import calls
 from truenorm._model.sites import describe, site_calls
 from truenorm._study.checks import check_placement
 
+pytestmark = pytest.mark.any_backend
 L = keras.layers
 
 

@@ -15,7 +15,8 @@ import keras
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, event, given, reject, settings
-from random_models import Description, build, descriptions
+from random_descriptions import Description, descriptions
+from random_models import build
 from small_models import inputs_for, predict, snapshot
 
 import truenorm as tn

@@ -217,7 +217,10 @@ FOLDABLE = {
 
 
 @pytest.mark.parametrize("name", FOLDABLE)
-@pytest.mark.parametrize("flags", [{}, {"scale": False}, {"center": False}])
+@pytest.mark.parametrize(
+    "flags",
+    [{}, *(pytest.param({k: False}, marks=pytest.mark.any_backend) for k in ("scale", "center"))],
+)
 def test_fold_into_the_layer_before(name: str, flags: dict[str, bool]) -> None:
     shape, layer = FOLDABLE[name]
     layer = type(layer).from_config(layer.get_config())

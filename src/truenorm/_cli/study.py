@@ -106,8 +106,7 @@ def run(
     from rich.console import Console
 
     from truenorm._study import study as run_study
-    from truenorm._study.datasets import Ready
-    from truenorm._study.experiment import absolute
+    from truenorm._study.datasets import Ready, absolute
     from truenorm._study.live import live
     from truenorm._study.models import FAMILIES, build_of
 

@@ -133,6 +133,12 @@ class Ready:
         return made.hexdigest()
 
 
+def absolute(name: str) -> str:
+    """A file's name that holds in another process's folder, too."""
+    path, mark, target = name.rpartition(":") if ".csv:" in name else (name, "", "")
+    return f"{Path(path).resolve()}{mark}{target}" if Path(path).exists() else name
+
+
 def _split(x: np.ndarray, y: np.ndarray, seed: int) -> Parts:
     """60% to learn from, 20% to validate, 20% to test; columns standardised by the training part.
 

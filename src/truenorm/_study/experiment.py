@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import keras
 
@@ -22,12 +20,11 @@ from truenorm._records.study import Study, Trial
 from truenorm._rewrites.place import Position
 from truenorm._study import checks
 from truenorm._study.analysis import analyse
-from truenorm._study.datasets import SKLEARN, Parts, Ready
+from truenorm._study.datasets import SKLEARN, Parts, Ready, absolute
 from truenorm._study.folder import (
     ABOUT,
     DATA,
     Spec,
-    digest,
     open_folder,
     read_about,
     read_result,
@@ -43,8 +40,15 @@ from truenorm._study.models import build_of, made
 from truenorm._study.plan import Plan
 from truenorm._study.pool import OnEvent, Progress, Runner, run_all
 from truenorm._study.ray_tasks import RayTasks
+from truenorm._study.settings import (
+    code_of_variants,
+    data_digest,
+    model_digest,
+    specs_of,
+    versions_with,
+)
 from truenorm._study.surprises import surprises
-from truenorm._study.variants import Variant, Variants, is_positions, positions_in, variants_of
+from truenorm._study.variants import Variants, is_positions, positions_in, variants_of
 
 POSITIONS: tuple[Position, ...] = get_args(Position)
 
@@ -218,7 +222,7 @@ or 'before_activation' or 'after_activation' or 'before_layer'. Received: 'behin
         notes = (*checks.check_momentum(model, steps), *notes)
     settings: dict[str, Any] = {
         "positions": list(named),
-        **({} if is_positions(named) else {"variants": _said(named)}),
+        **({} if is_positions(named) else {"variants": code_of_variants(named)}),
         "seeds": list(numbers),
         "epochs": epochs,
         "batch_size": batch_size,
@@ -226,10 +230,10 @@ or 'before_activation' or 'after_activation' or 'before_layer'. Received: 'behin
         "margin": margin,
         "threshold": threshold,
         "backend": chosen,
-        "versions": _versions(chosen),
+        "versions": versions_with(chosen),
         "floatx": keras.config.floatx(),
         "dtype_policy": keras.config.dtype_policy().name,
-        "data": _data_digest(arrays, function),
+        "data": data_digest(arrays, function),
         "model": model_digest(model),
         **({} if callbacks is None else {"callbacks": code_digest(callbacks)}),
     }
@@ -306,32 +310,6 @@ def _data(data: Any) -> tuple[Parts | None, Callable[..., Any] | None]:
     return Parts(*pairs, test), None
 
 
-def absolute(name: str) -> str:
-    """A file's name that holds in another process's folder, too."""
-    path, mark, target = name.rpartition(":") if ".csv:" in name else (name, "", "")
-    return f"{Path(path).resolve()}{mark}{target}" if Path(path).exists() else name
-
-
-def _data_digest(arrays: Parts | None, function: Callable[..., Any] | None) -> str:
-    if isinstance(function, Ready):
-        return function.identity()
-    if arrays is None:
-        return code_digest(function)
-    pairs = [pair for pair in (arrays.train, arrays.validation, arrays.test) if pair is not None]
-    return digest([array for pair in pairs for array in pair])
-
-
-def _said(variants: Mapping[str, Variant]) -> dict[str, Any]:
-    """Settings and code of every variant."""
-    return {
-        name: {
-            **variant.settings(),
-            **({"code": code_digest(variant.change)} if callable(variant.change) else {}),
-        }
-        for name, variant in variants.items()
-    }
-
-
 def _tried(
     plan: Plan, arrays: Parts | None, seed: int, batch_size: int
 ) -> tuple[Any, tuple[str, ...]]:
@@ -358,29 +336,6 @@ def _tried(
         if len(names) > 1
     )
     return model, (*notes, *twins)
-
-
-def specs_of(settings: Mapping[str, Any], *, keep_models: bool) -> list[Spec]:
-    """Every trial, seed by seed: what stops a study early leaves whole pairs."""
-    own = ("positions", "variants", "seeds", "margin", "threshold")
-    shared = {key: value for key, value in settings.items() if key not in own}
-    variants = settings.get("variants", {})
-    return [
-        Spec(
-            identity=digest([shared, position, variants.get(position), seed]),
-            position=position,
-            seed=seed,
-            epochs=settings["epochs"],
-            batch_size=settings["batch_size"],
-            recalibrate=settings["recalibrate"],
-            keep_model=keep_models,
-            costs=seed == settings["seeds"][0],
-            floatx=settings["floatx"],
-            dtype_policy=settings["dtype_policy"],
-        )
-        for seed in settings["seeds"]
-        for position in settings["positions"]
-    ]
 
 
 @contextmanager
@@ -438,62 +393,4 @@ def _command() -> str:
     """What repeats this study: the command or script of this process."""
     first, *rest = sys.argv or [""]
     name = "truenorm" if first.endswith("__main__.py") else Path(first).name
-    return (
-        shlex.join([name, *rest]) if name in ("truenorm",) else shlex.join(["python", name, *rest])
-    )
-
-
-def model_digest(model: Any) -> str:
-    """A hash of a model's configuration and compilation, whatever its layers are called."""
-    try:
-        config = keras.saving.serialize_keras_object(model)
-    except (TypeError, ValueError, NotImplementedError, AttributeError):
-        config = {"class": code_digest(type(model))}  # a class that does not say its config
-    return digest(_nameless(config))
-
-
-def _versions(backend: str) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("truenorm", "keras", "numpy", backend):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # such as tensorflow-cpu
-            found[package] = "unknown"
-    return found
-
-
-def _nameless(config: Any) -> Any:
-    """A model's config with every object's name replaced by its number.
-
-    Keras counts on in the names that it gives (``dense``, ``dense_1``), so the second model that
-    ``build`` makes in a process has other names than the first, and is still the same.
-    """
-    numbers = {name: f"#{i}" for i, name in enumerate(dict.fromkeys(_names(config)))}
-
-    def renamed(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: renamed(v) for k, v in cast(dict[str, Any], value).items()}
-        if isinstance(value, list | tuple):
-            return [renamed(item) for item in cast(Sequence[Any], value)]
-        return numbers.get(value, value) if isinstance(value, str) else value
-
-    return renamed(config)
-
-
-def _names(value: Any) -> Iterator[str]:
-    """The names of the objects in a config; a dtype policy's name is its value and stays."""
-    if isinstance(value, dict):
-        content = cast(dict[str, Any], value)
-        inner = content.get("config")
-        if isinstance(inner, dict) and not str(content.get("class_name")).endswith("Policy"):
-            own = cast(dict[str, Any], inner).get("name")
-            if isinstance(own, str):
-                yield own
-    for item in _items(value):
-        yield from _names(item)
-
-
-def _items(value: Any) -> Sequence[Any]:
-    if isinstance(value, dict):
-        return tuple(cast(dict[str, Any], value).values())
-    return tuple(cast(Sequence[Any], value)) if isinstance(value, list | tuple) else ()
+    return shlex.join([name, *rest] if name == "truenorm" else ["python", name, *rest])

@@ -10,9 +10,10 @@ from typing import Any
 
 from truenorm._errors import StudyError
 from truenorm._records.study import Study
-from truenorm._study.experiment import judged, specs_of
+from truenorm._study.experiment import judged
 from truenorm._study.folder import read_about, read_failure, read_result, write_json
 from truenorm._study.lock import only_driver
+from truenorm._study.settings import specs_of
 
 
 def load(folder: str | Path) -> Study:

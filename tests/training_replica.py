@@ -1,18 +1,21 @@
 """Two replicas that train one layer once, on the backend in use: run as a program of its own.
 
 ``python training_replica.py RANK INPUTS...`` reads from each file ``x``, ``gradient``, ``gamma``,
-``beta`` and perhaps ``mask`` and ``axis``, gives the first ``split`` samples to one replica and the
-others to the second. It writes output, gradients and moving statistics, and how many collectives
-each way took.
+``beta``, ``split``, the layer's ``options`` in JSON, and perhaps ``mask``, gives the first
+``split`` samples to one replica and the others to the second. It writes output, gradients and
+moving statistics, and the collectives that each way took, with their bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 if os.environ["KERAS_BACKEND"] == "jax":
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
@@ -26,8 +29,7 @@ Arrays = dict[str, Any]
 
 
 def build(given: Arrays) -> Any:
-    axis = int(given.get("axis", -1))
-    layer = BatchNormalization(axis=axis, synchronized=True, momentum=0.0)
+    layer = BatchNormalization(synchronized=True, momentum=0.0, **json.loads(str(given["options"])))
     layer.build((None, *given["x"].shape[1:]))
     layer.gamma.assign(given["gamma"])
     layer.beta.assign(given["beta"])
@@ -41,34 +43,81 @@ def shares(given: Arrays) -> list[Arrays]:
     return [{name: given[name][part] for name in names} for part in parts]
 
 
-def on_torch(given: Arrays, rank: int) -> Arrays:
-    import torch
+@contextlib.contextmanager
+def counted() -> Iterator[list[str]]:
+    """The collectives of ``torch.distributed``, each with the bytes that this process gives."""
     from torch import distributed
 
-    calls: list[int] = []
-    reduce = distributed.all_reduce
+    calls: list[str] = []
+    own = {name: getattr(distributed, name) for name in ("all_reduce", "all_gather")}
 
-    def counted(values: Any) -> None:
-        calls.append(values.numel())
-        reduce(values)
+    def counting(name: str) -> Any:
+        def collective(*tensors: Any, **options: Any) -> None:
+            calls.append(f"{name} {tensors[-1].nbytes}")
+            own[name](*tensors, **options)
 
-    distributed.all_reduce = counted
+        return collective
+
+    for name in own:
+        setattr(distributed, name, counting(name))
+    try:
+        yield calls
+    finally:
+        for name, function in own.items():
+            setattr(distributed, name, function)
+
+
+@contextlib.contextmanager
+def passes_of(given: Arrays) -> Iterator[None]:
+    """Those of a GPU, which Triton interprets here, if they are asked for."""
+    if "triton" not in given:
+        yield
+        return
+    from truenorm._kernels.torch import passes, triton_passes
+
+    with mock.patch.object(passes, "_passes", return_value=triton_passes):
+        yield
+
+
+def on_torch(given: Arrays, rank: int) -> Arrays:
+    import torch
+
     layer, own = build(given), shares(given)[rank]
     x = torch.tensor(own["x"], requires_grad=True)
     mask = torch.tensor(own["mask"]) if "mask" in own else None
-    output = layer(x, training=True, mask=mask)
-    forward = len(calls)
-    output.backward(torch.tensor(own["gradient"]))
-    distributed.all_reduce = reduce
-    return {
+    with counted() as forward:
+        output = layer(x, training=True, mask=mask)
+    with counted() as backward:
+        output.backward(torch.tensor(own["gradient"]))
+    found = {
         "output": output.detach(),
         "x": x.grad,
-        "gamma": layer.gamma.value.grad,
-        "beta": layer.beta.value.grad,
         "moving_mean": layer.moving_mean.value,
         "moving_variance": layer.moving_variance.value,
-        "collectives": np.array([forward, len(calls) - forward]),
+        "forward": forward,
+        "backward": backward,
     }
+    weights = {"gamma": layer.gamma.value.grad, "beta": layer.beta.value.grad}
+    found |= {name: value for name, value in weights.items() if value is not None}
+    if "second" in given:
+        found = {name: np.array(value) for name, value in found.items()}  # Gradients add up.
+        found |= second_derivatives(layer, torch.tensor(own["x"]), torch.tensor(own["gradient"]))
+    return found
+
+
+def second_derivatives(layer: Any, x: Any, gradient: Any) -> Arrays:
+    """Those of the sum of squares of the gradients of x and gamma; and collectives without x's."""
+    import torch
+
+    x.requires_grad_()
+    gamma = layer.gamma.value
+    output = layer(x, training=True)
+    first = torch.autograd.grad(output, (x, gamma), gradient, create_graph=True)
+    sum(part.square().sum() for part in first).backward()
+    output = layer(x.detach(), training=True)
+    with counted() as calls:
+        output.backward(gradient)
+    return {"second": x.grad, "constant": calls}
 
 
 def on_tensorflow(given: Arrays) -> Arrays:
@@ -107,8 +156,9 @@ def on_tensorflow(given: Arrays) -> Arrays:
 
 def fitted(strategy: Any, given: Arrays) -> Arrays:
     """The statistics after ``fit`` of one batch, as Keras compiles it."""
+    options = json.loads(str(given["options"]))
     with strategy.scope():
-        layer = BatchNormalization(axis=int(given.get("axis", -1)), synchronized=True, momentum=0.0)
+        layer = BatchNormalization(synchronized=True, momentum=0.0, **options)
         network = keras.Sequential([keras.Input(given["x"].shape[1:]), layer])
         network.compile("sgd", "mse")
     network.fit(given["x"], given["x"], batch_size=len(given["x"]), verbose=0)
@@ -171,7 +221,8 @@ def main(rank: str, *paths: str) -> None:
     for path in paths:
         given = dict(np.load(path))
         if keras.config.backend() == "torch":
-            found = on_torch(given, int(rank))
+            with passes_of(given):
+                found = on_torch(given, int(rank))
         else:
             found = (on_jax if keras.config.backend() == "jax" else on_tensorflow)(given)
         arrays = {name: np.asarray(value) for name, value in found.items()}

@@ -10,6 +10,9 @@ from ._errors import (
     DataError as DataError,
 )
 from ._errors import (
+    DistributedError as DistributedError,
+)
+from ._errors import (
     KerasVersionError as KerasVersionError,
 )
 from ._errors import (

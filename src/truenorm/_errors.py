@@ -11,7 +11,8 @@
     ├── MissingDependencyError (ImportError)  an optional package is not installed
     ├── KerasVersionError (RuntimeError)      this Keras lacks what a tool relies on
     ├── OutputError (OSError)           a file or folder cannot be written as asked
-    └── StudyError (RuntimeError)       an experiment could not be run to its end
+    ├── StudyError (RuntimeError)       an experiment could not be run to its end
+    └── DistributedError (RuntimeError) replicas that must go together do not
 
 Each message says the problem, the place, what was expected, what came, and the remedy.
 """
@@ -104,6 +105,10 @@ class OutputError(TruenormError, OSError):
 
 class StudyError(TruenormError, RuntimeError):
     """An experiment could not be run to its end."""
+
+
+class DistributedError(TruenormError, RuntimeError):
+    """The replicas of a distributed run that must go together do not."""
 
 
 _OUT_OF_MEMORY = (

@@ -286,7 +286,7 @@ def test_a_mask(shape: tuple[int, ...], kept: str, dtype: str, relu: bool) -> No
     assert error(have.d_beta, want.beta) < 32 * wide
 
 
-@pytest.mark.parametrize("name", ["tn_forward", "tn_backward", "tn_infer"])
+@pytest.mark.parametrize("name", library.FUNCTIONS)
 @pytest.mark.parametrize("dtype", [-1, 4, 2**31 - 1])
 def test_an_unknown_dtype_is_an_error_and_nothing_is_written(name: str, dtype: int) -> None:
     x, rows = np.ones((6, 2), np.float32), np.zeros((8, 2), np.float32)
@@ -299,7 +299,7 @@ def test_an_unknown_dtype_is_an_error_and_nothing_is_written(name: str, dtype: i
     assert not rows.any()
 
 
-@pytest.mark.parametrize("name", ["tn_forward", "tn_backward", "tn_infer"])
+@pytest.mark.parametrize("name", library.FUNCTIONS)
 def test_more_channels_than_memory_is_an_error(name: str) -> None:
     with pytest.raises(MemoryError, match=r"^no memory for the sums of BatchNormalization$"):
         library.run(name, library.Call(outer=1, channels=1 << 45, inner=1, dtype=0))

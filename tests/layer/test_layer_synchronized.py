@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import keras
@@ -25,7 +27,7 @@ def run(folder: pathlib.Path, cases: list[dict[str, Any]]) -> list[list[dict[str
     """What each replica wrote for each case; ends what it starts."""
     given = [folder / f"given{i}.npz" for i in range(len(cases))]
     for path, case in zip(given, cases, strict=True):
-        np.savez(path, **case)
+        np.savez(path, **case | {"options": json.dumps(case["options"])})
     program = pathlib.Path(__file__).parents[1] / "training_replica.py"
     environment = {**os.environ, "KERAS_BACKEND": BACKEND, "GLOO_SOCKET_IFNAME": "lo"}
     started = [
@@ -39,62 +41,172 @@ def run(folder: pathlib.Path, cases: list[dict[str, Any]]) -> list[list[dict[str
     ]
     try:
         for process in started:
-            _, complaint = process.communicate(timeout=120)
+            _, complaint = process.communicate(timeout=240)
             assert process.returncode == 0, complaint
     finally:
         for process in started:
             process.kill()
+            process.communicate()
     ranks = range(len(started))
     return [[dict(np.load(f"{path}.found{rank}.npz")) for rank in ranks] for path in given]
 
 
-def case(*, masked: bool) -> dict[str, Any]:
+def case(shape: tuple[int, ...] = (8, 6, 3), split: int = SPLIT, **options: Any) -> dict[str, Any]:
+    """Arrays for a layer with these options."""
     rng = np.random.default_rng(0)
-    x = rng.normal(1000, 0.05, (8, 6, 3)).astype("float32")
-    gradient = rng.normal(size=x.shape).astype("float32")
-    gamma, beta = (rng.uniform(0.5, 2, 3).astype("float32") for _ in range(2))
-    given = {"x": x, "gradient": gradient, "gamma": gamma, "beta": beta, "split": SPLIT}
-    if masked:
-        mask = rng.random((8, 6)) < 0.5
-        mask[SPLIT:] = False  # one replica has no valid value at all
-        given["mask"] = mask
+    dtype = "float16" if "dtype" in options else "float32"
+    x = rng.normal(*((1, 2) if "dtype" in options else (1000, 0.05)), shape).astype(dtype)
+    gradient = rng.normal(size=shape).astype(dtype)
+    channels = shape[options.get("axis", -1)]
+    gamma, beta = (rng.uniform(0.5, 2, channels).astype("float32") for _ in range(2))
+    given = {"x": x, "gradient": gradient, "gamma": gamma, "beta": beta}
+    return given | {"split": split, "options": options}
+
+
+def masked() -> dict[str, Any]:
+    """One replica has no valid value at all."""
+    given = case()
+    given["mask"] = np.random.default_rng(1).random((8, 6)) < 0.5
+    given["mask"][SPLIT:] = False
     return given
 
 
 def masked_by_channel() -> dict[str, Any]:
     """Channels first; one of them has no value on one of the replicas."""
-    given = case(masked=False) | {"axis": 1}
-    rng = np.random.default_rng(1)
-    given["gamma"], given["beta"] = (rng.uniform(0.5, 2, 6).astype("float32") for _ in range(2))
-    given["mask"] = rng.random((8, 6)) < 0.7
+    given = case(axis=1)
+    given["mask"] = np.random.default_rng(1).random((8, 6)) < 0.7
     given["mask"][SPLIT:, 2] = False
     return given
 
 
-@pytest.mark.parametrize(
-    "cases", [[case(masked=False), case(masked=True)], [masked_by_channel()]], ids=["rows", "keras"]
-)
-def test_two_replicas_are_as_one(cases: list[dict[str, Any]], tmp_path: pathlib.Path) -> None:
-    for given, found in zip(cases, run(tmp_path, cases), strict=True):
-        x, gamma = given["x"], given["gamma"]
-        axis = given.get("axis", -1)
-        options: dict[str, Any] = {"axis": axis, "epsilon": EPSILON, "mask": given.get("mask")}
-        forward = reference.forward(x, gamma, given["beta"], **options)
-        backward = reference.backward(given["gradient"], x, gamma, **options)
+CASES = {
+    "plain": case(),
+    "channels first": case((8, 3, 4, 5), axis=1),
+    "many values": case((64, 9, 9, 5), split=SPLIT * 8),
+    "masked": masked(),
+    "masked everywhere": masked() | {"mask": np.zeros((8, 6), bool)},
+    "masked, channels first": case((8, 3, 6), axis=1) | {"mask": masked()["mask"]},
+    "masked by channel": masked_by_channel(),
+    "relu": case(activation="relu"),
+    "tanh": case(activation="tanh"),
+    "renorm": case(renorm=True),
+    "half": case(dtype="mixed_float16"),
+    "unbiased": case(bessel_correction=True),
+    "affine": case(freeze="affine"),
+    "frozen": case(trainable=False),
+    "statistics": case(freeze="statistics"),
+}
+if BACKEND == "torch":
+    CASES["second"] = case() | {"x": case()["x"] - 999, "second": True}
+    if find_spec("triton") is not None:
+        CASES["two strips"] = case((16, 9, 9, 5), split=10)
+        for name in ("plain", "channels first", "two strips", "relu", "half"):
+            CASES[f"{name}, on a GPU"] = CASES[name] | {"triton": True}
+        CASES["empty, on a GPU"] = case(split=8) | {"triton": True}
+if BACKEND != "jax":
+    CASES["empty"] = case(split=8)
+    CASES["nothing"] = case((0, 6, 3), split=0)
 
-        both = {name: np.concatenate([part[name] for part in found]) for name in ("output", "x")}
-        both |= {name: sum(part[name] for part in found) for name in ("gamma", "beta")}
-        assert error(both["output"], forward.output) < 1e-6
-        assert error(both["x"], backward.x) < 1e-6
-        assert error(both["gamma"], backward.gamma) < 2e-6
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What the replicas wrote for each case."""
+    wrote = run(tmp_path_factory.mktemp("replicas"), list(CASES.values()))
+    return dict(zip(CASES, wrote, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_replicas_are_as_one(name: str, found: dict[str, list[dict[str, Any]]]) -> None:
+    given, parts = CASES[name], found[name]
+    options = given["options"]
+    x, gamma, beta, gradient = (
+        given[part].astype("float64") for part in ("x", "gamma", "beta", "gradient")
+    )
+    one = [1.0] * len(gamma)
+    how: dict[str, Any] = {
+        "axis": options.get("axis", -1),
+        "epsilon": EPSILON,
+        "mask": given.get("mask"),
+        "fallback": ([0.0] * len(gamma), one),
+    }
+    moves = options.get("trainable", True) and options.get("freeze") != "statistics"
+    # A layer that is frozen is as one whose batch has no value.
+    seen = how if moves else how | {"mask": np.zeros(x.shape[:-1], bool)}
+    batch = reference.forward(x, **seen)
+    scale, offset = gamma, beta
+    if options.get("renorm"):
+        scale = gamma * np.sqrt(batch.variance + EPSILON)  # the moving ones are still 0 and 1
+        offset = beta + gamma * batch.mean
+    forward = reference.forward(x, scale, offset, **seen).output
+    if options.get("activation") == "relu":
+        gradient = np.where(forward > 0, gradient, 0)
+        forward = np.maximum(forward, 0)
+    if options.get("activation") == "tanh":
+        forward = np.tanh(forward)
+        gradient = gradient * (1 - forward**2)
+    backward = reference.backward(gradient, x, scale, **seen)
+
+    names = [part for part in ("output", "x", "gamma", "beta") if part in parts[0]]
+    both = {part: np.concatenate([one[part] for one in parts]) for part in names[:2]}
+    both |= {part: sum(one[part] for one in parts) for part in names[2:]}
+    near = 2e-3 if "dtype" in options else 1e-6
+    assert error(both["output"], forward) < near
+    assert error(both["x"], backward.x) < near
+    if "gamma" in both:
+        want = backward.gamma
+        if options.get("renorm"):
+            want = want * np.sqrt(batch.variance + EPSILON) + backward.beta * batch.mean
+        assert error(both["gamma"], want) < 2e-6
         assert error(both["beta"], backward.beta) < 2e-6
-        for part in found:
-            assert error(part["moving_mean"], forward.mean) < 1e-7
-            assert error(part["moving_variance"], forward.variance) < 1e-6
-            if "collectives" in part:
-                assert part["collectives"].tolist() == [1, 1]
-            if "fitted" in part:
-                assert error(part["fitted"], reference.forward(x, axis=axis).variance) < 1e-6
+    assert ("gamma" in both) == (options.get("freeze") != "affine" and "trainable" not in options)
+    variance = batch.variance
+    if options.get("bessel_correction"):
+        variance = variance * (batch.count / (batch.count - 1))
+    for part in parts:
+        assert error(part["moving_mean"], batch.mean) < 1e-7
+        assert error(part["moving_variance"], variance) < 1e-6
+        if "fitted" in part and len(x):
+            assert error(part["fitted"], variance) < 1e-6
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="counts calls of torch.distributed")
+@pytest.mark.parametrize("name", CASES)
+def test_one_collective_each_way(name: str, found: dict[str, list[dict[str, Any]]]) -> None:
+    given = CASES[name]
+    channels = len(given["gamma"])
+    forward = [f"all_gather {8 * (1 + 2 * channels)}"]
+    backward = [f"all_reduce {4 * 2 * channels}"]
+    if name == "masked by channel":  # by the composite: four numbers per channel and replica
+        forward = backward = [f"all_reduce {4 * 2 * 4 * channels}"]
+    if name in ("frozen", "statistics"):
+        forward = backward = []
+    for part in found[name]:
+        assert part["forward"].tolist() == forward
+        assert part["backward"].tolist() == backward
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="second derivatives of a replica, on PyTorch")
+def test_a_derivative_can_be_differentiated(found: dict[str, list[dict[str, Any]]]) -> None:
+    import torch
+
+    given, parts = CASES["second"], found["second"]
+    layer = BatchNormalization()
+    x = torch.tensor(given["x"], dtype=torch.float64, requires_grad=True)
+    layer.build(x.shape)
+    gamma = torch.tensor(given["gamma"], dtype=torch.float64, requires_grad=True)
+    mean, variance = x.mean((0, 1)), x.var((0, 1), correction=0)
+    output = (x - mean) / torch.sqrt(variance + EPSILON) * gamma
+    gradient = torch.tensor(given["gradient"], dtype=torch.float64)
+    (d_x,) = torch.autograd.grad(output, x, gradient, create_graph=True)
+    loss = d_x.square().sum()
+    # The gradient of gamma is each replica's own.
+    for part in (slice(None, SPLIT), slice(SPLIT, None)):
+        own = torch.autograd.grad(output[part], gamma, gradient[part], create_graph=True)[0]
+        loss = loss + own.square().sum()
+    loss.backward()
+    assert error(np.concatenate([part["second"] for part in parts]), x.grad.numpy()) < 1e-5
+    for part in parts:
+        assert part["constant"].tolist() == []  # x needs no gradient, and gamma's are one's own
 
 
 def test_alone_it_is_the_plain_layer() -> None:

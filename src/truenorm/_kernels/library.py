@@ -20,8 +20,11 @@ from typing import Any, NamedTuple, cast
 
 DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 PATH = Path(__file__).parent / "native" / "libtruenorm.so"
-INTERFACE = 1
+INTERFACE = 2
 """``TN_INTERFACE`` of ``native/batchnorm.h``; to be raised there and here together."""
+
+
+FUNCTIONS = ("tn_forward", "tn_backward", "tn_infer", "tn_normalize", "tn_gradient")
 
 
 class Call(NamedTuple):
@@ -98,8 +101,8 @@ def _opened() -> tuple[Any | None, str | None]:
         return None, OF_ANOTHER_VERSION
     if numbers != [INTERFACE, CALL.size]:
         return None, OF_ANOTHER_VERSION
-    for function in (found.tn_forward, found.tn_backward, found.tn_infer):
-        function.argtypes = (ctypes.c_char_p,)
+    for name in FUNCTIONS:
+        getattr(found, name).argtypes = (ctypes.c_char_p,)
     return found, None
 
 

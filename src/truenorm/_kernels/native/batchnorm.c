@@ -114,6 +114,7 @@ static ALWAYS_INLINE uint16_t to_bfloat16(float value)
      .slices = slices_##type, \
      .constants = constants_##type_of_sum, \
      .constants_given = constants_given_##type_of_sum, \
+     .gradient_given = gradient_given_##type_of_sum, \
      .finish_moments = finish_moments_##type_of_sum, \
      .finish_products = finish_products_##type_of_sum}
 static const code codes[] = {
@@ -239,9 +240,10 @@ static void after_moments(job *j)
     j->code->constants(j);
 }
 
-static void before_products(job *j) { j->code->constants(j); }
+static void with_statistics(job *j) { j->code->constants(j); }
 static void after_products(job *j) { j->code->finish_products(j); }
 static void before_inference(job *j) { j->code->constants_given(j); }
+static void before_gradient(job *j) { j->code->gradient_given(j); }
 
 int JOIN(tn_forward, TN_LEVEL)(const tn_call *call)
 {
@@ -253,7 +255,7 @@ int JOIN(tn_backward, TN_LEVEL)(const tn_call *call)
 {
     job j = {.call = call,
              .passes = {PRODUCTS, GRADIENT},
-             .before = before_products,
+             .before = with_statistics,
              .between = after_products};
     return run(&j);
 }
@@ -261,5 +263,17 @@ int JOIN(tn_backward, TN_LEVEL)(const tn_call *call)
 int JOIN(tn_infer, TN_LEVEL)(const tn_call *call)
 {
     job j = {.call = call, .passes = {NO_PASS, NORMALIZE}, .before = before_inference};
+    return run(&j);
+}
+
+int JOIN(tn_normalize, TN_LEVEL)(const tn_call *call)
+{
+    job j = {.call = call, .passes = {NO_PASS, NORMALIZE}, .before = with_statistics};
+    return run(&j);
+}
+
+int JOIN(tn_gradient, TN_LEVEL)(const tn_call *call)
+{
+    job j = {.call = call, .passes = {NO_PASS, GRADIENT}, .before = before_gradient};
     return run(&j);
 }

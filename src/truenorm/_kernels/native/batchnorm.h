@@ -11,7 +11,7 @@
 /* The version of the interface between this library and the Python code that calls it. Raise it
  * here and in library.py when a function or a field of tn_call is added, moved or means something
  * else: library.py does not use a library of another version. */
-#define TN_INTERFACE 1
+#define TN_INTERFACE 2
 
 #define TN_EXPORT __attribute__((visibility("default")))
 
@@ -31,7 +31,7 @@ typedef struct {
     const void *gamma, *beta; /* NULL: ones, zeros */
     void *mean, *variance;    /* written by tn_forward, read by the others */
     void *low, *rstd;         /* likewise; the mean before it is rounded is mean + low */
-    void *dgamma, *dbeta;     /* written by tn_backward */
+    void *dgamma, *dbeta;     /* written by tn_backward; tn_gradient reads them, as means */
     void *y;                  /* the output, or dx in tn_backward; NULL: not wanted */
     /* The moving statistics, and where tn_forward writes them as they are after one step. Both may
      * be the same memory. A step goes (1 - momentum) of the way to the batch's mean and variance,
@@ -47,9 +47,13 @@ typedef struct {
 
 /* tn_forward and tn_backward are a training step; tn_infer normalises with the mean and variance
  * that are given. tn_backward does not read the variance. They return TN_DONE or what went wrong.
- */
+ *
+ * A batch that is divided: with y NULL the first two do the first half of their work, whose results
+ * are of this part of the batch. tn_normalize is the second half of tn_forward, with the statistics
+ * of the whole (variance and epsilon are not read), and tn_gradient that of tn_backward: there
+ * dgamma and dbeta are those of the whole batch, divided by the number of its values. */
 typedef int tn_pass(const tn_call *call);
-tn_pass tn_forward, tn_backward, tn_infer;
+tn_pass tn_forward, tn_backward, tn_infer, tn_normalize, tn_gradient;
 
 /* The library's own threads, as a tn_parallel. */
 void tn_own_threads(void (*work)(void *), void *context, unsigned threads, unsigned flags);

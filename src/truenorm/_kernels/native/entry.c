@@ -1,15 +1,16 @@
 /* The entry points: each calls the code for the best level that this processor has. */
 #include "batchnorm.h"
 
-tn_pass tn_forward_v1, tn_backward_v1, tn_infer_v1;
-static tn_pass *forward = tn_forward_v1, *backward = tn_backward_v1, *infer = tn_infer_v1;
+tn_pass tn_forward_v1, tn_backward_v1, tn_infer_v1, tn_normalize_v1, tn_gradient_v1;
+static tn_pass *forward = tn_forward_v1, *backward = tn_backward_v1, *infer = tn_infer_v1,
+               *normalize = tn_normalize_v1, *gradient = tn_gradient_v1;
 
 #ifdef __x86_64__
 #include <cpuid.h>
 #include <stdlib.h>
 #include <string.h>
 
-tn_pass tn_forward_v3, tn_backward_v3, tn_infer_v3;
+tn_pass tn_forward_v3, tn_backward_v3, tn_infer_v3, tn_normalize_v3, tn_gradient_v3;
 
 /* Whether the processor has level 3 of the x86-64 psABI (AVX2, FMA, F16C), and the operating system
  * saves the registers for it. (AVX-512 was no faster.) */
@@ -29,6 +30,7 @@ __attribute__((constructor)) static void choose(void)
     const char *wanted = getenv("TRUENORM_LEVEL");
     if (!has_v3() || (wanted && strcmp(wanted, "v1") == 0)) return;
     forward = tn_forward_v3, backward = tn_backward_v3, infer = tn_infer_v3;
+    normalize = tn_normalize_v3, gradient = tn_gradient_v3;
 }
 #endif
 
@@ -37,3 +39,5 @@ TN_EXPORT const int tn_call_size = sizeof(tn_call);
 TN_EXPORT int tn_forward(const tn_call *call) { return forward(call); }
 TN_EXPORT int tn_backward(const tn_call *call) { return backward(call); }
 TN_EXPORT int tn_infer(const tn_call *call) { return infer(call); }
+TN_EXPORT int tn_normalize(const tn_call *call) { return normalize(call); }
+TN_EXPORT int tn_gradient(const tn_call *call) { return gradient(call); }

@@ -29,7 +29,7 @@ typedef struct {
     size_t value, sum; /* bytes of a value, and of a number per channel */
     void (*rows)(job *, pass_kind, int64_t chunk, void *scratch);   /* one chunk, channels last */
     void (*slices)(job *, pass_kind, int64_t chunk, void *scratch); /* one chunk, channels first */
-    void (*constants)(job *), (*constants_given)(job *);
+    void (*constants)(job *), (*constants_given)(job *), (*gradient_given)(job *);
     void (*finish_moments)(job *), (*finish_products)(job *);
 } code;
 

@@ -109,6 +109,27 @@ static void OF_SUM(constants_given)(job *j)
     }
 }
 
+/* The constants of dx = h scale + (x - mean) slope + level in one channel, from the means of h x^
+ * and of h: see finish_products. */
+static inline void OF_SUM(line)(job *j, int64_t c, double of_products, double of_gradient)
+{
+    const tn_call *call = j->call;
+    const SUM *low = call->low, *rstd = call->rstd;
+    SUM *scale = j->constants, *slope = scale + 2 * call->channels, *level = slope + call->channels;
+    const double k = of_products * rstd[c];
+    slope[c] = (SUM)(-scale[c] * k);
+    level[c] = (SUM)(scale[c] * (low[c] * k - of_gradient));
+}
+
+/* All constants of dx from means that are given. */
+static void OF_SUM(gradient_given)(job *j)
+{
+    const SUM *of_products = j->call->dgamma, *of_gradient = j->call->dbeta;
+    OF_SUM(constants)(j);
+    for (int64_t c = 0; c < j->call->channels; c++)
+        OF_SUM(line)(j, c, of_products[c], of_gradient[c]);
+}
+
 /* The gradients of gamma and beta, and from them the constants of dx: with the h of passes.h, the
  * normalised input x^ = (x - mean - low) rstd, and the count n,
  *
@@ -128,11 +149,9 @@ static void OF_SUM(finish_products)(job *j)
     if (call->inner == 1) merge_products(j);
     for (int64_t c = 0; c < channels; c++) {
         const double normalized = (second[c] - low[c] * first[c]) * rstd[c];
-        const double k = normalized * rstd[c] / count;
         dbeta[c] = (SUM)first[c];
         dgamma[c] = (SUM)normalized;
-        slope[c] = (SUM)(-scale[c] * k);
-        level[c] = (SUM)(scale[c] * (low[c] * k - first[c] / count));
+        OF_SUM(line)(j, c, normalized / count, first[c] / count);
         if (one) scale[c] = slope[c] = level[c] = 0;
     }
 }

@@ -20,12 +20,11 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import distributed
 
 from truenorm._kernels import composite
 from truenorm._kernels.contract import Normalized, Options, Scalar, Tensor, Vector
 from truenorm._kernels.masks import by_channel
-from truenorm._kernels.torch import passes
+from truenorm._kernels.torch import passes, synchronized
 
 MOST_GROUPS = 32  # These three weigh time against digits.
 MOST_GROUPED_CHANNELS = 2**12  # More running sums than these do not stay in the cache.
@@ -215,33 +214,10 @@ def normalize_synchronized(
     x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options
 ) -> Normalized:
     """See :mod:`truenorm._kernels`: over the processes of ``torch.distributed``."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    group = synchronized.group_of(x)
+    if group is None:
         return normalize(x, gamma, beta, options)
-    if distributed.get_world_size() == 1:
-        return normalize(x, gamma, beta, options)
-
-    def gather(vector: Vector) -> Tensor:
-        # As a sum of rows, each from one process: every communication backend has it.
-        rows = vector.new_zeros(distributed.get_world_size(), len(vector))
-        own = torch.zeros_like(rows, dtype=torch.bool)
-        own[distributed.get_rank()] = True
-        return _Sum.apply(torch.where(own, vector, rows))
-
-    return composite.normalize(x, gamma, beta, options, gather=gather)
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over all processes; so is its derivative, to any order."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Any) -> Any:  # noqa: ARG004
-        total = values.clone()
-        distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Any) -> Any:  # noqa: ARG004  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _Sum.apply(gradient)
+    return synchronized.normalize(x, gamma, beta, options, group)
 
 
 def _moments(rows: Tensor) -> tuple[Vector, Vector]:

@@ -1,4 +1,7 @@
-"""PyTorch on a processor: the compiled passes. See ``passes.py``."""
+"""PyTorch on a processor: the compiled passes. See ``passes.py``.
+
+And halves of them, for a part of a batch. See ``synchronized.py``.
+"""
 
 from __future__ import annotations
 
@@ -121,6 +124,78 @@ def infer(
     )
     library.run("tn_infer", call)
     return output
+
+
+def moments(plan: Plan, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean and variance of a part of a batch, in float64."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = torch.empty(4, plan.layout[1], dtype=wide, device="cpu")
+    _half("tn_forward", plan, x, mask, rows)
+    found = rows[:2].to(torch.float64)
+    found[0] += rows[2]
+    return found
+
+
+def normalize(
+    plan: Plan, x: Tensor, gamma: Vector | None, beta: Vector | None, rows: Tensor
+) -> Tensor:
+    """The output for a part of a batch, whose statistics are in ``rows``."""
+    output = torch.empty_like(x)
+    _half("tn_normalize", plan, x, None, rows, gamma=gamma, beta=beta, y=output)
+    return output
+
+
+def products(
+    plan: Plan,
+    gradient: Tensor,
+    x: Tensor,
+    gamma: Vector | None,
+    beta: Vector | None,
+    rows: Tensor,
+) -> Tensor:
+    """The gradients of gamma and beta from a part of a batch, as two rows."""
+    found = torch.empty(2, plan.layout[1], dtype=rows.dtype, device="cpu")
+    given = {"dy": gradient, "gamma": gamma, "beta": beta, "dgamma": found[0], "dbeta": found[1]}
+    _half("tn_backward", plan, x, None, rows, **given)
+    return found
+
+
+def gradient(
+    plan: Plan,
+    gradient: Tensor,
+    x: Tensor,
+    gamma: Vector | None,
+    beta: Vector | None,
+    mask: Tensor | None,
+    rows: Tensor,
+    means: Tensor,
+) -> Tensor:
+    """The gradient of x, from those of gamma and beta of the whole batch by its count."""
+    d_x = torch.empty_like(x)
+    given = {"dy": gradient, "gamma": gamma, "beta": beta, "dgamma": means[0], "dbeta": means[1]}
+    _half("tn_gradient", plan, x, mask, rows, **given, y=d_x)
+    return d_x
+
+
+def _half(
+    name: str, plan: Plan, x: Tensor, mask: Tensor | None, rows: Tensor, **given: Tensor | None
+) -> None:
+    """One half of the forward or backward pass."""
+    mean, variance, low, rstd = _addresses(rows)[:4]
+    call = library.Call(
+        *(*plan.layout, CODES[x.dtype]),
+        relu=plan.relu,
+        threads=torch.get_num_threads(),
+        parallel=_parallel(),
+        x=_address(x),
+        mean=mean,
+        variance=variance,
+        low=low,
+        rstd=rstd,
+        mask=_address(mask),
+        **{name: _address(tensor) for name, tensor in given.items()},
+    )
+    library.run(name, call)
 
 
 def _address(tensor: Any) -> int:

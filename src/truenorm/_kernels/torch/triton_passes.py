@@ -11,6 +11,9 @@ of products are joined in float64 too. The order is fixed: results are the same 
 There are two kernels each way; each program of the second joins what the first found of its
 channels, which costs less than a third kernel. Nothing waits for the GPU.
 
+Of a batch that is divided among processes (``synchronized.py``) the first kernel of each way finds
+what PyTorch's operations join, and one that knows the whole batch's numbers does the rest.
+
 PyTorch brings Triton where it brings CUDA. With ``TRITON_INTERPRET=1`` the kernels run on a
 processor, slowly: the tests do that.
 """
@@ -98,6 +101,82 @@ def backward(
             num_warps=WARPS,
         )
     return d_x, found[0], found[1]
+
+
+def moments(plan: Plan, x: Tensor, mask: None) -> Tensor:
+    """Mean and variance of a part of a batch, in float64."""
+    del mask
+    if x.numel() == 0:
+        return torch.zeros(2, plan.layout[1], dtype=torch.float64, device=x.device)
+    grid, parts, sizes = _divided(x, plan.layout)
+    with torch.cuda.device_of(x):
+        _moments[grid](x, parts, *sizes[:-2], num_warps=WARPS)
+    rows, strip = sizes[0], sizes[2]
+    starts = torch.arange(0, rows, strip, device=x.device, dtype=torch.float64)
+    size = (rows - starts).clamp_(max=strip)[:, None]
+    means, m2 = parts.unbind(1)
+    mean = (means * size).sum(0) / rows
+    m2 = m2 + (means - mean).square_() * size
+    return torch.stack([mean, m2.sum(0) / rows])
+
+
+def normalize(
+    plan: Plan, x: Tensor, gamma: Vector | None, beta: Vector | None, rows: Tensor
+) -> Tensor:
+    """The output for a part of a batch, whose statistics are in ``rows``."""
+    output = torch.empty_like(x)
+    if x.numel() > 0:
+        grid, _, sizes = _divided(x, plan.layout)
+        with torch.cuda.device_of(x):
+            _normalize_part[grid](
+                x, output, rows, gamma, beta, plan.relu, *sizes[:-2], num_warps=WARPS
+            )
+    return output
+
+
+def products(
+    plan: Plan,
+    gradient: Tensor,
+    x: Tensor,
+    gamma: Vector | None,
+    beta: Vector | None,
+    rows: Tensor,
+) -> Tensor:
+    """The gradients of gamma and beta from a part of a batch, as two rows."""
+    if x.numel() == 0:
+        return torch.zeros_like(rows[:2])
+    grid, parts, sizes = _divided(x, plan.layout)
+    with torch.cuda.device_of(x):
+        _products[grid](
+            *(x, gradient, rows, gamma, beta, parts, plan.relu), *sizes[:-2], num_warps=WARPS
+        )
+    total, product = parts.sum(0)
+    _, _, low, rstd = rows[:4]
+    return torch.stack([(product - low * total) * rstd, total]).to(rows.dtype)
+
+
+def gradient(
+    plan: Plan,
+    gradient: Tensor,
+    x: Tensor,
+    gamma: Vector | None,
+    beta: Vector | None,
+    mask: None,
+    rows: Tensor,
+    means: Tensor,
+) -> Tensor:
+    """The gradient of x, from those of gamma and beta of the whole batch by its count."""
+    del mask
+    d_x = torch.empty_like(x)
+    if x.numel() > 0:
+        grid, _, sizes = _divided(x, plan.layout)
+        with torch.cuda.device_of(x):
+            _gradient_part[grid](
+                *(x, gradient, d_x, rows, gamma, beta, means, plan.relu),
+                *sizes[:-2],
+                num_warps=WARPS,
+            )
+    return d_x
 
 
 def _divided(x: Tensor, layout: Layout) -> tuple[tuple[int, int], Tensor, tuple[Any, ...]]:
@@ -320,3 +399,38 @@ def _gradient(
             deviations, coming = _tile(x, gradient, place, exist, mean, scale, offset, relu)
             values = coming * factor[None, :] + deviations * slope[None, :] + level[None, :]
             tl.store(d_x + place, values.to(d_x.dtype.element_ty), exist)
+
+
+@triton.jit(do_not_specialize=("rows",))
+def _normalize_part(
+    x, output, statistics, gamma, beta, relu: tl.constexpr, rows, channels, strip,
+    tile: tl.constexpr, width: tl.constexpr, inner: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """A strip, with statistics that are known."""
+    mean, scale, offset, _, _ = _constants(statistics, gamma, beta, channels, width)
+    first = tl.program_id(1) * strip
+    for start in range(first, min(first + strip, rows), tile):
+        place, exist = _places(start, rows, channels, tile, width, inner, wide)
+        values = tl.load(x + place, exist, 0.0).to(tl.float32)
+        values = (values - mean[None, :]) * scale[None, :] + offset[None, :]
+        if relu:
+            values = tl.where(values < 0, 0.0, values)
+        tl.store(output + place, values.to(output.dtype.element_ty), exist)
+
+
+@triton.jit(do_not_specialize=("rows",))
+def _gradient_part(
+    x, gradient, d_x, statistics, gamma, beta, means, relu: tl.constexpr, rows, channels, strip,
+    tile: tl.constexpr, width: tl.constexpr, inner: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x in a strip, as in :func:`_gradient` with sums that are known."""
+    mean, scale, offset, low, rstd = _constants(statistics, gamma, beta, channels, width)
+    share = (_read(means, 0, channels, width, 0.0) * rstd).to(tl.float64)
+    slope = (-scale * share).to(tl.float32)
+    level = (scale * (low * share - _read(means, 1, channels, width, 0.0))).to(tl.float32)
+    first = tl.program_id(1) * strip
+    for start in range(first, min(first + strip, rows), tile):
+        place, exist = _places(start, rows, channels, tile, width, inner, wide)
+        deviations, coming = _tile(x, gradient, place, exist, mean, scale, offset, relu)
+        values = coming * scale[None, :] + deviations * slope[None, :] + level[None, :]
+        tl.store(d_x + place, values.to(d_x.dtype.element_ty), exist)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +14,8 @@ import keras
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ONE_PROCESS = keras.config.backend() == "tensorflow"
+BACKEND = keras.config.backend()
+ONE_PROCESS = BACKEND == "tensorflow"
 
 
 @pytest.mark.long
@@ -32,3 +36,38 @@ def test_it_runs(name: str, shown: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     for text in shown:
         assert text in done.stdout
+
+
+def printed_by(*command: object) -> str:
+    """What a program prints that starts another one, which does not outlive it."""
+    started = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        printed, complaint = started.communicate(timeout=240)
+        assert started.returncode == 0, complaint
+        with pytest.raises(ProcessLookupError):  # nothing of its session is left
+            os.killpg(started.pid, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+    return printed
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", [()] if BACKEND == "torch" else [(), ("processes",)])
+def test_a_distributed_training_is_that_of_one_device(how: tuple[str, ...]) -> None:
+    printed = printed_by(EXAMPLES / f"distributed_{BACKEND}.py", *how)
+    found = re.findall(r"(\w+): +(\S+) from .* the \w+ (\w+)$", printed, re.MULTILINE)
+    names, distances, ranks = zip(*found, strict=True)
+    assert names == ("gradient", "mean", "variance") * 2
+    assert max(float(one) for one in distances[:3]) < 1e-6
+    assert set(ranks[:4]) == {"agree"}  # frameworks sum the gradients in any case
+    without = [float(one) for one in distances[3:]]
+    if BACKEND == "jax":  # a batch is that of all devices
+        assert max(without) < 1e-6
+        assert set(ranks) == {"agree"}
+    else:
+        assert min(without) > 1e-4
+        assert ranks[4:] == ("disagree", "disagree")

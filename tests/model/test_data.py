@@ -246,6 +246,17 @@ def test_an_input_that_is_not_there_by_name_is_named() -> None:
     )
 
 
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="PyTorch's tensors may learn")
+def test_a_tensor_that_learns_is_data_too() -> None:
+    """As is one on a GPU: neither is an array of NumPy as it is."""
+    x, model = keras.ops.convert_to_tensor(X).requires_grad_(), dense()
+    model.compile("sgd", "mse")
+    found, wanted = (tn.diagnose(model, data, Y, batch_size=4) for data in (x, X))
+    assert found.findings == wanted.findings
+    assert tn.collect(model, x).samples == len(X)
+    assert tn.fold(model, probe=x).max_site_error < 1e-4
+
+
 @pytest.mark.parametrize("model", [dense, subclassed])
 def test_python_lists_are_refused_as_keras_refuses_them(model: Callable[[], Any]) -> None:
     with pytest.raises(tn.DataError, match=r"not made of arrays .* Received: float\. Remedy: make"):

@@ -14,6 +14,8 @@ on which numbers, is another matter.
 * ``numbers(tensor)``: its numbers as an array of NumPy, where they are at hand without waiting for
   another device; None elsewhere, as while a program is traced.
 * ``constants()``: inside, operations on numbers that are known give numbers, also while tracing.
+* ``full_precision()``: inside, products of float32 are computed in float32. A GPU takes
+  TensorFloat-32 for them by default, of which 10 bits behind the point count.
 * ``repeats()``: whether a forward pass runs once more for the sake of the backward one, as far as
   the framework lets anybody know.
 
@@ -29,6 +31,7 @@ import keras
 if keras.config.backend() == "jax":
     from truenorm._kernels.jax.run_time import (
         constants,
+        full_precision,
         is_value,
         numbers,
         place,
@@ -40,6 +43,7 @@ if keras.config.backend() == "jax":
 elif keras.config.backend() == "tensorflow":
     from truenorm._kernels.tensorflow.run_time import (
         constants,
+        full_precision,
         is_value,
         numbers,
         place,
@@ -51,6 +55,7 @@ elif keras.config.backend() == "tensorflow":
 else:
     from truenorm._kernels.torch.run_time import (
         constants,
+        full_precision,
         is_value,
         numbers,
         place,
@@ -62,6 +67,7 @@ else:
 
 __all__ = [
     "constants",
+    "full_precision",
     "is_value",
     "numbers",
     "place",

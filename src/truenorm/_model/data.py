@@ -13,6 +13,7 @@ import numpy as np
 from truenorm._checks import check_integer
 from truenorm._errors import DataError
 from truenorm._model.graph import input_specification
+from truenorm._model.values import in_memory
 
 
 def input_batches(model: Any, data: Any, batch_size: int) -> Iterator[Any]:
@@ -210,12 +211,12 @@ def _slices(
 
 def _indexable(array: Any) -> Any:
     """TensorFlow's tensors and pandas's frames do not take a list of indices for rows."""
-    return np.asarray(array) if hasattr(array, "numpy") or hasattr(array, "iloc") else array
+    return in_memory(array) if hasattr(array, "numpy") or hasattr(array, "iloc") else array
 
 
 def _native(array: Any) -> Any:
     """Another framework's tensor as a NumPy array, which every backend takes."""
-    return array if array is None or keras.ops.is_tensor(array) else np.asarray(array)
+    return array if array is None or keras.ops.is_tensor(array) else in_memory(array)
 
 
 def _inputs(model: Any) -> list[Any]:

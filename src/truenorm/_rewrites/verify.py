@@ -9,12 +9,14 @@ import keras
 import numpy as np
 
 from truenorm._errors import DataError, VerificationError
+from truenorm._kernels import run_time
 from truenorm._model.data import check
 from truenorm._model.edit import Edit
 from truenorm._model.graph import Call, Graph, graph_of, layer_paths
 from truenorm._model.hooks import intercepted
 from truenorm._model.probe import make_inputs, outputs
 from truenorm._model.progress import Line
+from truenorm._model.values import in_memory
 from truenorm._records.moments import Array
 from truenorm._rewrites.places import compared_places, shaken
 
@@ -52,6 +54,8 @@ def verify(
 ) -> Proof:
     """Compare the old and the new model; refused if rounding cannot be why they differ.
 
+    In full precision, else a GPU's rounding of products would hide what is compared.
+
     Args:
         graph: Of the old model.
         edit: What was done to it.
@@ -61,29 +65,34 @@ def verify(
         what: The start of a sentence about the rewrite: "Folding".
         line: Says what is being compared.
     """
-    old = graph.model
-    line.step("comparing each changed place")
-    rounding = max((TOLERANCE.get(k.compute_dtype, 0.0) for k in layer_paths(old)), default=1e-4)
-    site_error = _verify_places(graph, edit, between, rounding, what)
-    if probe is None and graph_of(old) is None:
-        return Proof(None, None, site_error, (_NOT_KNOWN + _BY_ITSELF,))
-    inputs = make_inputs(old) if probe is None else check(old, probe)
-    line.step("comparing the outputs")
-    try:
-        before = outputs(old, inputs)
-    except DataError:
-        if probe is not None:
-            raise
-        return Proof(None, None, site_error, (_NOT_RUN + _BY_ITSELF,))
+    with run_time.full_precision():
+        old = graph.model
+        line.step("comparing each changed place")
+        rounding = max(
+            (TOLERANCE.get(k.compute_dtype, 0.0) for k in layer_paths(old)), default=1e-4
+        )
+        site_error = _verify_places(graph, edit, between, rounding, what)
+        if probe is None and graph_of(old) is None:
+            return Proof(None, None, site_error, (_NOT_KNOWN + _BY_ITSELF,))
+        inputs = make_inputs(old) if probe is None else check(old, probe)
+        line.step("comparing the outputs")
+        try:
+            before = outputs(old, inputs)
+        except DataError:
+            if probe is not None:
+                raise
+            return Proof(None, None, site_error, (_NOT_RUN + _BY_ITSELF,))
 
-    def moved() -> list[Array]:
-        with intercepted({*edit, *(call.operation for call in between)}, _with_rounding):
-            return outputs(old, _nudged(inputs))
+        def moved() -> list[Array]:
+            with intercepted({*edit, *(call.operation for call in between)}, _with_rounding):
+                return outputs(old, _nudged(inputs))
 
-    after, problem = outputs(new, inputs), _PROBLEM.format(what)
-    absolute, relative = _verify_outputs(before, after, moved, rounding, problem, old.name)
-    shows = any(_varies(output, rounding) for output in before)
-    return Proof(absolute, relative, site_error, () if shows else (_SHOWS_NOTHING + _BY_ITSELF,))
+        after, problem = outputs(new, inputs), _PROBLEM.format(what)
+        absolute, relative = _verify_outputs(before, after, moved, rounding, problem, old.name)
+        shows = any(_varies(output, rounding) for output in before)
+        return Proof(
+            absolute, relative, site_error, () if shows else (_SHOWS_NOTHING + _BY_ITSELF,)
+        )
 
 
 _PROBLEM = "{} would change what the model computes, so no model is returned"
@@ -189,7 +198,7 @@ def _nudged(inputs: Any) -> Any:
     generator = np.random.default_rng(0)
 
     def nudge(x: Any) -> Any:
-        x = np.asarray(x)
+        x = in_memory(x)
         if x.dtype.kind != "f":
             return x
         return np.nextafter(

@@ -55,3 +55,8 @@ def constants() -> AbstractContextManager[None]:
 def repeats() -> bool:
     """No: JAX repeats the operations of a program, not the Python that made them."""
     return False
+
+
+def full_precision() -> AbstractContextManager[None]:
+    """A setting that is part of what a compiled program is known by."""
+    return jax.default_matmul_precision("float32")

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+
+PRODUCTS: tuple[Any, ...] = (
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,  # pyright: ignore[reportAttributeAccessIssue]
+    torch.backends.cudnn.rnn,  # pyright: ignore[reportAttributeAccessIssue]
+    torch.backends.mkldnn.matmul,  # pyright: ignore[reportAttributeAccessIssue]
+    torch.backends.mkldnn.conv,  # pyright: ignore[reportAttributeAccessIssue]
+)
+"""The kinds of operations whose precision can be set."""
 
 
 def when_run(receive: Callable[[], None], tensor: Any) -> None:
@@ -62,3 +71,16 @@ def repeats() -> bool:
         return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]
     except AttributeError:  # another version of PyTorch
         return False
+
+
+@contextmanager
+def full_precision() -> Generator[None]:
+    """A setting for each kind of product."""
+    before = [kind.fp32_precision for kind in PRODUCTS]
+    try:
+        for kind in PRODUCTS:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in zip(PRODUCTS, before, strict=True):
+            kind.fp32_precision = precision

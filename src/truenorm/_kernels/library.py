@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 
 DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 PATH = Path(__file__).parent / "native" / "libtruenorm.so"
-INTERFACE = 1
+INTERFACE = 2
 """``TN_INTERFACE`` of ``native/batchnorm.h``; to be raised there and here together."""
 
 
@@ -56,9 +56,12 @@ class Call(NamedTuple):
     moved_mean: int = 0
     moved_variance: int = 0
     mask: int = 0
+    add: int = 0
+    out: int = 0
+    dadd: int = 0
 
 
-CALL = struct.Struct("@3q4i2d17P")
+CALL = struct.Struct("@3q4i2d20P")
 """A :class:`Call` as C lays it out."""
 
 

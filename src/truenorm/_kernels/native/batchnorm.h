@@ -11,7 +11,7 @@
 /* The version of the interface between this library and the Python code that calls it. Raise it
  * here and in library.py when a function or a field of tn_call is added, moved or means something
  * else: library.py does not use a library of another version. */
-#define TN_INTERFACE 1
+#define TN_INTERFACE 2
 
 #define TN_EXPORT __attribute__((visibility("default")))
 
@@ -43,6 +43,11 @@ typedef struct {
     /* One byte per row, only where inner is 1: whether the row counts in the statistics. If no row
      * does, the moving statistics normalise. NULL: all rows count. */
     const uint8_t *mask;
+    /* Shaped as x. `add` is added to the output before the ReLU; NULL: nothing is. Where it was, the
+     * signs that ReLU's derivative needs are those of `out`, the output: tn_backward then writes to
+     * `dadd` the gradient that goes through the ReLU, which is that of `add`. */
+    const void *add, *out;
+    void *dadd;
 } tn_call;
 
 /* tn_forward and tn_backward are a training step; tn_infer normalises with the mean and variance

@@ -376,6 +376,7 @@ def operation_classes() -> dict[str, type]:
     """The classes of some operations in a graph, by the names of the functions that make them."""
     x, short = keras.KerasTensor((None, 2, 3)), keras.KerasTensor((None, 1, 3))
     made = {
+        "activations.relu": keras.activations.relu(x),
         "add": keras.ops.add(x, x),
         "average_pool": keras.ops.average_pool(x, 2),
         "concatenate": keras.ops.concatenate([x, x]),
@@ -390,6 +391,7 @@ def operation_classes() -> dict[str, type]:
         "moveaxis": keras.ops.moveaxis(x, 1, 2),
         "multiply": keras.ops.multiply(x, x),
         "negative": keras.ops.negative(x),
+        "relu": keras.ops.relu(x),
         "repeat": keras.ops.repeat(x, 2, axis=1),
         "reshape": keras.ops.reshape(x, (-1, 6)),
         "squeeze": keras.ops.squeeze(short, 1),

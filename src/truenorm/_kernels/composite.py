@@ -62,6 +62,12 @@ def normalize(
     )
 
 
+def added_to(batch: Normalized, options: Options) -> Normalized:
+    """The sum and the ReLU behind a batch that was normalised without them."""
+    output = batch.output + options.add
+    return batch._replace(output=ops.relu(output) if options.relu else output)
+
+
 def normalize_apart(
     x: Tensor,
     gamma: Vector | None,
@@ -75,7 +81,7 @@ def normalize_apart(
 
     The statistics and their count come in shapes that stretch to that of ``x``.
     """
-    _, epsilon, valid, moving, relu = options
+    _, epsilon, valid, moving, relu, add = options
     dtype = statistics_dtype(x.dtype)
     values = ops.cast(x, dtype)
     reduced = [a for a in range(len(x.shape)) if a not in kept]
@@ -116,6 +122,8 @@ def normalize_apart(
     if beta is not None:
         offset = ops.reshape(ops.cast(beta, dtype), broadcast)
         output = output + blocks.spread(offset, values)
+    if add is not None:
+        output = output + ops.cast(add, dtype)
     return Normalized(
         ops.cast(ops.relu(output) if relu else output, x.dtype),
         ops.stop_gradient(shift + delta),

@@ -1,7 +1,7 @@
 """The contract of a training-mode kernel: what it takes, what it returns, and how precisely.
 
 A kernel computes in float32 at least. Its output differentiates through the statistics, right to
-the second order at least, with respect to ``x``, ``gamma`` and ``beta``.
+the second order at least, with respect to ``x``, ``gamma``, ``beta`` and ``options.add``.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ class Options(NamedTuple):
             leaves no value; and a kernel to which it costs nothing moves them
             (``Normalized.moved``).
         relu: Whether negative outputs become 0, in the same pass where the backend can.
+        add: Added to the output before the ReLU, likewise: of the shape and dtype of ``x``, or
+            None. (Where it takes another pass, 16-bit outputs are rounded before and after.) Only
+            ``normalize`` takes it, not the kernels of ghost batches and of synchronized ones.
     """
 
     axis: int
@@ -59,6 +62,7 @@ class Options(NamedTuple):
     mask: Tensor | None = None
     moving: Moving | None = None
     relu: bool = False
+    add: Tensor | None = None
 
 
 class Normalized(NamedTuple):

@@ -59,9 +59,12 @@ class Call(NamedTuple):
     moved_mean: int = 0
     moved_variance: int = 0
     mask: int = 0
+    add: int = 0
+    out: int = 0
+    dadd: int = 0
 
 
-CALL = struct.Struct("@3q4i2d17P")
+CALL = struct.Struct("@3q4i2d20P")
 """A :class:`Call` as C lays it out."""
 
 

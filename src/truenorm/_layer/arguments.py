@@ -8,7 +8,7 @@ from typing import Any, Literal, cast, get_args
 import keras
 
 from truenorm._checks import check_integer, is_number, meant
-from truenorm._errors import OptionError
+from truenorm._errors import DataError, OptionError
 
 FreezePolicy = Literal["none", "all", "statistics", "affine"]
 
@@ -164,6 +164,20 @@ def check_samples(layer: Any, input_shape: Sequence[int | None]) -> None:
                 expected=f"another channel axis than 0, or no {option}",
                 received=f"axis={layer.axis}, {option}={getattr(layer, option)}",
             )
+
+
+def check_added(add: Any, inputs: Any, where: str | None) -> None:
+    """Refuse what cannot be added to the output number by number."""
+    theirs, ours = tuple(add.shape), tuple(inputs.shape)
+    if len(theirs) != len(ours) or any(
+        None not in pair and pair[0] != pair[1] for pair in zip(theirs, ours, strict=True)
+    ):
+        raise DataError(
+            "What BatchNormalization is to add is not of the shape of its output",
+            where=where,
+            expected=f"shape {ours}",
+            received=f"add of shape {theirs}",
+        )
 
 
 def check_policy(policy: Any) -> None:

@@ -18,6 +18,7 @@ from truenorm._layer.accumulation import ROWS, Accumulation
 from truenorm._layer.arguments import (
     FreezePolicy,
     activation_of,
+    check_added,
     check_average,
     check_axis,
     check_domains,
@@ -49,6 +50,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     r"""Normalise each channel of the input, then scale it by gamma and shift it by beta.
 
     .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+
+    or, with an ``activation`` :math:`\phi` and a tensor :math:`r` to ``add``, as behind the branch
+    of a residual block, :math:`\phi(y + r)`.
 
     In training (``training=True`` and ``trainable``) :math:`\mu` and :math:`\sigma^2` are the mean
     and the population variance of the batch, per channel, and the moving statistics take one step
@@ -125,6 +129,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         domain: With ``domains``: of all samples, an integer, or of each, integers of shape
             ``(samples,)``; None: that of :func:`truenorm.domain`, or else 0. Samples of one domain
             are normalised with the moments of those samples in the batch.
+        add: Tensor of the shape of ``inputs`` that is added to what is normalised, before the
+            activation; part of the same pass where the backend can.
 
     Returns:
         A tensor of the shape of ``inputs``, in the layer's compute dtype.
@@ -351,38 +357,56 @@ class BatchNormalization(keras.layers.BatchNormalization):
         training: bool | None = None,
         mask: Tensor | None = None,
         domain: Any = None,
+        add: Tensor | None = None,
     ) -> Tensor:
         """Normalise with the batch's or the moving statistics; see the class."""
         normalize = self._normalize_moving
+        several = domain is not None or add is not None
         if training and self.trainable and self._policy != "statistics":
             normalize = self._normalize_batch
-            if mask is None and domain is not None:
+            if mask is None and several:
                 mask = keras_mask(inputs)  # Keras hands it on to layers of one input.
             mask = None if mask is None else aligned(mask, inputs, self.axis, where=self.path)
+        if add is not None:
+            check_added(add, inputs, self.path)
+            normalize = partial(normalize, add=add)
         if self.domains is None and domain is None:
             return normalize(inputs, mask, self)
         return by_domain.apart(self, inputs, mask, domain, normalize)
 
-    def _normalize_moving(self, inputs: Tensor, mask: Tensor | None, weights: Any) -> Tensor:
+    def _normalize_moving(
+        self, inputs: Tensor, mask: Tensor | None, weights: Any, add: Tensor | None = None
+    ) -> Tensor:
         """Inference mode; a mask decides nothing here."""
         del mask
         values, output = self._values(weights), None
         if kernels.infer is not None:
-            output = kernels.infer(inputs, *values, axis=self.axis, epsilon=self.epsilon)
-        if output is None and weights is not self:
+            rectifies = self.activation is keras.activations.relu
+            like = add is None or add.dtype == inputs.dtype
+            options = Options(self.axis, self.epsilon, relu=rectifies, add=add)
+            output = kernels.infer(inputs, *values, options) if like else None
+            if output is not None:
+                output = ops.cast(output, self.compute_dtype)
+                return output if rectifies else self._finished(output, None)
+        if weights is not self:
             output = by_domain.infer(inputs, *values, axis=self.axis, epsilon=self.epsilon)
-        if output is None:
+        else:
             # Stock operations, so that converters recognise an inference graph.
-            return self._activate(super().call(inputs, training=False))
-        return self._activate(ops.cast(output, self.compute_dtype))
+            output = super().call(inputs, training=False)
+        return self._finished(ops.cast(output, self.compute_dtype), add)
 
-    def _normalize_batch(self, inputs: Tensor, mask: Tensor | None, weights: Any) -> Tensor:
+    def _normalize_batch(
+        self, inputs: Tensor, mask: Tensor | None, weights: Any, add: Tensor | None = None
+    ) -> Tensor:
         """Training mode: called exactly when the batch's own statistics normalise."""
         dtype = keras.backend.standardize_dtype(inputs.dtype)
         if self.renorm or not keras.backend.is_float_dtype(dtype):
             dtype = kernels.statistics_dtype(dtype)
             inputs = ops.cast(inputs, dtype)
+        kernel = self._kernel()
+        adds = kernel is kernels.normalize and not self.renorm
         rectifies = self.activation is keras.activations.relu and not self.renorm
+        rectifies &= adds or add is None
         gamma, beta, mean, variance = self._values(weights)
         repeated = is_repeated()
         apart = self.renorm or repeated or self.gathered is not None or weights is not self
@@ -393,18 +417,19 @@ class BatchNormalization(keras.layers.BatchNormalization):
             mask=mask,
             moving=kernels.Moving(mean, variance, momentum, self.bessel_correction),
             relu=rectifies,
+            add=ops.cast(add, dtype) if adds and add is not None else None,
         )
         if self.renorm:
-            batch = self._kernel()(inputs, None, None, options)
+            batch = kernel(inputs, None, None, options)
             output = self._renormalize(batch, gamma, beta, self._renorm(weights))
         else:
-            batch = self._kernel()(inputs, gamma, beta, options)
+            batch = kernel(inputs, gamma, beta, options)
             output = batch.output
         if not repeated:
             self._step(batch, weights)
         if dtype != self.compute_dtype:
             output = ops.cast(output, self.compute_dtype)
-        return output if rectifies else self._activate(output)
+        return output if rectifies else self._finished(output, None if adds else add)
 
     def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
         """As ``keras.layers.Layer.rematerialized_call``; the statistics move once."""
@@ -477,5 +502,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         shape[self.axis] = -1
         return batch.output * ops.reshape(scale, shape) + ops.reshape(offset, shape)
 
-    def _activate(self, output: Tensor) -> Tensor:
+    def _finished(self, output: Tensor, add: Tensor | None) -> Tensor:
+        """What comes behind the normalisation."""
+        if add is not None:
+            output = output + ops.cast(add, output.dtype)
         return output if self.activation is None else self.activation(output)

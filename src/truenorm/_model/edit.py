@@ -8,7 +8,7 @@ behind its activation is ``{bn: [], activation: [activation, bn]}``. All rewrite
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,8 @@ class Piece:
         arguments: What it is called with besides its input. In the place of its own source it is
             called with all that the source was called with, as far as it takes it.
         frozen: Names of variables that the source does not have and that shall not learn.
+        call: How it is called, if not so: ``call(layer, value, given)``, with what comes to it and
+            with all that the operation in whose place it stands is given, by name.
     """
 
     layer: Any
@@ -38,6 +40,7 @@ class Piece:
     values: Sequence[Any] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
     frozen: Collection[str] = ()
+    call: Callable[[Any, Any, Mapping[str, Any]], Any] | None = None
 
 
 Edit = Mapping[Any, Sequence[Piece]]
@@ -64,7 +67,10 @@ def through(chain: Sequence[Piece], operation: Any, args: Any, kwargs: Any) -> A
     """What the chain that stands in the place of an operation makes of its arguments."""
     value = given = args[0] if args else next(iter(kwargs.values()))
     for piece in chain:
-        if piece.source is operation and value is given:
+        if piece.call is not None:
+            names = inspect.signature(operation.call).parameters
+            value = piece.call(piece.layer, value, dict(zip(names, args, strict=False)) | kwargs)
+        elif piece.source is operation and value is given:
             taken = inspect.signature(piece.layer.call).parameters
             value = piece.layer(*args, **{k: v for k, v in kwargs.items() if k in taken})
         else:

@@ -41,7 +41,7 @@ class Call:
         extras: Names of the arguments written there besides the first and ``training``: ``mask``
             for one.
         sources: Where its tensors come from.
-        data: Which of them are no mask, counted from 0.
+        data: Which of them are no mask, nor what a BatchNormalization adds, counted from 0.
         consumers: The calls that take its output.
         is_output: Whether its output is one of the model's outputs.
         shared: Whether the layer is called more than once in the model, or is inside another layer
@@ -64,6 +64,12 @@ class Call:
     def producers(self) -> tuple[Call | None, ...]:
         """The calls that make its inputs, masks aside; None stands for an input of the model."""
         return tuple(self.sources[number].call for number in self.data)
+
+    @property
+    def aside(self) -> tuple[Call | None, ...]:
+        """The calls that make its mask, or what it adds."""
+        others = set(range(len(self.sources))) - set(self.data)
+        return tuple(self.sources[number].call for number in others)
 
     @property
     def inputs(self) -> tuple[Any, ...]:
@@ -204,8 +210,10 @@ def _run(
             continue  # not reachable from the inputs: Keras skips such nodes too
         sources = [source_of[id(t)] for t in node.input_tensors]
         given = _given(node)
-        masks = {id(mask) for mask in keras.tree.flatten(given.get("mask"))}
-        data = tuple(n for n, t in enumerate(node.input_tensors) if id(t) not in masks)
+        aside = [given.get("mask"), given.get("add") if is_batch_normalization(operation) else None]
+        aside = {id(tensor) for tensor in keras.tree.flatten(aside)}
+        aside -= {id(tensor) for tensor in keras.tree.flatten([*given.values()][:1])}
+        data = tuple(n for n, t in enumerate(node.input_tensors) if id(t) not in aside)
         training = given.pop("training", None)
         path = prefix + operation.name
         inner = graph_of(operation)

@@ -59,6 +59,15 @@ def is_activation(call: Call | None) -> bool:
     return type(call.operation) in activation_operations()
 
 
+def is_sum(call: Call) -> bool:
+    """Whether this adds tensors: Keras's layer, or the operation that ``+`` makes."""
+    kind = type(call.operation)
+    return len(call.producers) > 1 and (
+        isinstance(call.operation, keras.layers.Add)
+        or (kind.__name__ == "Add" and kind.__module__.split(".")[0] == "keras")
+    )
+
+
 def is_linear(call: Call | None) -> bool:
     """Whether this is a convolution or dense layer (its own activation aside)."""
     return call is not None and isinstance(call.operation, LINEAR)

@@ -27,7 +27,7 @@ def as_float64(tensor: Any) -> np.ndarray[Any, Any]:
 def in_memory(array: Any) -> np.ndarray[Any, Any]:
     """What a user gives as data, as a NumPy array: also a tensor on a GPU, or one that learns."""
     if keras.ops.is_tensor(array):
-        return keras.ops.convert_to_numpy(array)
-    if hasattr(array, "detach"):  # PyTorch's, while Keras has another backend
+        array = keras.ops.convert_to_numpy(array)
+    elif hasattr(array, "detach"):  # PyTorch's, while Keras has another backend
         array = array.detach().cpu()
     return np.asarray(array)

@@ -86,7 +86,8 @@ def _witnessed_by_numbers(
 ) -> Any:
     before = [ops.copy(variable) for variable in (layer.moving_mean, layer.moving_variance)]
     outputs = original(inputs, **arguments)
-    more = (layer.renorm, layer.synchronized, getattr(layer, "virtual_batch_size", None))
+    more = [layer.renorm, layer.synchronized, getattr(layer, "virtual_batch_size", None)]
+    more.append(arguments.get("add") is not None)
     if any(more) or getattr(layer, "activation", None) is not None:
         when_run(lambda: note("unknown"), outputs)
         return outputs

@@ -46,8 +46,9 @@ def why_unfit(call: Call) -> str | None:
         return "it has several domains: fold with domain=0, or another of them"
     if in_training_mode(call):
         return "it is called with training=True"
-    if call.extras and call.extras != ("mask",):  # in inference a mask changes nothing
-        return f"it is called with {', '.join(call.extras)}"
+    others = [name for name in call.extras if name not in ("mask", "add")]
+    if others:  # in inference a mask changes nothing
+        return f"it is called with {', '.join(others)}"
     if channel_axis(layer) == 0:
         return "its axis is that of the batch"
     affine = affine_of(layer)
@@ -124,10 +125,14 @@ def absorbed_behind(call: Call, affine: Affine, fixed: Collection[Any] = ()) -> 
     layer = inside(call).layer
     if is_batch_normalization(layer) and has_activation(layer):
         raise CannotBeAbsorbed("its own activation is behind it")
+    if is_batch_normalization(layer) and "add" in call.extras:
+        raise CannotBeAbsorbed("what it adds comes behind it")
     if not keras.backend.is_float_dtype(call.input_dtypes[0]):
         raise CannotBeAbsorbed(f"its input is {call.input_dtypes[0]}, which it makes floating")
     takings: list[Taking] = []
     for consumer in call.consumers:
+        if call in consumer.aside:
+            raise CannotBeAbsorbed(f"{consumer.label()} takes its output besides another input")
         if is_batch_normalization(inside(consumer).layer):
             if consumer.operation in fixed:
                 raise CannotBeAbsorbed(f"its output goes to {consumer.label()}, which stays")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -149,6 +150,7 @@ class Folding:
         self.free = layers - self.fixed
         self.names = {layer.name for layer in layers_in(graph.model)}
         self.names |= {tensor.name for tensor in graph.model.inputs}
+        self.adding = {call.operation for call in self.sites if "add" in call.extras}
         self.weights: dict[Any, list[Array]] = {}  # of convolution and dense layers, in float64
         self.learning: set[Any] = set()  # those of them that take in a shift that learns
         self.maps: dict[Any, Affine] = {}  # of BatchNormalization that took others in, and stays
@@ -194,7 +196,7 @@ class Folding:
                 self.learning.add(taker.operation)
         self.between |= _between(call, takings, side)
         self.maps.pop(call.operation, None)
-        self.gone[call.operation] = self._own_activation(layer)
+        self.gone[call.operation] = self._behind(layer)
         takers = ", ".join(taker.label() for taker, _ in takings)
         what = f"folded into {takers} {side} it"
         return Change(site_of(call).path, what + _no_longer_learns(layer, takings))
@@ -233,7 +235,7 @@ class Folding:
         return [copy_of(layer, variables, frozen=frozen, **changes)]
 
     def _plain(self, layer: Any) -> list[Piece]:
-        """Keras's layer in the place of ours, and the activation that was inside."""
+        """Keras's layer in the place of ours, and what it did behind its normalisation."""
         known = inspect.signature(keras.layers.BatchNormalization).parameters
         config = {k: v for k, v in layer.get_config().items() if k in known}
         config |= {"renorm": False, "renorm_clipping": None, "synchronized": False}
@@ -242,10 +244,10 @@ class Folding:
         new = keras.layers.BatchNormalization(**config)
         values = [layer.gamma, layer.beta, layer.moving_mean, layer.moving_variance]
         piece = Piece(new, layer, [v for v in values if v is not None])
-        return [piece, *self._own_activation(layer)]
+        return [piece, *self._behind(layer)]
 
     def _merged(self, layer: Any, affine: Affine) -> list[Piece]:
-        """Keras's BatchNormalization as the map, and the activation that was inside.
+        """Keras's BatchNormalization as the map, and what was done behind the normalisation.
 
         As gamma (x - mean) + beta, which loses no digits where the mean is large. No layer of
         Keras's that scales and shifts is cheaper (``benchmarks/fold.py --stays``).
@@ -257,18 +259,30 @@ class Folding:
         some = affine.scale != 0
         mean = np.where(some, (beta - affine.shift) / np.where(some, affine.scale, 1.0), 0.0)
         values = [affine.scale, np.where(some, beta, affine.shift), mean, np.ones_like(mean)]
-        return [Piece(new, layer, values), *self._own_activation(layer)]
+        return [Piece(new, layer, values), *self._behind(layer)]
 
-    def _own_activation(self, layer: Any) -> list[Piece]:
-        """Of a layer that goes: its own activation, if it had one, as a layer."""
-        if not has_activation(layer):
-            return []
-        name = f"{layer.name}_activation"
+    def _behind(self, layer: Any) -> list[Piece]:
+        """Of a layer that goes: the sum and the activation behind its normalisation, as layers."""
+        pieces: list[Piece] = []
+        if layer in self.adding:
+            total = L.Add(name=self._new_name(f"{layer.name}_add"), dtype=layer.dtype_policy)
+            pieces.append(Piece(total, call=_with_added))
+        if has_activation(layer):
+            name = self._new_name(f"{layer.name}_activation")
+            pieces.append(
+                Piece(L.Activation(layer.activation, name=name, dtype=layer.dtype_policy))
+            )
+        return pieces
+
+    def _new_name(self, name: str) -> str:
         while name in self.names:
             name += "_"
         self.names.add(name)
-        activation = keras.layers.Activation(layer.activation, name=name, dtype=layer.dtype_policy)
-        return [Piece(activation)]
+        return name
+
+
+def _with_added(layer: Any, value: Any, given: Mapping[str, Any]) -> Any:
+    return layer([value, given["add"]]) if given.get("add") is not None else value
 
 
 def _between(site: Call, takings: list[Taking], side: str) -> set[Call]:

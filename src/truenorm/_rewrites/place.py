@@ -32,6 +32,7 @@ from truenorm._model.sites import (
     hidden,
     is_activation,
     is_linear,
+    is_sum,
     selector,
     with_kinds,
 )
@@ -201,6 +202,8 @@ Result = str | tuple[str, dict[Any, list[Piece]]]
 def _moving(position: str, call: Call) -> Result:
     if getattr(call.operation, "activation", None) is not None:
         return "it has an activation of its own inside"
+    if "add" in call.extras:
+        return "it adds a tensor to what it normalises"
     return _RULES[position](call)
 
 
@@ -270,7 +273,7 @@ def _before_layer(call: Call) -> Result:
         if _feeds_linear_only(consumer):
             return f"already before {_takers(consumer)}, {consumer.label()} between them"
         return f"{consumer.label()} behind it goes to {_takers(consumer)}, and stays before it"
-    if consumer is None or not _is_sum(consumer):
+    if consumer is None or not is_sum(consumer):
         return f"not followed by an activation or an addition, but by {_takers(call)}"
     return _behind_sum(call, consumer)
 
@@ -287,7 +290,7 @@ def _behind_sum(call: Call, total: Call) -> Result:
     if hindrance:
         return hindrance
     pair = [_moved(call), copy_of(activation.operation)]
-    branches = [c for c in activation.consumers if not _is_sum(c)]
+    branches = [c for c in activation.consumers if not is_sum(c)]
     if len(branches) == len(activation.consumers):
         what = f"moved behind {total.label()}, before {activation.label()}"
         return what, {call.operation: [], activation.operation: pair}
@@ -302,15 +305,6 @@ def _behind_sum(call: Call, total: Call) -> Result:
     what = f"moved with {activation.label()} before {layer.label()}; the shortcut is the bare sum"
     chain = [*pair, copy_of(layer.operation)]
     return what, {call.operation: [], activation.operation: [], layer.operation: chain}
-
-
-def _is_sum(call: Call) -> bool:
-    """Whether this adds tensors: Keras's layer, or the operation that ``+`` makes."""
-    kind = type(call.operation)
-    return len(call.producers) > 1 and (
-        isinstance(call.operation, keras.layers.Add)
-        or (kind.__name__ == "Add" and kind.__module__.split(".")[0] == "keras")
-    )
 
 
 def _feeds_linear_only(call: Call) -> bool:

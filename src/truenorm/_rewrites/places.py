@@ -92,7 +92,7 @@ def _compare_layers(old: Any, new: Any, *, only_rounding: bool) -> Any:
     def compare(x: Any) -> Any:
         before = old(x, training=False)
         after = shaken(old(shaken(x), training=False)) if only_rounding else new(x, training=False)
-        return _by_channel(axis, before, after)
+        return by_channel(axis, before, after)
 
     return run(compare, [old, new], noise)
 
@@ -157,7 +157,7 @@ def _compare(
             both = zip(keras.tree.flatten(old), keras.tree.flatten(new), strict=True)
             inside |= {Source(call, number): pair for number, pair in enumerate(both)}
         else:
-            found.append(_by_channel(_axis(call, len(old.shape)), old, new))
+            found.append(by_channel(_axis(call, len(old.shape)), old, new))
     return found
 
 
@@ -166,8 +166,8 @@ def _called(call: Call, edit: Edit, inputs: list[Any]) -> Any:
     args, kwargs = filled_in(call.node, inputs)
     if call.written is not None and isinstance(call.operation, keras.Layer):
         kwargs["training"] = call.written[1]
-    # A piece without a source is an activation that was inside.
-    chain = [piece for piece in edit.get(call.operation, ()) if piece.source is not None]
+    # A piece without a source is an activation that was inside, or a sum.
+    chain = [p for p in edit.get(call.operation, ()) if p.source is not None or p.call is not None]
     if call.operation in edit:
         return through(chain, call.operation, args, kwargs)
     return call.operation(*args, **kwargs)
@@ -187,7 +187,7 @@ def shaken(tensors: Any) -> Any:
     return keras.tree.map_structure(shake, tensors)
 
 
-def _by_channel(axis: int, old: Any, new: Any) -> tuple[Any, Any]:
+def by_channel(axis: int, old: Any, new: Any) -> tuple[Any, Any]:
     others = [one for one in range(len(old.shape)) if one != axis]
     if keras.backend.standardize_dtype(old.dtype) != "float64":
         old, new = keras.ops.cast(old, "float32"), keras.ops.cast(new, "float32")

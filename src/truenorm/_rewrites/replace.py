@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from truenorm._errors import ModelError, OptionError
@@ -11,9 +13,10 @@ from truenorm._model.edit import Edit, Piece
 from truenorm._model.graph import Graph, graph_of, read_graph
 from truenorm._model.progress import Wanted, shown
 from truenorm._model.rebuild import rebuild
-from truenorm._model.sites import spots
+from truenorm._model.sites import spots, with_kinds
 from truenorm._model.trainer import has_optimizer
 from truenorm._records.rewrite import Change, Left, Rewrite
+from truenorm._rewrites.fuse import Fusion, compared_fusions, fused, fusions
 from truenorm._rewrites.targets import Target, To, target_of
 from truenorm._rewrites.verify import Proof, verify
 
@@ -23,6 +26,7 @@ def replace(
     to: To = "truenorm",
     *,
     groups: int | None = None,
+    fuse: bool = False,
     probe: Any = None,
     progress: Wanted = None,
     **options: Any,
@@ -56,6 +60,16 @@ def replace(
         groups: With ``"group"``: how many groups; 32, as in the paper, unless given. It has to
             divide the channels of every layer. 1 is layer normalization over channels and
             positions together.
+        fuse: With ``"truenorm"``: whether each layer takes in the ReLU that follows it, and the
+            addition of a residual block between the two:
+
+            .. math:: y = \max(0, BN(x)), \qquad y = \max(0, BN(x) + r) .
+
+            These are one pass over the data then, forward and backward, and less is kept in
+            between. It is done where nothing else takes the outputs between the layers; the receipt
+            says what was taken in, and where nothing could be, why. The layers taken in are gone
+            from the model; :func:`truenorm.fold` puts them back where it folds a layer. Outputs are
+            compared in training as well.
         probe: Inputs to compare on; made from the input specification where none are given. What a
             subclassed model takes is not known: without a probe each layer is compared by itself.
         progress: Whether to show what is going on, on the standard error stream. None: on a
@@ -77,8 +91,9 @@ def replace(
     Raises:
         ModelError: The model is not built, has no BatchNormalization, or holds what cannot be
             copied.
-        OptionError: ``to`` is something else; ``groups`` does not divide the channels; an option
-            is none of the layer's, or would change what it computes.
+        OptionError: ``to`` is something else; ``groups`` does not divide the channels, or ``fuse``
+            does not go with ``to``; an option is none of the layer's, or would change what it
+            computes.
         DataError: The model does not take ``probe``.
         VerificationError: The outputs would differ by more than rounding.
 
@@ -95,17 +110,20 @@ def replace(
         Wu and He (2018), "Group Normalization", arXiv:1803.08494. Ba, Kiros and Hinton (2016),
         "Layer Normalization", arXiv:1607.06450.
     """
-    target = target_of(model, to, groups, options)
-    edit, changed, left = _plan(model, target)
+    taking, unfused = _to_fuse(model, to, fuse)
+    target = target_of(model, to, groups, options, taking)
+    plain, changed, left = _plan(model, target, taking, unfused)
+    edit = fused(plain, taking)
     notes = tuple(_notes(model, edit))
     with shown(progress, "replacing") as line:
         line.step("making the new model")
-        new, kind = rebuild(model, edit), f"replace to {target.name}"
+        new, kind = rebuild(model, edit), f"replace to {target.name}{', fuse=True' if fuse else ''}"
         if target.note is not None:
             said = (target.note,) if changed else ()
             return Rewrite(new, kind, changed, left, notes=(*said, *notes))
         graph = Graph(model, ()) if graph_of(model) is None else read_graph(model)
-        proof = verify(graph, edit, (), new, probe, "Replacing", line)
+        more = partial(compared_fusions, plain, taking)
+        proof = verify(graph, plain, (), new, probe, "Replacing", line, more)
     proof = Proof(*proof[:3], notes=(*proof.notes, *notes))
     return Rewrite(new, kind, changed, left, *proof)
 
@@ -120,7 +138,26 @@ def why_not_replaced(model: Any, to: To) -> dict[str, str]:
     return {site.path: site.reason for site in left}
 
 
-def _plan(model: Any, target: Target) -> tuple[Edit, tuple[Change, ...], tuple[Left, ...]]:
+def _to_fuse(model: Any, to: Any, fuse: Any) -> tuple[dict[Any, Fusion], dict[Any, str]]:
+    """What layers take in, and what is said of those that take in nothing."""
+    if fuse not in (True, False) or (fuse and to != "truenorm"):
+        raise OptionError(
+            "Only truenorm's layer takes a ReLU in",
+            where="fuse",
+            expected="True or False; if True, to='truenorm'",
+            received=f"fuse={fuse!r}, to={to!r}",
+        )
+    found, reasons = fusions(model) if fuse else ({}, {})
+    return found, {layer: f"; it takes nothing in: {why}" for layer, why in reasons.items()}
+
+
+def _plan(
+    model: Any,
+    target: Target,
+    taking: Mapping[Any, Fusion] = MappingProxyType({}),
+    unfused: Mapping[Any, str] = MappingProxyType({}),
+) -> tuple[Edit, tuple[Change, ...], tuple[Left, ...]]:
+    """One layer in the place of another, and the receipt."""
     edit: dict[Any, list[Piece]] = {}
     reasons: dict[Any, str | None] = {}
     places = spots(model)
@@ -131,8 +168,18 @@ def _plan(model: Any, target: Target) -> tuple[Edit, tuple[Change, ...], tuple[L
             edit[layer] = [target.piece(layer)]
         except OptionError as error:  # options of its own and the new ones do not go together
             reasons[layer] = str(error)
-    changed = tuple(Change(spot.path, target.what) for spot in places if spot.layer in edit)
-    left = tuple(Left(s.path, why) for s in places if (why := reasons[s.layer]) is not None)
+    said = {layer: fusion.what for layer, fusion in taking.items()} | {**unfused}
+    changed = tuple(
+        Change(s.path, target.what + said.get(s.layer, "")) for s in places if s.layer in edit
+    )
+    left = tuple(
+        Left(s.path, why + unfused.get(s.layer, ""))
+        for s in places
+        if (why := reasons[s.layer]) is not None
+    )
+    if said and graph_of(model) is not None:
+        labels = read_graph(model).labels
+        changed, left = with_kinds(labels, changed), with_kinds(labels, left)
     return edit, changed, left
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -63,8 +63,17 @@ class Target:
     note: str | None = None
 
 
-def target_of(model: Any, to: Any, groups: Any, options: Mapping[str, Any]) -> Target:
-    """The target that these arguments of ``replace`` name, if the model can have it."""
+def target_of(
+    model: Any,
+    to: Any,
+    groups: Any,
+    options: Mapping[str, Any],
+    rectifying: Collection[Any] = (),
+) -> Target:
+    """The target that these arguments of ``replace`` name, if the model can have it.
+
+    Layers that are ``rectifying`` get a ReLU of their own.
+    """
     if to not in get_args(To):
         raise OptionError(
             "There is no such layer to replace by",
@@ -82,7 +91,7 @@ def target_of(model: Any, to: Any, groups: Any, options: Mapping[str, Any]) -> T
         )
     _check_options(to, options)
     if to in ("truenorm", "keras"):
-        return _batch_normalization(to, options)
+        return _batch_normalization(to, options, rectifying)
     why_left = partial(_why_not_converted, to)
     if to == "affine":
         what = "now a frozen scale and shift, made of its moving statistics, gamma and beta"
@@ -101,13 +110,15 @@ def target_of(model: Any, to: Any, groups: Any, options: Mapping[str, Any]) -> T
 # --- another BatchNormalization ----------------------------------------------------------------
 
 
-def _batch_normalization(to: str, options: Mapping[str, Any]) -> Target:
+def _batch_normalization(
+    to: str, options: Mapping[str, Any], rectifying: Collection[Any]
+) -> Target:
     said = "".join(f", {name}={value!r}" for name, value in options.items())
     return Target(
         f"{to}{said}",
         f"now {to}'s BatchNormalization{said}",
-        partial(_why_not_replaced, to, options),
-        partial(_replaced, to, options),
+        partial(_why_not_replaced, to, options, rectifying),
+        partial(_replaced, to, options, rectifying),
     )
 
 
@@ -124,7 +135,7 @@ def _check_options(to: str, options: Mapping[str, Any]) -> None:
             where=f"replace(model, to={to!r})",
             expected=", ".join(known) or "no option of the layer",
             received=f"{unknown[0]}={options[unknown[0]]!r}",
-            remedy=meant(unknown[0], [*known, "to", "groups", "probe", "progress"]),
+            remedy=meant(unknown[0], [*known, "to", "groups", "fuse", "probe", "progress"]),
         )
     if not options:
         return
@@ -140,10 +151,12 @@ def _check_options(to: str, options: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _why_not_replaced(to: str, options: Mapping[str, Any], spot: Spot) -> str | None:
+def _why_not_replaced(
+    to: str, options: Mapping[str, Any], rectifying: Collection[Any], spot: Spot
+) -> str | None:
     layer = spot.layer
     has_them = all(getattr(layer, name, None) == value for name, value in options.items())
-    if type(layer) is _CLASSES[to] and has_them:
+    if type(layer) is _CLASSES[to] and has_them and layer not in rectifying:
         return f"it is {to}'s already" + (", with these options" if options else "")
     if is_own_class(layer):
         return f"its class {type(layer).__name__} is a custom subclass"
@@ -153,11 +166,20 @@ def _why_not_replaced(to: str, options: Mapping[str, Any], spot: Spot) -> str | 
     if affine and not options.get("domain_affine", affine):
         return "its domains have gamma and beta of their own"
     option = _only_ours({**layer.get_config(), **options}) if to == "keras" else None
+    if to == "keras" and _adds(spot):
+        option = "add"
     return option and f"Keras's layer has nothing like its {option}"
 
 
-def _replaced(to: str, options: Mapping[str, Any], layer: Any) -> Piece:
-    new = from_config(layer, _CLASSES[to], **options)
+def _adds(spot: Spot) -> bool:
+    return spot.call is not None and "add" in spot.call.extras
+
+
+def _replaced(
+    to: str, options: Mapping[str, Any], rectifying: Collection[Any], layer: Any
+) -> Piece:
+    own = {"activation": keras.activations.relu} if layer in rectifying else {}
+    new = from_config(layer, _CLASSES[to], **options, **own)
     return Piece(new, layer, _values(layer, new) if options else None)
 
 
@@ -205,6 +227,8 @@ def _why_not_converted(to: str, spot: Spot) -> str | None:
         return "it has several domains"
     if getattr(layer, "activation", None) is not None:
         return "it has an activation of its own inside"
+    if _adds(spot):
+        return "it adds a tensor to what it normalises"
     if to == "group" and call is not None and "mask" in call.extras:
         return "it is called with a mask, which GroupNormalization does not take"
     if to == "layer" and channel_axis(layer) != layer.input_spec.ndim - 1:

@@ -18,7 +18,7 @@ from truenorm._model.probe import make_inputs, outputs
 from truenorm._model.progress import Line
 from truenorm._model.values import in_memory
 from truenorm._records.moments import Array
-from truenorm._rewrites.places import compared_places, shaken
+from truenorm._rewrites.places import Place, compared_places, shaken
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 5e-2, "bfloat16": 1e-1}
 """Largest relative difference that rounding may explain, by compute dtype."""
@@ -51,6 +51,7 @@ def verify(
     probe: Any,
     what: str,
     line: Line,
+    more: Callable[..., list[Place]] = lambda **_: [],
 ) -> Proof:
     """Compare the old and the new model; refused if rounding cannot be why they differ.
 
@@ -64,6 +65,7 @@ def verify(
         probe: Inputs of the whole model; None for made-up ones.
         what: The start of a sentence about the rewrite: "Folding".
         line: Says what is being compared.
+        more: Compares further places: ``more(only_rounding=...)``.
     """
     with run_time.full_precision():
         old = graph.model
@@ -71,7 +73,12 @@ def verify(
         rounding = max(
             (TOLERANCE.get(k.compute_dtype, 0.0) for k in layer_paths(old)), default=1e-4
         )
-        site_error = _verify_places(graph, edit, between, rounding, what)
+
+        def places(only_rounding: bool) -> list[Place]:
+            found = compared_places(graph, edit, between, only_rounding=only_rounding)
+            return found + more(only_rounding=only_rounding)
+
+        site_error = _verify_places(places, rounding, what)
         if probe is None and graph_of(old) is None:
             return Proof(None, None, site_error, (_NOT_KNOWN + _BY_ITSELF,))
         inputs = make_inputs(old) if probe is None else check(old, probe)
@@ -112,19 +119,21 @@ _BY_ITSELF = "Each changed site was compared by itself, on random numbers."
 
 
 def _verify_places(
-    graph: Graph, edit: Edit, between: Collection[Call], rounding: float, what: str
+    compared: Callable[[bool], list[Place]], rounding: float, what: str
 ) -> float | None:
     """The largest difference at a changed place, over the range of its channel."""
-    places = compared_places(graph, edit, between)
-    allowed = {place.path: rounding * place.extent for place in places}
-    if not all((place.difference <= allowed[place.path]).all() for place in places):
-        for noise in compared_places(graph, edit, between, only_rounding=True):
-            allowed[noise.path] = allowed[noise.path] + 10 * noise.difference
+    places = compared(False)
+    allowed = [rounding * place.extent for place in places]
+    if not all((p.difference <= most).all() for p, most in zip(places, allowed, strict=True)):
+        allowed = [
+            most + 10 * noise.difference
+            for most, noise in zip(allowed, compared(True), strict=True)
+        ]
     errors: list[float] = []
-    for place in places:
+    for place, most in zip(places, allowed, strict=True):
         with np.errstate(divide="ignore", invalid="ignore"):
             error = float(np.nanmax(place.difference / place.extent, initial=0.0))
-        if not (place.difference <= allowed[place.path]).all():
+        if not (place.difference <= most).all():
             raise VerificationError(
                 _PROBLEM.format(what),
                 where=place.path,

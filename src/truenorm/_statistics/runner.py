@@ -200,10 +200,11 @@ class Runner:
         program = collecting.program()
         mapping = zip(self.variables, state, strict=True)
 
-        def handle(layer: Any, original: Any, x: Any, mask: Any = None, **__: Any) -> Any:
+        def handle(layer: Any, original: Any, x: Any, mask: Any = None, **given: Any) -> Any:
             path = self.layers[layer]
+            added = {name: given[name] for name in given if name == "add"}
             if in_symbolic_scope():  # Keras looks for shapes: nothing is computed
-                return original(x, training=False)
+                return original(x, training=False, **added)
             if collecting.is_mapped(x):
                 self._refused = _out_of_sight(path, "a vectorised map")
                 raise self._refused  # which Keras words anew on the way
@@ -215,7 +216,7 @@ class Runner:
                 self._hidden = path
                 collecting.tell(partial(self._hear, path), collecting.joined([(count, sums)]))
             with _normalising(layer, _in_use(layer, table[:, self.slices[path]], count, sums)):
-                return original(x, training=False)
+                return original(x, training=False, **added)
 
         with keras.StatelessScope(state_mapping=mapping) as scope:
             with (

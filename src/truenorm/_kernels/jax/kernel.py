@@ -32,7 +32,7 @@ from truenorm._kernels.masks import by_channel, silent
 
 def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options) -> Normalized:
     """See :mod:`truenorm._kernels`."""
-    _, epsilon, mask, moving, relu = options
+    _, epsilon, mask, moving, relu, add = options
     channel = options.axis % x.ndim
     channels = x.shape[channel]
     before, after = math.prod(x.shape[:channel]), math.prod(x.shape[channel + 1 :])
@@ -40,15 +40,17 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     scale = jnp.ones(channels, dtype) if gamma is None else gamma.astype(dtype)
     offset = jnp.zeros(channels, dtype) if beta is None else beta.astype(dtype)
     rows = x.reshape((before, channels, after) if after != 1 else (before, channels))
+    add = None if add is None else add.reshape(rows.shape)
     if mask is None:
-        output, mean, variance = cast(Any, _normalize(epsilon, relu, rows, scale, offset))
+        output, mean, variance = cast(Any, _normalize(epsilon, relu, rows, scale, offset, add))
         count = jnp.asarray(before * after, dtype)
     else:
         width = channels if by_channel(mask, channel) else 1
         shape = (*x.shape[:channel], width, *x.shape[channel + 1 :])
         counts = jnp.broadcast_to(jnp.asarray(mask, bool), shape)
         counts = counts.reshape((before, width, after) if after != 1 else (before, width))
-        output, mean, variance = _masked(epsilon, relu, rows, scale, offset, counts, moving)
+        given = (rows, scale, offset, add)
+        output, mean, variance = _masked(epsilon, relu, *given, counts, moving)
         count = _count(counts, dtype) if width != 1 else _count(counts, dtype)[0]
     return Normalized(
         output.reshape(x.shape),
@@ -64,12 +66,14 @@ normalize_synchronized = normalize
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _normalize(
-    epsilon: float, relu: bool, rows: Tensor, gamma: Vector, beta: Vector
+    epsilon: float, relu: bool, rows: Tensor, gamma: Vector, beta: Vector, add: Tensor | None
 ) -> tuple[Tensor, Vector, Vector]:
-    return _forward(epsilon, relu, rows, gamma, beta)[0]
+    return _forward(epsilon, relu, rows, gamma, beta, add)[0]
 
 
-def _forward(epsilon: float, relu: bool, rows: Tensor, gamma: Vector, beta: Vector) -> Any:
+def _forward(
+    epsilon: float, relu: bool, rows: Tensor, gamma: Vector, beta: Vector, add: Tensor | None
+) -> Any:
     values = rows.astype(gamma.dtype)
     if native.takes(rows):
         shift, delta, variance = _compiled_moments(values, jax.lax.stop_gradient(rows))
@@ -78,23 +82,25 @@ def _forward(epsilon: float, relu: bool, rows: Tensor, gamma: Vector, beta: Vect
     rstd = jax.lax.rsqrt(variance + epsilon)
     deviations = values - _spread(shift, rows)
     output = closed_form.forward(_ROWS, deviations, delta, rstd, gamma, beta)
-    output = output.astype(rows.dtype)
+    output = (output if add is None else output + add.astype(output.dtype)).astype(rows.dtype)
     if relu:
         output = jnp.where(output < 0, 0, output)  # Not maximum: a NaN stays.
-    return (output, shift + delta, variance), (rows, gamma, beta, shift, delta, rstd)
+    passed = None if add is None else output > 0 if relu else jnp.array(True)
+    return (output, shift + delta, variance), (rows, gamma, beta, passed, shift, delta, rstd)
 
 
 def _backward(epsilon: float, relu: bool, kept: Any, cotangents: Any) -> Any:
     del epsilon  # It is in rstd.
-    rows, gamma, beta, shift, delta, rstd = kept
+    rows, gamma, beta, passed, shift, delta, rstd = kept
+    gradient = cotangents[0] if passed is None else jnp.where(passed, cotangents[0], 0)
     d_rows, d_gamma, d_beta = closed_form.backward(
         _ROWS,
-        cotangents[0].astype(gamma.dtype),
+        gradient.astype(gamma.dtype),
         rows.astype(gamma.dtype) - _spread(shift, rows),
         *(delta, rstd, gamma, beta, _share(rows)),
-        relu=relu,
+        relu=relu and passed is None,
     )
-    return d_rows.astype(rows.dtype), d_gamma, d_beta
+    return d_rows.astype(rows.dtype), d_gamma, d_beta, None if passed is None else gradient
 
 
 _normalize.defvjp(_forward, _backward)
@@ -106,6 +112,7 @@ def _masked(
     rows: Tensor,
     gamma: Vector,
     beta: Vector,
+    add: Tensor | None,
     counts: Tensor,
     moving: Moving | None,
 ) -> tuple[Tensor, Vector, Vector]:
@@ -121,7 +128,7 @@ def _masked(
     if counts.shape[1] != 1:
         rstd = jnp.where(silent(count, 0), 0, rstd)
     output = closed_form.forward(_ROWS, values - _spread(shift, rows), delta, rstd, gamma, beta)
-    output = output.astype(rows.dtype)
+    output = (output if add is None else output + add.astype(output.dtype)).astype(rows.dtype)
     return jax.nn.relu(output) if relu else output, shift + delta, variance
 
 

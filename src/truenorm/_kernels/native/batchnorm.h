@@ -43,6 +43,11 @@ typedef struct {
     /* One byte per row, only where inner is 1: whether the row counts in the statistics. If no row
      * does, the moving statistics normalise. NULL: all rows count. */
     const uint8_t *mask;
+    /* Shaped as x. `add` is added to the output before the ReLU; NULL: nothing is. Where it was, the
+     * signs that ReLU's derivative needs are those of `out`, the output: tn_backward then writes to
+     * `dadd` the gradient that goes through the ReLU, which is that of `add`. */
+    const void *add, *out;
+    void *dadd;
 } tn_call;
 
 /* tn_forward and tn_backward are a training step; tn_infer normalises with the mean and variance

@@ -32,10 +32,12 @@ static void NAME(moments)(const VALUE *restrict x, int64_t rows, int64_t width, 
 }
 
 /* first += h, second += h (x - mean), where h is the gradient that reaches the output before the
- * ReLU: dy, or 0 where the ReLU had no positive output. */
+ * ReLU: dy, or 0 where the ReLU had no positive output. Where the output is given, it has the
+ * signs, and h is written down: the next pass reads it in the place of dy. */
 static ALWAYS_INLINE void NAME(products)(const VALUE *restrict x, const VALUE *restrict dy,
+                                         const VALUE *restrict out, VALUE *restrict dadd,
                                          int64_t rows, int64_t width, const COLUMNS *k,
-                                         const int relu)
+                                         const int relu, const int given)
 {
     const SUM *restrict mean = k->mean, *restrict scale = k->scale, *restrict offset = k->offset;
     SUM *restrict first = k->first, *restrict second = k->second;
@@ -44,8 +46,10 @@ static ALWAYS_INLINE void NAME(products)(const VALUE *restrict x, const VALUE *r
         for (int64_t c = 0; c < width; c++) {
             SUM d[4], h[4];
             for (int i = 0; i < 4; i++) {
+                const int64_t at = r * width + i * width + c;
                 d[i] = LOAD(x[i * width + c]) - mean[c], h[i] = LOAD(dy[i * width + c]);
                 if (relu) h[i] = FMA(d[i], scale[c], offset[c]) > 0 ? h[i] : 0;
+                if (given) h[i] = LOAD(out[at]) > 0 ? h[i] : 0, dadd[at] = STORE(h[i]);
             }
             first[c] += (h[0] + h[1]) + (h[2] + h[3]);
             second[c] += FMA(h[0], d[0], h[1] * d[1]) + FMA(h[2], d[2], h[3] * d[3]);
@@ -54,15 +58,17 @@ static ALWAYS_INLINE void NAME(products)(const VALUE *restrict x, const VALUE *r
         for (int64_t c = 0; c < width; c++) {
             SUM d = LOAD(x[c]) - mean[c], h = LOAD(dy[c]);
             if (relu) h = FMA(d, scale[c], offset[c]) > 0 ? h : 0;
+            if (given) h = LOAD(out[r * width + c]) > 0 ? h : 0, dadd[r * width + c] = STORE(h);
             first[c] += h;
             second[c] = FMA(h, d, second[c]);
         }
 }
 
-/* y = (x - mean) scale + offset, then ReLU if asked for. `alike`: all columns have the constants of
- * the first. */
-static ALWAYS_INLINE void NAME(normalize)(const VALUE *restrict x, VALUE *restrict y, int64_t rows,
-                                          int64_t width, const COLUMNS *k, const int alike,
+/* y = (x - mean) scale + offset, plus `add` if it is given, then ReLU if asked for. `alike`: all
+ * columns have the constants of the first. */
+static ALWAYS_INLINE void NAME(normalize)(const VALUE *restrict x, const VALUE *restrict add,
+                                          VALUE *restrict y, int64_t rows, int64_t width,
+                                          const COLUMNS *k, const int given, const int alike,
                                           const int relu)
 {
     const SUM *restrict mean = k->mean, *restrict scale = k->scale, *restrict offset = k->offset;
@@ -70,6 +76,7 @@ static ALWAYS_INLINE void NAME(normalize)(const VALUE *restrict x, VALUE *restri
         for (int64_t c = 0; c < width; c++) {
             const int64_t a = alike ? 0 : c;
             SUM v = FMA(LOAD(x[c]) - mean[a], scale[a], offset[a]);
+            if (given) v += LOAD(add[r * width + c]);
             if (relu) v = v < 0 ? 0 : v; /* NaN stays NaN */
             y[c] = STORE(v);
         }
@@ -107,23 +114,34 @@ static void NAME(first_shift)(const VALUE *x, const uint8_t *mask, int64_t rows,
     for (int64_t c = 0; c < width; c++) shift[c] += sums[c] / (SUM)taken, sums[c] = 0;
 }
 
-/* One pass over the tile that begins at value number `at` of the array. With and without ReLU, and
- * for columns alike or not, the pass is compiled separately: no loop asks for what stays the same.
- */
+/* One pass over the tile that begins at value number `at` of the array. With and without ReLU or a
+ * sum, and for columns alike or not, the pass is compiled separately: no loop asks for what stays
+ * the same. */
 static void NAME(tile)(const job *j, pass_kind pass, int64_t at, int64_t rows, int64_t width,
                        const COLUMNS *k)
 {
     const tn_call *call = j->call;
     const VALUE *x = (const VALUE *)call->x + at;
-    const VALUE *dy = call->dy ? (const VALUE *)call->dy + at : NULL;
+    const void *later = pass == GRADIENT && call->dadd ? call->dadd : call->dy;
+    const VALUE *dy = later ? (const VALUE *)later + at : NULL;
+    const VALUE *add = call->add ? (const VALUE *)call->add + at : NULL;
+    const VALUE *out = call->out ? (const VALUE *)call->out + at : NULL;
     VALUE *y = call->y ? (VALUE *)call->y + at : NULL;
-    const int relu = call->relu != 0, alike = call->inner != 1;
+    VALUE *dadd = call->dadd ? (VALUE *)call->dadd + at : NULL;
+    const int relu = call->relu != 0 && !out, alike = call->inner != 1;
 #define FOR_RELU(f, ...) (relu ? f(__VA_ARGS__, 1) : f(__VA_ARGS__, 0))
 #define FOR_BOTH(f, ...) (alike ? FOR_RELU(f, __VA_ARGS__, 1) : FOR_RELU(f, __VA_ARGS__, 0))
     switch (pass) {
     case MOMENTS: NAME(moments)(x, rows, width, k); break;
-    case PRODUCTS: FOR_RELU(NAME(products), x, dy, rows, width, k); break;
-    case NORMALIZE: FOR_BOTH(NAME(normalize), x, y, rows, width, k); break;
+    case PRODUCTS:
+        if (out) NAME(products)(x, dy, out, dadd, rows, width, k, 0, 1);
+        else if (relu) NAME(products)(x, dy, NULL, NULL, rows, width, k, 1, 0);
+        else NAME(products)(x, dy, NULL, NULL, rows, width, k, 0, 0);
+        break;
+    case NORMALIZE:
+        if (add) FOR_BOTH(NAME(normalize), x, add, y, rows, width, k, 1);
+        else FOR_BOTH(NAME(normalize), x, NULL, y, rows, width, k, 0);
+        break;
     case GRADIENT: FOR_BOTH(NAME(gradient), x, dy, y, rows, width, k); break;
     case NO_PASS: break;
     }

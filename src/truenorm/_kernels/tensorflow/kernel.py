@@ -40,7 +40,10 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     """See :mod:`truenorm._kernels`. Masks take the compiled passes, or else the composite."""
     if isinstance(x, tf.RaggedTensor):
         return _normalize_ragged(normalize, x, gamma, beta, options)
-    axis, epsilon, mask, moving, relu = options
+    axis, epsilon, mask, moving, relu, add = options
+    if add is not None:  # XLA makes one of what is done value by value.
+        alone = normalize(x, gamma, beta, options._replace(relu=False, add=None))
+        return composite.added_to(alone, options)
     x = _with_channels(tf.convert_to_tensor(x), axis, gamma, beta, moving)
     channel = axis % len(x.shape)
     channels, last = x.shape[channel], channel == len(x.shape) - 1
@@ -98,10 +101,9 @@ def _normalize_ragged(
 ) -> Normalized:
     """Of the values that are there; the channels are an axis of equal lengths."""
     axis = options.axis % len(x.shape) - x.ragged_rank
-    mask: Any = options.mask
-    if isinstance(mask, tf.RaggedTensor):
-        mask = mask.flat_values
-    found = kernel(x.flat_values, gamma, beta, options._replace(axis=axis, mask=mask))
+    mask, add = (getattr(part, "flat_values", part) for part in (options.mask, options.add))
+    options = options._replace(axis=axis, mask=mask, add=add)
+    found = kernel(x.flat_values, gamma, beta, options)
     return found._replace(output=x.with_flat_values(found.output))
 
 

@@ -47,13 +47,15 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     Who watches the operations gets the composite, which a compiler fuses; without the compiled
     passes so do masks, and batches of one value or none.
     """
-    axis, epsilon, mask, moving, relu = options
+    axis, epsilon, mask, moving, relu, add = options
     several = mask is not None and by_channel(mask, axis)
-    if not several and passes.takes(x, mask, gamma, beta, *(moving[:2] if moving else ())):
+    if not several and passes.takes(x, mask, gamma, beta, add, *(moving[:2] if moving else ())):
         if mask is None:
             return passes.normalize(x, gamma, beta, options)
         last, mask = (values.movedim(axis, -1).contiguous() for values in (x, mask))
-        batch = passes.normalize(last, gamma, beta, options._replace(axis=-1, mask=mask))
+        add = None if add is None else add.movedim(axis, -1)
+        options = options._replace(axis=-1, mask=mask, add=add)
+        batch = passes.normalize(last, gamma, beta, options)
         return batch._replace(output=batch.output.movedim(-1, axis))
     channels = x.shape[axis]
     count = x.numel() // max(channels, 1)
@@ -65,6 +67,9 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
         or passes.watched(x, gamma, beta)
     ):
         return composite.normalize(x, gamma, beta, options)
+    if add is not None:
+        alone = normalize(x, gamma, beta, options._replace(relu=False, add=None))
+        return composite.added_to(alone, options)
     dtype = torch.promote_types(x.dtype, torch.float32)
     after = math.prod(x.shape[axis % x.dim() + 1 :])
     rows = x.reshape((-1, channels, after) if after > 1 else (-1, channels))
@@ -88,15 +93,14 @@ def infer(
     beta: Vector | None,
     mean: Vector,
     variance: Vector,
-    *,
-    axis: int,
-    epsilon: float,
+    options: Options,
 ) -> Tensor | None:
     """Normalise with given statistics in one pass; None where Keras's operations are for it.
 
     These are three passes here. A compiler fuses them, and an exporter shall see them; and they
     lose no digits where a mean is large, or in the gradients of gamma and beta.
     """
+    axis, epsilon, _, _, relu, add = options
     channels = x.shape[axis]
     learns = any(weight is not None and weight.requires_grad for weight in (gamma, beta))
     if (
@@ -104,13 +108,14 @@ def infer(
         or x.device.type not in ("cpu", "cuda")
         or not x.dtype.is_floating_point
         or x.numel() == 0
-        or passes.watched(x, gamma, beta, mean, variance)
+        or passes.watched(x, gamma, beta, mean, variance, add)
     ):
         return None
     given = (gamma, beta, mean, variance)
-    differentiated = x.requires_grad and torch.is_grad_enabled()
-    if not differentiated and x.is_cpu and passes.takes(x, None, *given):
-        return passes.infer(x, *given, axis=axis, epsilon=epsilon)
+    learns = x.requires_grad or (add is not None and add.requires_grad)
+    differentiated = learns and torch.is_grad_enabled()
+    if not differentiated and x.is_cpu and passes.takes(x, None, *given, add):
+        return passes.infer(x, *given, options)
     if not _has_native_kernels():
         return None
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -126,7 +131,8 @@ def infer(
     after = math.prod(x.shape[axis % x.dim() + 1 :])
     rows = x.reshape((-1, channels, after) if after > 1 else (-1, channels))
     output = torch.native_batch_norm(rows, scale, offset, mean, variance, False, 0.0, epsilon)[0]
-    return output.reshape(x.shape)
+    output = output.reshape(x.shape) if add is None else output.reshape(x.shape) + add
+    return torch.relu(output) if relu else output
 
 
 def _has_native_kernels() -> bool:

@@ -15,7 +15,7 @@ from truenorm._kernels import library
 from truenorm._kernels.contract import Moving, Tensor, Vector
 
 if TYPE_CHECKING:
-    from truenorm._kernels.torch.passes import Layout, Plan
+    from truenorm._kernels.torch.passes import Plan
 
 CODES = {getattr(torch, name): code for name, code in library.DTYPES.items()}
 DTYPES = tuple(CODES)
@@ -30,6 +30,7 @@ def forward(
     mask: Tensor | None,
     rows: Tensor,
     moving: Moving | None,
+    add: Tensor | None = None,
 ) -> Tensor:
     """The output; the statistics are written to ``rows``."""
     output = torch.empty_like(x)
@@ -57,6 +58,7 @@ def forward(
         moved_mean=moved_mean,
         moved_variance=moved_variance,
         mask=_address(mask),
+        add=_address(add),
     )
     library.run("tn_forward", call)
     return output
@@ -71,8 +73,14 @@ def backward(
     mask: Tensor | None,
     rows: Tensor,
     needed: bool,
+    output: Tensor | None = None,
+    behind: Tensor | None = None,
 ) -> tuple[Tensor | None, Vector, Vector]:
-    """The gradients of x, if needed, gamma and beta."""
+    """The gradients of x, if needed, gamma and beta.
+
+    With an output, its signs are those of the ReLU, and the gradient that goes through it is
+    written to ``behind``.
+    """
     d_x = torch.empty_like(x) if needed else None
     d_gamma, d_beta = (
         torch.empty(plan.layout[1], dtype=rows.dtype, device="cpu") for _ in range(2)
@@ -94,26 +102,29 @@ def backward(
         dbeta=_address(d_beta),
         y=_address(d_x),
         mask=_address(mask),
+        out=_address(output),
+        dadd=_address(behind),
     )
     library.run("tn_backward", call)
     return d_x, d_gamma, d_beta
 
 
 def infer(
-    layout: Layout,
-    epsilon: float,
+    plan: Plan,
     x: Tensor,
     gamma: Vector | None,
     beta: Vector | None,
     mean: Vector,
     variance: Vector,
+    add: Tensor | None,
 ) -> Tensor:
     """Normalise with statistics that are given."""
     output = torch.empty_like(x)
     call = library.Call(
-        *(*layout, CODES[x.dtype]),
+        *(*plan.layout, CODES[x.dtype]),
+        relu=plan.relu,
         threads=torch.get_num_threads(),
-        epsilon=epsilon,
+        epsilon=plan.epsilon,
         parallel=_parallel(),
         x=_address(x),
         gamma=_address(gamma),
@@ -121,6 +132,7 @@ def infer(
         mean=_address(mean),
         variance=_address(variance),
         y=_address(output),
+        add=_address(add),
     )
     library.run("tn_infer", call)
     return output

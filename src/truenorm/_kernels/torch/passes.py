@@ -104,7 +104,7 @@ def _batched(gradient: Tensor) -> bool:
 
 def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options) -> Normalized:
     """See :mod:`truenorm._kernels`; with a mask the channels are last, and it is theirs alike."""
-    axis, epsilon, mask, moving, relu = options
+    axis, epsilon, mask, moving, relu, add = options
     x, layout = _dense(x, axis)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if mask is not None:
@@ -120,7 +120,8 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     # Of one shape with and without it: a checkpoint compares what is kept in both its passes.
     rows = torch.empty(6, layout[1], dtype=wide, device=x.device)
     plan = Plan(layout, axis % x.dim(), epsilon, relu)
-    output = _Normalize.apply(x, _wide(gamma, wide), _wide(beta, wide), mask, rows, moving, plan)
+    weights = (_wide(gamma, wide), _wide(beta, wide))
+    output = _Normalize.apply(x, *weights, mask, rows, moving, plan, add)
     count = layout[0] * layout[2] if mask is None else mask.sum().to(wide)
     if moving is None or not writable:
         return Normalized(output, rows[0], rows[1], count)
@@ -145,15 +146,16 @@ def infer(
     beta: Vector | None,
     mean: Vector,
     variance: Vector,
-    *,
-    axis: int,
-    epsilon: float,
+    options: Options,
 ) -> Tensor:
     """Normalise with statistics that are given, on a processor; not differentiable."""
-    x, layout = _dense(x.detach(), axis)
+    x, layout = _dense(x.detach(), options.axis)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weights = (_wide(weight, wide) for weight in (gamma, beta, mean, variance))
-    return native.infer(layout, epsilon, x, *weights)
+    gamma, beta = _wide(gamma, wide), _wide(beta, wide)
+    mean, variance = _wide(mean, wide), _wide(variance, wide)
+    plan = Plan(layout, options.axis, options.epsilon, options.relu)
+    add = None if options.add is None else _as_laid_out(options.add.detach(), x)
+    return native.infer(plan, x, gamma, beta, mean, variance, add)
 
 
 class _Normalize(torch.autograd.Function):
@@ -164,33 +166,52 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Any, gamma: Any, beta: Any, mask: Any, rows: Any, moving: Any, plan: Plan
+        ctx: Any,
+        x: Any,
+        gamma: Any,
+        beta: Any,
+        mask: Any,
+        rows: Any,
+        moving: Any,
+        plan: Plan,
+        add: Any,
     ) -> Any:
         passes: Any = _passes(x.device.type)
         ctx.passes, ctx.plan = passes, plan
         ctx.set_materialize_grads(False)
-        # Beta only for ReLU's derivative: an optimizer may change it before the backward pass.
-        ctx.save_for_backward(x, gamma, beta if plan.relu else None, mask, rows)
-        return passes.forward(plan, x, gamma, beta, mask, rows, moving)
+        if add is not None:
+            add = _as_laid_out(add, x)
+        output = passes.forward(plan, x, gamma, beta, mask, rows, moving, add)
+        # For ReLU's derivative: the output, or, so that it is not kept, beta.
+        signs = (None, output) if add is not None else (beta, None)
+        ctx.save_for_backward(x, gamma, mask, rows, *(signs if plan.relu else (None, None)))
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if gradient is None:
-            return (None,) * 7
-        x, gamma, beta, mask, rows = ctx.saved_tensors
+            return (None,) * 8
+        x, gamma, mask, rows, beta, output = ctx.saved_tensors
         needed, plan = ctx.needs_input_grad, ctx.plan
         plain = _plain(x.device, gradient, x, gamma, beta, mask, rows) and not _batched(gradient)
         if torch.is_grad_enabled() or not plain:
+            if output is not None:
+                gradient = torch.where(output > 0, gradient, 0)
+                plan = plan._replace(relu=False)
             found = _differentiable(gradient, x, gamma, beta, mask, rows, *plan[1:])
         else:
             # Who keeps tensors elsewhere may order them anew.
             x, layout = _dense(x, plan.channel)
-            if gradient.stride() != x.stride() or gradient.is_neg():
-                gradient = torch.empty_like(x).copy_(gradient)
-            plan = plan._replace(layout=layout)
-            found = ctx.passes.backward(plan, gradient, x, gamma, beta, mask, rows, needed[0])
+            gradient = _as_laid_out(gradient, x)
+            plan, given = plan._replace(layout=layout), (x, gamma, beta, mask, rows)
+            if output is None:
+                found = ctx.passes.backward(plan, gradient, *given, needed[0])
+            else:
+                signs, behind = _as_laid_out(output, x), torch.empty_like(x)
+                found = ctx.passes.backward(plan, gradient, *given, needed[0], signs, behind)
+                gradient = behind
         found = (part if needs else None for part, needs in zip(found, needed, strict=False))
-        return *found, None, None, None, None
+        return *found, None, None, None, None, gradient if needed[7] else None
 
 
 def _differentiable(
@@ -233,6 +254,13 @@ def _wide(weight: Vector | None, dtype: Any) -> Vector | None:
     if weight is None or (weight.dtype == dtype and weight.is_contiguous() and not weight.is_neg()):
         return weight
     return weight.to(dtype).resolve_neg().contiguous()
+
+
+def _as_laid_out(values: Tensor, x: Tensor) -> Tensor:
+    """In memory as x is."""
+    if values.stride() == x.stride() and not values.is_neg():
+        return values
+    return torch.empty_like(x).copy_(values)
 
 
 def _dense(x: Tensor, axis: int) -> tuple[Tensor, Layout]:

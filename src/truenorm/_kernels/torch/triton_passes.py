@@ -56,6 +56,7 @@ def forward(
     mask: None,
     rows: Tensor,
     moving: Moving | None,
+    add: Tensor | None = None,
 ) -> Tensor:
     """The output; the statistics are written to ``rows``."""
     del mask
@@ -68,7 +69,7 @@ def forward(
     with torch.cuda.device_of(x):  # Triton launches on the current one
         _moments[grid](x, parts, *sizes[:-2], num_warps=WARPS)
         _normalize[grid](
-            *(x, output, parts, rows, gamma, beta, moving.mean, moving.variance),
+            *(x, add, output, parts, rows, gamma, beta, moving.mean, moving.variance),
             *(plan.epsilon, coarse, momentum - coarse, moving.unbiased, plan.relu),
             *sizes,
             num_warps=WARPS,
@@ -85,18 +86,24 @@ def backward(
     mask: None,
     rows: Tensor,
     needed: bool,
+    output: Tensor | None = None,
+    behind: Tensor | None = None,
 ) -> tuple[Tensor | None, Vector, Vector]:
-    """The gradients of x, if needed, gamma and beta."""
+    """The gradients of x, if needed, gamma and beta; as in ``native.py``."""
     del mask
     grid, parts, sizes = _divided(x, plan.layout)
     d_x = torch.empty_like(x) if needed else None
     found = torch.empty(2, plan.layout[1], dtype=torch.float32, device=x.device)
+    relu = plan.relu and output is None
     with torch.cuda.device_of(x):
         _products[grid](
-            *(x, gradient, rows, gamma, beta, parts, plan.relu), *sizes[:-2], num_warps=WARPS
+            *(x, gradient, output, behind, rows, gamma, beta, parts, relu),
+            *sizes[:-2],
+            num_warps=WARPS,
         )
         _gradient[grid if needed else (grid[0], 1)](
-            *(x, gradient, d_x, rows, gamma, beta, parts, found, plan.relu),
+            *(x, gradient if behind is None else behind, d_x, rows, gamma, beta, parts, found),
+            relu,
             *sizes,
             num_warps=WARPS,
         )
@@ -291,7 +298,7 @@ def _moments(
 
 @triton.jit(do_not_specialize=("rows", "strips"))
 def _normalize(
-    x, output, parts, statistics, gamma, beta, moving_mean, moving_variance, epsilon, coarse,
+    x, add, output, parts, statistics, gamma, beta, moving_mean, moving_variance, epsilon, coarse,
     fine, unbiased: tl.constexpr, relu: tl.constexpr, rows, channels, strip, tile: tl.constexpr,
     width: tl.constexpr, inner: tl.constexpr, wide: tl.constexpr, strips, most: tl.constexpr,
 ):  # fmt: skip
@@ -330,6 +337,8 @@ def _normalize(
         place, exist = _places(start, rows, channels, tile, width, inner, wide)
         values = tl.load(x + place, exist, 0.0).to(tl.float32)
         values = (values - mean[None, :]) * scale[None, :] + offset[None, :]
+        if add is not None:
+            values += tl.load(add + place, exist, 0.0).to(tl.float32)
         if relu:
             values = tl.where(values < 0, 0.0, values)
         tl.store(output + place, values.to(output.dtype.element_ty), exist)
@@ -357,10 +366,13 @@ def _tile(x, gradient, place, exist, mean, scale, offset, relu: tl.constexpr):
 
 @triton.jit(do_not_specialize=("rows",))
 def _products(
-    x, gradient, statistics, gamma, beta, parts, relu: tl.constexpr, rows, channels, strip,
-    tile: tl.constexpr, width: tl.constexpr, inner: tl.constexpr, wide: tl.constexpr,
+    x, gradient, output, behind, statistics, gamma, beta, parts, relu: tl.constexpr, rows, channels,
+    strip, tile: tl.constexpr, width: tl.constexpr, inner: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    """Of a strip: the sums of the gradient, and of it times the deviation from the mean."""
+    """Of a strip: the sums of the gradient, and of it times the deviation from the mean.
+
+    Where the output is given, it has the signs; what goes through the ReLU is written down.
+    """
     mean, scale, offset, _, _ = _constants(statistics, gamma, beta, channels, width)
     total = tl.zeros((width,), tl.float64)
     product = tl.zeros((width,), tl.float64)
@@ -368,6 +380,9 @@ def _products(
     for start in range(first, min(first + strip, rows), tile):
         place, exist = _places(start, rows, channels, tile, width, inner, wide)
         deviations, coming = _tile(x, gradient, place, exist, mean, scale, offset, relu)
+        if output is not None:
+            coming = tl.where(tl.load(output + place, exist, 0.0) > 0, coming, 0.0)
+            tl.store(behind + place, coming.to(behind.dtype.element_ty), exist)
         total += tl.sum(coming, 0).to(tl.float64)
         product += tl.sum(coming * deviations, 0).to(tl.float64)
     _write(parts, 2 * tl.program_id(1), channels, width, total)

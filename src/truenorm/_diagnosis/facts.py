@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from truenorm._diagnosis.measuring import Answers, Scores, Seen, When, ask, look
 from truenorm._errors import KerasVersionError
 from truenorm._keras_internals import inner_optimizer, is_compiled
 from truenorm._model.data import comes_in_batches, labelled_batches, number_of_batches
-from truenorm._model.graph import Call, Graph, graph_of, read_graph
+from truenorm._model.graph import Call, Graph, graph_of, parents_in, read_graph
 from truenorm._model.progress import NOWHERE, Line, counted_batches
 from truenorm._model.sites import batch_normalizations, is_own_class, policy_of, spots
 from truenorm._model.values import numbers
@@ -23,6 +23,7 @@ from truenorm._modes.inspect import inspect
 from truenorm._records.inspection import Inspection
 from truenorm._records.moments import Array, Spread
 from truenorm._records.recalibration import Gap
+from truenorm._rewrites.fold import why_not_folded_alone
 from truenorm._rewrites.replace import why_not_replaced
 from truenorm._statistics.recalibrate import gaps
 from truenorm._statistics.runner import Runner, Use
@@ -107,6 +108,16 @@ class Facts:
     def graph(self) -> Graph | None:
         """The calls, where they can be read."""
         return None if graph_of(self.model) is None else read_graph(self.model)
+
+    @cached_property
+    def parents(self) -> Mapping[Any, Sequence[Any]]:
+        """What each layer is inside of, from the outermost."""
+        return parents_in(self.model)
+
+    @cached_property
+    def not_folded_alone(self) -> Mapping[str, str]:
+        """Path of every site that stays where it alone is to be folded, and why."""
+        return why_not_folded_alone(read_graph(self.model))
 
     @property
     def calls(self) -> tuple[Call, ...]:

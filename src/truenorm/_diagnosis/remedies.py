@@ -15,10 +15,8 @@ import keras
 
 from truenorm._diagnosis.averages import is_untouched
 from truenorm._diagnosis.facts import Facts
-from truenorm._keras_internals import layers_in
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._model.sites import is_own_class
-from truenorm._rewrites.fold import why_not_folded
 
 EXACT = 'model = tn.replace(model, to="truenorm").model'
 """Statistics without a loss of digits."""
@@ -74,7 +72,7 @@ def is_replaced(facts: Facts, layer: Any) -> bool:
 
 def remove(facts: Facts, path: str) -> str:
     """A site that goes: folded where that keeps the function, else left out."""
-    if path not in why_not_folded(facts.model, path):
+    if path not in facts.not_folded_alone:
         return f"model = tn.fold(model, where={path!r}).model"
     (site,) = (site for site in facts.sites if site.path == path)
     activation = getattr(site.operation, "activation", None)
@@ -85,7 +83,7 @@ def remove(facts: Facts, path: str) -> str:
 
 def apart(facts: Facts, layer: Any, calls: int) -> str:
     """One BatchNormalization for each use, where the uses can be told apart, or one domain."""
-    around = [one for one in layers_in(facts.model, itself=False) if layer in layers_in(one)]
+    around = facts.parents[layer]
     if any(isinstance(one, keras.layers.TimeDistributed) for one in around):
         return "keras.layers.BatchNormalization() on the whole sequence, without TimeDistributed"
     if any(isinstance(one, keras.layers.RNN) for one in around):

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from truenorm._diagnosis import remedies
 from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Fault
-from truenorm._keras_internals import layers_in
 from truenorm._model.sites import policy_of
 
 Remedy = str | Callable[[Facts, str], str]
@@ -35,8 +34,7 @@ def unfreeze(facts: Facts, path: str) -> str:  # noqa: ARG001
 def thaw_parent(facts: Facts, path: str) -> str:
     """The outermost frozen layer around it: inside of one, gamma and beta would not learn."""
     layer = next(k for k, own in facts.layers.items() if own == path)
-    around = [one for one in layers_in(facts.model) if not one.trainable and one is not layer]
-    parent = next((one for one in around if layer in layers_in(one)), facts.model)
+    parent = next((one for one in facts.parents[layer] if not one.trainable), facts.model)
     within = "" if parent is facts.model else f".get_layer({parent.name!r})"
     return f"model{within}.trainable = True, and model.compile(…) after it"
 

@@ -7,7 +7,7 @@ the calls that make its inputs and to those that take its output.
 from __future__ import annotations
 
 import inspect
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -281,6 +281,15 @@ def layer_paths(model: Any) -> dict[Any, str]:
 
     walk(model, "")
     return paths
+
+
+def parents_in(model: Any) -> dict[Any, list[Any]]:
+    """What each layer is inside of, from the outermost: the model itself, and what nests there."""
+    found: dict[Any, list[Any]] = defaultdict(list)
+    for parent in layers_in(model):
+        for layer in layers_in(parent, itself=False):
+            found[layer].append(parent)
+    return found
 
 
 def is_batch_normalization(layer: Any) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import keras
 
 from truenorm._keras_internals import layers_in
-from truenorm._model.graph import calls, graph_of
+from truenorm._model.graph import calls, graph_of, parents_in
 from truenorm._model.sites import Spot, policy_of
 from truenorm._model.trainer import changed_after_compile, fit_after_change
 from truenorm._modes.evidence import has_own_call
@@ -29,13 +30,34 @@ IF_CHANGED = (
 
 
 @dataclass(frozen=True)
-class _Case:
-    """One site, what it did in each entry point, and what it is inside of."""
+class _Whole:
+    """The model around all sites, and what is found out of it once for all of them."""
 
     model: Any
+
+    @cached_property
+    def parents(self) -> Mapping[Any, Sequence[Any]]:
+        """What each layer is inside of, from the outermost."""
+        return parents_in(self.model)
+
+    @cached_property
+    def changed(self) -> Mapping[Any, bool]:
+        """The layers whose ``trainable`` was changed after ``compile``, and what it was."""
+        return changed_after_compile(self.model)
+
+    @cached_property
+    def first_in_training_mode(self) -> Any | None:
+        """The first layer that runs in training mode where nobody asks for it."""
+        return next(_in_training_mode_by_itself(self.model), None)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One site, and what it did in each entry point."""
+
+    whole: _Whole
     spot: Spot
     modes: Mapping[str, Mode]
-    parents: Sequence[Any]
 
     @property
     def written(self) -> tuple[str, bool] | None:
@@ -43,7 +65,8 @@ class _Case:
 
     @property
     def frozen_parent(self) -> Any | None:
-        return next((one for one in reversed(self.parents) if not one.trainable), None)
+        parents = self.whole.parents[self.spot.layer]
+        return next((one for one in reversed(parents) if not one.trainable), None)
 
 
 def surprises(
@@ -51,10 +74,11 @@ def surprises(
 ) -> tuple[Surprise, ...]:
     """The causes, site by site; ``model`` is the user's, whose sites were watched in ``modes``."""
     found: list[Surprise] = []
+    whole = _Whole(model)
     for index, spot in enumerate(places):
         did = dict.fromkeys(ENTRY_POINTS, Mode((), updated=False, learned=False))
         did |= {entry: of_sites[index] for entry, of_sites in modes.items()}
-        case = _Case(model, spot, did, _parents(model, spot.layer))
+        case = _Case(whole, spot, did)
         own = [*_own_call(case)]
         others = [] if own else [*_written(case), *_inference(case)]
         for code, explanation in (*_learning(case), *own, *others):
@@ -66,12 +90,12 @@ def _learning(case: _Case) -> Iterator[tuple[str, str]]:
     """Where fit did not use the batch, did not move the statistics, or did not learn."""
     layer, parent, fit = case.spot.layer, case.frozen_parent, case.modes["fit"]
     policy = policy_of(layer)
-    changed = changed_after_compile(case.model)
+    changed, model = case.whole.changed, case.whole.model
     if layer in changed:
         yield (
             "changed_after_compile",
             f"trainable is {layer.trainable}, and was {changed[layer]} when the model was "
-            f"compiled: fit {fit_after_change(case.model)}. {IF_CHANGED}",
+            f"compiled: fit {fit_after_change(model)}. {IF_CHANGED}",
         )
     if policy in ("statistics", "affine"):
         kept = "the moving statistics" if policy == "statistics" else "gamma and beta"
@@ -93,7 +117,7 @@ def _learning(case: _Case) -> Iterator[tuple[str, str]]:
     elif fit.calls and True not in fit.training and False not in fit.training:
         yield (
             "call_without_training",
-            f"no training value reaches it in fit: call() of {type(case.model).__name__} takes no "
+            f"no training value reaches it in fit: call() of {type(model).__name__} takes no "
             "argument 'training', or a layer on the way does not pass it on",
         )
     elif fit.statistics == "moving" and False in fit.training and case.written is None:
@@ -159,7 +183,7 @@ def _inference(case: _Case) -> Iterator[tuple[str, str]]:
     """Where a bare call runs in training mode without being asked to."""
     if case.modes["model(x)"].statistics != "batch" or (case.written and case.written[1]):
         return
-    culprit = next(_in_training_mode_by_itself(case.model), None)
+    culprit = case.whole.first_in_training_mode
     yield (
         "bare_call_trains",
         "model(x) without training= runs it in training mode"
@@ -184,8 +208,3 @@ def _in_training_mode_by_itself(model: Any) -> Iterator[Any]:
         default = argument is not None and argument.default is True
         if written[1] if written is not None else default:
             yield layer
-
-
-def _parents(model: Any, layer: Any) -> list[Any]:
-    """What the layer is inside of, from the outermost."""
-    return [one for one in layers_in(model) if one is not layer and layer in layers_in(one)]

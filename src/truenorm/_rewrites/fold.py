@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import keras
@@ -131,6 +132,13 @@ def why_not_folded(model: Any, where: Where = None) -> dict[str, str]:
     return {site.path: site.reason for site in left}
 
 
+def why_not_folded_alone(graph: Graph) -> dict[str, str]:
+    """The same of each site as if it were the only one that is meant."""
+    folding = Folding(graph, "*")
+    results = [folding.alone(call) for call in folding.sites]
+    return {one.path: one.reason for one in results if isinstance(one, Left)}
+
+
 class Folding:
     """What folding the sites of a model comes to; a site at a time, in the order of execution.
 
@@ -148,9 +156,11 @@ class Folding:
         # In a part of a model none takes another one in: it would no longer be what it was.
         self.closed = self.fixed if self.whole else layers
         self.free = layers - self.fixed
-        self.names = {layer.name for layer in layers_in(graph.model)}
-        self.names |= {tensor.name for tensor in graph.model.inputs}
         self.adding = {call.operation for call in self.sites if "add" in call.extras}
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is folded yet."""
         self.weights: dict[Any, list[Array]] = {}  # of convolution and dense layers, in float64
         self.learning: set[Any] = set()  # those of them that take in a shift that learns
         self.maps: dict[Any, Affine] = {}  # of BatchNormalization that took others in, and stays
@@ -164,6 +174,17 @@ class Folding:
         changed, left = check_all(self.site, self.sites, others)
         labels = self.graph.labels
         return with_kinds(labels, changed), with_kinds(labels, left)
+
+    @cached_property
+    def names(self) -> set[str]:
+        """The names that are taken."""
+        layers = {layer.name for layer in layers_in(self.graph.model)}
+        return layers | {tensor.name for tensor in self.graph.model.inputs}
+
+    def alone(self, call: Call) -> Change | Left:
+        """Fold one site and no other."""
+        self._begin()
+        return self.site(call)
 
     def site(self, call: Call) -> Change | Left:
         """Fold one site, or say why not."""

@@ -384,6 +384,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             inputs = ops.cast(inputs, dtype)
         rectifies = self.activation is keras.activations.relu and not self.renorm
         gamma, beta, mean, variance = self._values(weights)
+        if kernels.brought is not None:
+            inputs, mask = kernels.brought(inputs, mask, mean)
         repeated = is_repeated()
         apart = self.renorm or repeated or self.gathered is not None or weights is not self
         momentum = None if apart else self.momentum

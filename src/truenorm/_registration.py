@@ -10,9 +10,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -21,44 +23,66 @@ from truenorm._errors import MissingDependencyError
 
 
 def register_layer() -> None:
-    """Register now if Keras is imported, else right after its import."""
+    """Register now if Keras is imported, else after its import."""
     if "keras" in sys.modules:
         for module in ("batch_normalization", "frozen_affine"):
             importlib.import_module(f"truenorm._layer.{module}")
-    elif not any(isinstance(finder, _KerasFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _KerasFinder())
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
 
 
-class _KerasFinder(MetaPathFinder):
-    """Finds Keras where the other finders do, and has the layer registered once it is imported."""
+class _Finder(MetaPathFinder):
+    """Finds modules where the other finders do, and sees Keras's import and truenorm's own.
+
+    The layer is registered once Keras is imported, and not while a module of truenorm is: that
+    module may be what imports Keras, and what the layer needs.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._open = 0
+        self._due = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "keras":
+        if fullname != "keras" and not fullname.startswith("truenorm."):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         specs = (finder.find_spec(fullname, path, target) for finder in others)
         spec = next(filter(None, specs), None)
         if spec is not None and spec.loader is not None:
-            _call_after(spec.loader)
+            loader: Any = spec.loader
+            around = self._keras if fullname == "keras" else self._own
+            loader.exec_module = partial(around, loader.exec_module)
         return spec
 
-
-def _call_after(loader: Loader) -> None:
-    """Have the layer registered when this loader has run Keras; an import that fails may recur."""
-    run: Any = loader.exec_module
-
-    def exec_module(module: ModuleType) -> None:
+    def _keras(self, run: Callable[[ModuleType], None], module: ModuleType) -> None:
+        """Run Keras; an import that fails may be tried again."""
         try:
             run(module)
         except ModuleNotFoundError as error:
             if error.name is None or error.name not in list(Backend):
                 raise
             raise _missing(error.name) from error
-        register_layer()
+        self._due = True
+        self._register()
 
-    loader.exec_module = exec_module
+    def _own(self, run: Callable[[ModuleType], None], module: ModuleType) -> None:
+        """Run a module of truenorm."""
+        with self._lock:
+            self._open += 1
+        try:
+            run(module)
+        finally:
+            with self._lock:
+                self._open -= 1
+            self._register()
+
+    def _register(self) -> None:
+        if self._due and not self._open:
+            self._due = False
+            register_layer()
 
 
 def _missing(backend: str) -> MissingDependencyError:

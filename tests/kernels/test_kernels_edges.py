@@ -236,3 +236,41 @@ def test_third_derivatives(masked: bool) -> None:
 
     for have, want in zip(third(kernels.normalize), third(composite.normalize), strict=True):
         np.testing.assert_allclose(array(have), array(want), rtol=1e-9, atol=1e-9)
+
+
+@on_torch
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"activation": "relu"}, {"renorm": True}, {"momentum": None}, {"domains": 2}),
+        *({"virtual_batch_size": 2}, {"synchronized": True}),
+        *({"freeze": "affine"}, {"freeze": "statistics"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_an_input_without_numbers(options: dict[str, Any], training: bool) -> None:
+    """On the meta device: only shapes; the statistics stay what they were."""
+    import torch
+
+    made = layer(**options)
+    made(torch.tensor(X), training=training)  # in use already
+    before = [array(weight) for weight in made.non_trainable_variables]
+    output = made(torch.empty(4, 3, device="meta"), training=training)
+    assert (output.shape, output.dtype) == ((4, 3), torch.float32)
+    for weight, was in zip(made.non_trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(array(weight), was)
+
+
+@on_torch
+def test_a_layer_without_numbers() -> None:
+    """Its weights are on the meta device, as the input or elsewhere."""
+    import torch
+
+    with keras.device("meta"):
+        made = layer()
+        for x in (torch.tensor(X), torch.empty(X.shape, device="meta")):
+            for training in (False, True):
+                output = made(x, training=training)
+                assert output.is_meta
+                assert output.shape == X.shape

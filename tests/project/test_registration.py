@@ -89,3 +89,19 @@ def test_the_import_of_keras_is_as_ever_otherwise() -> None:
         "      'import' in inspect.getsource(keras), importlib.reload(keras) is keras)"
     )
     assert fresh(code) == "keras True True True"
+
+
+def test_any_room_may_be_imported_first() -> None:
+    """Before Keras is: the layer is registered once all is there that it needs."""
+    root = Path(tn.__file__).parent
+    rooms = [p for p in root.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
+    names = sorted(f"truenorm.{p.stem}" for p in rooms if p.stem not in ("__init__", "__main__"))
+    assert len(names) > 15
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("first_imports.py"), *names],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "KERAS_BACKEND": keras.config.backend()},
+    )
+    assert done.returncode == 0, done.stderr

@@ -12,6 +12,8 @@ returns as :class:`Normalized`. There are three:
 ``infer`` normalises with statistics that are given, in inference mode, where a backend can do so
 faster than by Keras's operations, and returns None if not this time; it is None on other backends.
 
+``brought`` takes input and mask to the device of a weight; it is None where the framework does.
+
 ``isfinite``, ``where`` and ``blend`` are Keras's operations, or on PyTorch its own, since there all
 that Keras converts and checks for such small ones is done at each step.
 
@@ -25,6 +27,7 @@ from functools import partial
 
 import keras
 
+from truenorm._kernels import ghosts
 from truenorm._kernels.contract import (
     Kernel,
     Moving,
@@ -36,11 +39,12 @@ from truenorm._kernels.contract import (
     Vector,
     statistics_dtype,
 )
-from truenorm._kernels.ghosts import normalize_ghosts as _normalize_ghosts
 
 normalize: Kernel
 normalize_synchronized: Kernel
+normalize_ghosts: Callable[..., Normalized]
 infer: Callable[..., Tensor | None] | None = None
+brought: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 isfinite: Callable[[Tensor], Tensor] = keras.ops.isfinite
 where: Callable[..., Tensor] = keras.ops.where
 
@@ -52,19 +56,30 @@ def blend(old: Vector, value: Vector, momentum: Scalar) -> Vector:
 
 if keras.config.backend() == "jax":
     from truenorm._kernels.jax.kernel import normalize, normalize_synchronized
+
+    normalize_ghosts = ghosts.normalize_ghosts  # XLA does better with all of them at once.
 elif keras.config.backend() == "tensorflow":
-    from truenorm._kernels.tensorflow.kernel import normalize, normalize_synchronized
+    from truenorm._kernels.tensorflow.kernel import (
+        normalize,
+        normalize_ghosts,
+        normalize_synchronized,
+    )
 elif keras.config.backend() == "torch":
-    from truenorm._kernels.torch.kernel import blend, infer, normalize, normalize_synchronized
+    from truenorm._kernels.torch.kernel import (
+        blend,
+        brought,
+        infer,
+        normalize,
+        normalize_synchronized,
+    )
+
+    normalize_ghosts = partial(ghosts.normalize_ghosts, each=normalize)
 else:
     from truenorm._kernels.composite import normalize
 
     normalize_synchronized = normalize
+    normalize_ghosts = ghosts.normalize_ghosts
 
-# XLA does better with all ghost batches at once, and JAX has nothing else.
-normalize_ghosts = partial(
-    _normalize_ghosts, each=None if keras.config.backend() == "jax" else normalize
-)
 
 __all__ = [
     "Kernel",
@@ -76,6 +91,7 @@ __all__ = [
     "Variable",
     "Vector",
     "blend",
+    "brought",
     "infer",
     "isfinite",
     "normalize",

@@ -408,6 +408,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         rectifies = self.activation is keras.activations.relu and not self.renorm
         rectifies &= adds or add is None
         gamma, beta, mean, variance = self._values(weights)
+        if kernels.brought is not None:
+            inputs, mask = kernels.brought(inputs, mask, mean)
         repeated = is_repeated()
         apart = self.renorm or repeated or self.gathered is not None or weights is not self
         momentum = None if apart else self.momentum

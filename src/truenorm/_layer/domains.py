@@ -210,6 +210,14 @@ def apart(
     index = chosen(layer, domain)
     if isinstance(index, int) or len(index.shape) == 0:
         return normalize(inputs, mask, Weights(layer, index))
+    if hasattr(inputs, "flat_values"):
+        raise DataError(
+            "Samples of a ragged tensor cannot have a domain each",
+            where=layer.path,
+            expected="one domain for all of them",
+            received="a domain for each sample",
+            remedy="call the layer once for each domain, or pass x.to_tensor() and a mask",
+        )
     index = ops.reshape(index, [-1, *[1] * (len(inputs.shape) - 1)])
     output: Any = None
     for each in range(layer.domains):

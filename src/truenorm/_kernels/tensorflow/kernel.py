@@ -18,9 +18,8 @@ from typing import Any
 
 import tensorflow  # noqa: ICN001 - its types are wrong: it becomes Any
 
-from truenorm._kernels import composite
+from truenorm._kernels import composite, ghosts
 from truenorm._kernels.contract import (
-    Kernel,
     Moving,
     Normalized,
     Options,
@@ -29,7 +28,7 @@ from truenorm._kernels.contract import (
     statistics_dtype,
 )
 from truenorm._kernels.masks import by_channel
-from truenorm._kernels.tensorflow import native, plain
+from truenorm._kernels.tensorflow import native, plain, ragged
 from truenorm._kernels.tensorflow.plain import Plan, Step
 from truenorm._kernels.tensorflow.portable import portable
 
@@ -38,8 +37,8 @@ tf: Any = tensorflow
 
 def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options) -> Normalized:
     """See :mod:`truenorm._kernels`. Masks take the compiled passes, or else the composite."""
-    if isinstance(x, tf.RaggedTensor):
-        return _normalize_ragged(normalize, x, gamma, beta, options)
+    if ragged.is_ragged(x):
+        return ragged.of_values(normalize, x, gamma, beta, options)
     axis, epsilon, mask, moving, relu, add = options
     if add is not None:  # XLA makes one of what is done value by value.
         alone = normalize(x, gamma, beta, options._replace(relu=False, add=None))
@@ -96,28 +95,27 @@ def _with_channels(
     return x
 
 
-def _normalize_ragged(
-    kernel: Kernel, x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options
-) -> Normalized:
-    """Of the values that are there; the channels are an axis of equal lengths."""
-    axis = options.axis % len(x.shape) - x.ragged_rank
-    mask, add = (getattr(part, "flat_values", part) for part in (options.mask, options.add))
-    options = options._replace(axis=axis, mask=mask, add=add)
-    found = kernel(x.flat_values, gamma, beta, options)
-    return found._replace(output=x.with_flat_values(found.output))
-
-
 def _same(dtype: str, moving: Moving | None) -> bool:
     """Whether the moving statistics, if there are any, are of this dtype."""
     return moving is None or moving.mean.dtype == moving.variance.dtype == dtype
+
+
+def normalize_ghosts(
+    x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options, *, size: int
+) -> Normalized:
+    """See :mod:`truenorm._kernels`; each ghost batch has the values that its samples have."""
+    kernel = partial(ghosts.normalize_ghosts, size=size, each=normalize)
+    if ragged.is_ragged(x):
+        return ragged.padded(kernel, x, gamma, beta, options)
+    return kernel(x, gamma, beta, options)
 
 
 def normalize_synchronized(
     x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options
 ) -> Normalized:
     """See :mod:`truenorm._kernels`: over the replicas of the ``tf.distribute`` strategy."""
-    if isinstance(x, tf.RaggedTensor):
-        return _normalize_ragged(normalize_synchronized, x, gamma, beta, options)
+    if ragged.is_ragged(x):
+        return ragged.of_values(normalize_synchronized, x, gamma, beta, options)
     replica = tf.distribute.get_replica_context()
     replicas = getattr(replica, "num_replicas_in_sync", 1)  # None between replicas
     if replicas == 1:
@@ -157,6 +155,9 @@ def _kernel(
 
     @tf.custom_gradient
     def differentiable_backward(*given: Tensor) -> Any:
+        if not eager:  # As tensors of this graph: that of the second derivative sees no others.
+            given = tuple(tf.identity(tensor) for tensor in given)
+
         def second(*cotangents: Any) -> Any:
             of_rows, of_gamma, of_gradient = plain.second(plan, cotangents, *given)
             return of_rows, of_gamma, None, None, of_gradient, *[None] * plan.masked

@@ -87,6 +87,20 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     return Normalized(output.reshape(x.shape).to(x.dtype), mean, variance, count)
 
 
+def brought(x: Tensor, mask: Tensor | None, beside: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Input and mask on the device of a weight, where Keras's operations take them, too.
+
+    What lies on the meta device has a shape and no numbers (Keras would take what happens to lie in
+    memory): no value of it counts.
+    """
+    if x.device == beside.device:
+        return x, mask
+    if x.is_meta:
+        x = torch.zeros_like(x, device=beside.device)
+        return x, x.new_zeros([1] * x.dim(), dtype=torch.bool)
+    return x.to(beside.device), None if mask is None else mask.to(beside.device)
+
+
 def infer(
     x: Tensor,
     gamma: Vector | None,
@@ -105,6 +119,7 @@ def infer(
     learns = any(weight is not None and weight.requires_grad for weight in (gamma, beta))
     if (
         (learns and torch.is_grad_enabled())
+        or x.device != mean.device
         or x.device.type not in ("cpu", "cuda")
         or not x.dtype.is_floating_point
         or x.numel() == 0

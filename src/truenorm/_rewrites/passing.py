@@ -20,7 +20,7 @@ from truenorm._model.sites import channel_axis_of
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Array
 from truenorm._rewrites.affine import Affine
-from truenorm._rewrites.moving import moved
+from truenorm._rewrites.rearranging import moved
 from truenorm._rewrites.wrappers import Inside, Shape, inside
 
 L = keras.layers

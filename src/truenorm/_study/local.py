@@ -17,7 +17,7 @@ from typing import IO, cast
 
 from truenorm._study.folder import Spec, read_result
 from truenorm._study.pool import Event, failed
-from truenorm._study.said import complaints, epochs
+from truenorm._study.worker_output import complaints, epochs
 
 _GRACE = 5.0  # seconds that a worker has to end by itself before it is killed
 _WORKER = Path(__file__).with_name("worker.py")

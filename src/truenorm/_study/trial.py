@@ -28,7 +28,7 @@ from truenorm._study.folder import Spec, read_data, write_result
 from truenorm._study.measure import Clock, Costs, costs, largest, peak_memory, sites
 from truenorm._study.models import made
 from truenorm._study.plan import Plan, read_plan
-from truenorm._study.said import say
+from truenorm._study.worker_output import say
 
 _STARTED = time.perf_counter()
 

@@ -50,7 +50,7 @@ def _environment(folder: Path, backend: str, *, threads: int, shared: bool) -> d
 
 
 class Local:
-    """Runs trials in processes of this machine; the one way to start and to end them.
+    """Runs trials in processes of this machine.
 
     Args:
         folder: The study's folder.
@@ -146,7 +146,7 @@ class Local:
                 late = True
             finally:
                 process.kill()
-                _end_children(process)  # they have the pipes, too, which would never end
+                _end_children(process)  # they hold the pipes open, too
         with self._lock:
             self._alive.discard(process)
         stderr.write_text(said.result(), "utf-8")

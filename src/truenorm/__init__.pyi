@@ -2,7 +2,7 @@ from . import archive as archive
 from . import callbacks as callbacks
 from . import cluster as cluster
 from . import report as report
-from ._diagnosis import diagnose as diagnose
+from ._diagnosis.diagnose import diagnose as diagnose
 from ._errors import (
     ArchiveError as ArchiveError,
 )

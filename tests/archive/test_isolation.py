@@ -11,7 +11,6 @@ from typing import Any
 
 import keras
 import pytest
-import small_models as models
 from altered_keras_files import layer_named, with_config
 
 import truenorm as tn
@@ -74,14 +73,6 @@ def test_memory_is_by_the_size_of_the_files(tmp_path: Path) -> None:
     base = _isolation.memory_for([])
     assert _isolation.memory_for([tmp_path / "small", None, tmp_path / "none"]) == base + 16_000
     assert 0 < base <= 4 * _isolation.GIB + 64 * 2**20 * (os.cpu_count() or 1)
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dense, truenorm's BatchNormalization, ReLU, dense."""
-    path = tmp_path_factory.mktemp("isolation") / "model.keras"
-    archive.save(models.shake(models.dense("truenorm")), path)
-    return path
 
 
 def test_what_loads_there_is_loaded_here(file: Path) -> None:

@@ -24,14 +24,6 @@ from truenorm.archive._classes import CODE, Classes
 pytestmark = pytest.mark.any_backend
 
 
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model: dense, truenorm's BatchNormalization `bn`, ReLU, dense."""
-    path = tmp_path_factory.mktemp("loading") / "model.keras"
-    archive.save(models.shake(models.dense("truenorm")), path)
-    return path
-
-
 def huge(config: Any) -> None:
     layer_named(config, "hidden")["config"]["units"] = 5_000_000_000
 

@@ -13,7 +13,6 @@ import h5py
 import keras
 import numpy as np
 import pytest
-import small_models as models
 from altered_keras_files import CONFIG, WEIGHTS, layer_named, with_config, with_weights
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,14 +61,6 @@ def twice() -> Any:
     parts = [keras.Sequential([keras.Input((4,)), shared], name=name) for name in ("a", "b")]
     inputs = keras.Input((4,))
     return keras.Model(inputs, keras.layers.Add()([part(inputs) for part in parts]), name="twice")
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model: dense, truenorm's BatchNormalization `bn`, ReLU, dense."""
-    path = tmp_path_factory.mktemp("archive") / "model.keras"
-    archive.save(models.shake(models.dense("truenorm")), path)
-    return path
 
 
 @pytest.mark.parametrize("build", [nested, timewise])

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import pytest
 import small_models as models
+from fresh_process import output_of
 
 import truenorm as tn
 import truenorm._cli
@@ -86,12 +87,10 @@ def test_help_names_the_commands_without_importing_keras() -> None:
         "try: main()\n"
         "except SystemExit: print('keras' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
-    )
+    shown = output_of(code)
     for name in ("inspect", "diagnose", "place", "fold", "replace", "recalibrate", "demo"):
-        assert name in done.stdout
-    assert done.stdout.endswith("False\n")
+        assert name in shown
+    assert shown.endswith("False")
 
 
 @pytest.mark.parametrize(

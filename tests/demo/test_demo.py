@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from truenorm import OptionError, OutputError
-from truenorm._demo import _prepare
+from truenorm._demo.demo import _prepare
 from truenorm._demo.tasks import breast_cancer
 
 COMMAND = [sys.executable, "-m", "truenorm", "demo", "--data", "breast_cancer", "--seeds", "1"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -14,6 +12,7 @@ from unittest import mock
 import keras
 import numpy as np
 import pytest
+from fresh_process import output_of
 from layer_cases import CASES, EPSILON, Case, array, error, gradients, precision, tensor
 
 from truenorm import BatchNormalization
@@ -329,8 +328,6 @@ def test_only_the_framework_in_use_is_imported() -> None:
         "import sys, keras; before = set(sys.modules); import truenorm._kernels; "
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert "truenorm" in found.stdout.split()
-    foreign = {"jax", "tensorflow", "torch"} - {keras.config.backend()}
-    assert not foreign & set(found.stdout.split())
+    imported = set(output_of(program).split())
+    assert "truenorm" in imported
+    assert not imported & ({"jax", "tensorflow", "torch"} - {keras.config.backend()})

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+from fresh_process import output_of
 from layer_cases import EPSILON, array, error, gradients, tensor
 
 from truenorm import BatchNormalization
@@ -145,10 +144,7 @@ def test_a_saved_training_step_loads_where_the_layer_is_imported(tmp_path: Any) 
         "import sys, tensorflow as tf; from truenorm import BatchNormalization; "
         "module = tf.saved_model.load(sys.argv[1]); print(module.gradient(tf.ones((4, 3))).shape)"
     )
-    line = [sys.executable, "-c", program, str(tmp_path)]
-    found = subprocess.run(line, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert "(4, 3)" in found.stdout
+    assert "(4, 3)" in output_of(program, tmp_path)
 
 
 @pytest.mark.parametrize("momentum", [0.9, None])

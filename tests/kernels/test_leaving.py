@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+from fresh_process import output_of
 from layer_cases import array, error
 
 from truenorm import BatchNormalization
@@ -90,8 +89,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
         "    np.savez(f'{folder}/{name}.npz', **found)\n"
         "assert 'truenorm' not in sys.modules\n"
     )
-    found = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    output_of(program, folder)
     there = {name: dict(np.load(folder / f"{name}.npz")) for name in LAYERS}
     return here, there, folder
 

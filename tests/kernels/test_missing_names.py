@@ -7,8 +7,6 @@ framework goes on using them itself.
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -17,6 +15,7 @@ from unittest import mock
 import keras
 import numpy as np
 import pytest
+from fresh_process import output_of
 from layer_cases import Drawn, error, train, truth
 
 from truenorm import BatchNormalization
@@ -151,8 +150,7 @@ def test_modules_are_missing() -> None:
         "import pytest, test_missing_names as test\n"
         "test.test_a_training_step((), True, pytest.MonkeyPatch())\n"
     )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    output_of(program)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="about JAX")

@@ -16,17 +16,11 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from fresh_process import output_of
 
 import truenorm as tn
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(code: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
-    )
-    return result.stdout.strip()
 
 
 def test_public_names_are_sorted_and_exist() -> None:
@@ -49,7 +43,7 @@ def test_the_installed_version_is_the_packages_own() -> None:
 
 
 def test_public_modules_need_no_import_of_their_own() -> None:
-    shown = run(
+    shown = output_of(
         "import truenorm as tn; print(tn.archive.load.__name__, tn.callbacks.Recalibrate.__name__,"
         " tn.cluster.collect.__name__, tn.report.save.__name__); from truenorm import *;"
         " print(fold.__name__, archive.__name__)"
@@ -59,7 +53,7 @@ def test_public_modules_need_no_import_of_their_own() -> None:
 
 def test_importing_truenorm_does_not_import_keras_or_a_framework() -> None:
     heavy = "{'keras', 'jax', 'torch', 'tensorflow', 'matplotlib', 'scipy', 'sklearn', 'typer'}"
-    assert run(f"import sys, truenorm; print({heavy} & set(sys.modules))") == "set()"
+    assert output_of(f"import sys, truenorm; print({heavy} & set(sys.modules))") == "set()"
 
 
 def test_no_framework_beyond_kerass_own_is_imported() -> None:
@@ -69,7 +63,7 @@ def test_no_framework_beyond_kerass_own_is_imported() -> None:
         f"[getattr(truenorm, name) for name in truenorm.__all__]; "
         f"print(({frameworks} & set(sys.modules)) - before)"
     )
-    assert run(code) == "set()"
+    assert output_of(code) == "set()"
 
 
 def test_a_backend_that_is_missing_is_said_with_what_to_do() -> None:
@@ -156,14 +150,10 @@ def test_help_is_an_overview_and_not_every_name_in_full() -> None:
 
 
 def test_reports_cost_nothing_before_one_is_made() -> None:
-    heavy = "{'matplotlib', 'jinja2', 'keras'}"
-    assert run(f"import sys, truenorm as tn; dir(tn); print({heavy} & set(sys.modules))") == "set()"
-    assert run(
-        f"import sys, truenorm as tn; tn.report.save; print({heavy} & set(sys.modules))"
-    ) in (
-        "set()",
-        "{'jinja2'}",
-    )
+    show = "print({'matplotlib', 'jinja2', 'keras'} & set(sys.modules))"
+    assert output_of(f"import sys, truenorm as tn; dir(tn); {show}") == "set()"
+    after = output_of(f"import sys, truenorm as tn; tn.report.save; {show}")
+    assert after in ("set()", "{'jinja2'}")
 
 
 MODEL = keras.Sequential(

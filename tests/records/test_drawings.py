@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from drawn_records import HOSTILE, POSITIONS, SHOWN, make_study
+from fresh_process import output_of
 
 from truenorm._errors import MissingDependencyError, OptionError
 from truenorm._records.diagnosis import Diagnosis, Finding
@@ -415,5 +415,4 @@ def test_records_do_not_load_matplotlib() -> None:
         "from truenorm._records import population, recalibration; "
         "print({'keras', 'matplotlib', 'rich', 'scipy'} & {*sys.modules})"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "set()"
+    assert output_of(code) == "set()"

@@ -7,8 +7,6 @@ import importlib
 import json
 import pickle
 import pkgutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import keras
 import numpy as np
 import pytest
 import small_models as models
+from fresh_process import output_of
 
 import truenorm as tn
 import truenorm._records
@@ -152,10 +151,6 @@ def test_a_rewrites_model_goes_along_to_a_fresh_process(
         "rewrite, x = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())\n"
         "print(rewrite.kind, rewrite.model.predict(x, verbose=0).tolist())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "rewrite"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    kind, _, outputs = done.stdout.partition(" [")
+    kind, _, outputs = output_of(code, tmp_path / "rewrite").partition(" [")
     assert kind == rewrite.kind
     np.testing.assert_allclose(eval("[" + outputs), rewrite.model.predict(x, verbose=0), rtol=1e-5)  # noqa: S307

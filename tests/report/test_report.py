@@ -8,7 +8,6 @@ import html
 import math
 import os
 import re
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 from chromium import CHROMIUM, NEEDS_CHROMIUM, visit
 from drawn_records import HOSTILE, POSITIONS, SHOWN, judge, make_study
+from fresh_process import output_of
 
 from truenorm._errors import MissingDependencyError, OptionError, OutputError
 from truenorm._records.inspection import Inspection
@@ -442,11 +442,8 @@ def test_a_place_that_is_no_place_is_refused(path: str, tmp_path: Path) -> None:
 
 
 def test_importing_the_report_loads_neither_keras_nor_matplotlib() -> None:
-    import subprocess
-
     code = "import sys, truenorm.report; print({'keras', 'matplotlib', 'jinja2'} & {*sys.modules})"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "set()"
+    assert output_of(code) == "set()"
 
 
 # --- in a browser -------------------------------------------------------------------------------

@@ -8,19 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray_noise import ray_noise
 from small_models import dense, shake
 
 import truenorm as tn
 from truenorm import cluster
 
-# Ray's own; and JAX warns of the fork by which Ray starts its processes, which then exec.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning",
-    "ignore::FutureWarning",
-    "ignore::ResourceWarning",
-    "ignore::pytest.PytestUnraisableExceptionWarning",
-    "ignore:os.fork:RuntimeWarning",
-)
+pytestmark = [pytest.mark.any_backend, ray_noise]
 X = np.random.default_rng(0).normal(3.0, 2.0, size=(64, 5)).astype("float32")
 
 

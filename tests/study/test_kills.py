@@ -21,7 +21,7 @@ from test_study import POSITIONS, build, run
 from truenorm._records.files import owned_name
 from truenorm._study.folder import open_folder
 from truenorm._study.pool import Progress
-from truenorm._study.said import MARK, complaints, epochs
+from truenorm._study.worker_output import MARK, complaints, epochs
 
 pytestmark = pytest.mark.any_backend
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray_noise import ray_noise
 from test_study import arrays, build
 
 import truenorm as tn
@@ -19,14 +20,7 @@ from truenorm._study.experiment import study
 from truenorm._study.pool import Progress
 from truenorm._study.ray_tasks import connected
 
-# Ray's own; and JAX warns of the fork by which Ray starts its processes, which then exec.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning",
-    "ignore::FutureWarning",
-    "ignore::ResourceWarning",
-    "ignore::pytest.PytestUnraisableExceptionWarning",
-    "ignore:os.fork:RuntimeWarning",
-)
+pytestmark = ray_noise
 POSITIONS = ("before_activation", "after_activation")
 
 

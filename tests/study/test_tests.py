@@ -20,7 +20,7 @@ from truenorm._study.power import (
     power_of_equivalence,
     seeds_needed,
 )
-from truenorm._study.signs import sign_flip
+from truenorm._study.sign_flips import sign_flip
 
 pytestmark = pytest.mark.any_backend
 

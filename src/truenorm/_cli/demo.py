@@ -32,6 +32,6 @@ def demo(
 ) -> None:
     """Show on real data where BatchNormalization goes, what it does, and how to deploy it."""
     choose_backend(backend)
-    from truenorm._demo import run
+    from truenorm._demo.demo import run
 
     run(data=data.value, seeds=seeds, out=out, force=force, resume=resume)

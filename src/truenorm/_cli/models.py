@@ -114,7 +114,7 @@ def diagnose(
     """Find what is wrong with BatchNormalization; exit code 1 if there are warnings or errors."""
     arrays = None if data is None else read_data(data)
     choose_backend(backend)
-    from truenorm._diagnosis import selection
+    from truenorm._diagnosis.diagnose import selection
 
     selection(select, ignore)
     check_loss(loss, metric, arrays)

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from truenorm._cli import isolation
-from truenorm._records.drawing import terminal_width
 from truenorm._records.tables import Record, printable
+from truenorm._records.terminal import terminal_width
 from truenorm.archive import save
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -21,6 +21,7 @@ import keras
 import numpy as np
 
 from truenorm._diagnosis.facts import Facts
+from truenorm._layer.protocol import BatchNormalizationLike
 from truenorm._model.graph import is_site, nearby
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Array, Moments
@@ -75,14 +76,16 @@ class Distance:
         begun: Whether that explains the error.
     """
 
-    layer: Any
+    layer: BatchNormalizationLike
     error: float
     noise: float
     share: float
     begun: bool
 
 
-def output_error(layer: Any, mean: Array, variance: Array, right: Moments) -> float:
+def output_error(
+    layer: BatchNormalizationLike, mean: Array, variance: Array, right: Moments
+) -> float:
     """Root mean square error of a layer's output, in units of the output (see the file's head)."""
     deviation = np.sqrt(right.variance + layer.epsilon)
     with np.errstate(invalid="ignore", divide="ignore"):  # stored variances may be anything
@@ -96,12 +99,12 @@ def output_error(layer: Any, mean: Array, variance: Array, right: Moments) -> fl
     return float(np.sqrt((weight * squares).sum() / total)) if total > 0 else 0.0
 
 
-def stored(layer: Any) -> tuple[Array, Array]:
+def stored(layer: BatchNormalizationLike) -> tuple[Array, Array]:
     """The moving mean and variance."""
     return as_float64(layer.moving_mean), as_float64(layer.moving_variance)
 
 
-def is_untouched(layer: Any) -> bool:
+def is_untouched(layer: BatchNormalizationLike) -> bool:
     """Whether both moving statistics are exactly what they began with."""
     began = _initial(layer)
     return began is not None and all(map(np.array_equal, began, stored(layer)))
@@ -137,7 +140,7 @@ def off(facts: Facts) -> Iterator[tuple[str, Distance, Cause]]:
             yield path, one, "unknown"
 
 
-def _distance(facts: Facts, layer: Any, path: str) -> Distance:
+def _distance(facts: Facts, layer: BatchNormalizationLike, path: str) -> Distance:
     moments = facts.seen.training.sites[path]
     error = output_error(layer, *stored(layer), moments)
     return Distance(
@@ -151,7 +154,7 @@ def _has_begun(one: Distance, later: Sequence[Distance]) -> bool:
     return one.begun and (one.share <= PLAIN_SHARE or alike)
 
 
-def _noise(facts: Facts, layer: Any, path: str) -> float:
+def _noise(facts: Facts, layer: BatchNormalizationLike, path: str) -> float:
     r"""The output error of a moving average over these batches that has come to rest.
 
     Its standard deviation is :math:`\sqrt{(1 - \alpha) / (1 + \alpha)}` of that of one batch.
@@ -167,7 +170,7 @@ def _noise(facts: Facts, layer: Any, path: str) -> float:
     return output_error(layer, moments.mean + mean, least, moments)
 
 
-def _averaged(layer: Any) -> float:
+def _averaged(layer: BatchNormalizationLike) -> float:
     r"""Sum of the squared weights of batches in a moving average."""
     return 0.0 if layer.momentum is None else (1 - layer.momentum) / (1 + layer.momentum)
 
@@ -195,7 +198,7 @@ def _is_of_data(facts: Facts, path: str, one: Distance, later: Sequence[Distance
     return right or not learns
 
 
-def _initial(layer: Any) -> tuple[Array, Array] | None:
+def _initial(layer: BatchNormalizationLike) -> tuple[Array, Array] | None:
     """What the moving statistics began with; None if it was drawn at random."""
     found: list[Array] = []
     for name in ("moving_mean", "moving_variance"):
@@ -206,7 +209,9 @@ def _initial(layer: Any) -> tuple[Array, Array] | None:
     return found[0], found[1]
 
 
-def _initial_share(facts: Facts, layer: Any, moments: Moments) -> tuple[float, bool]:
+def _initial_share(
+    facts: Facts, layer: BatchNormalizationLike, moments: Moments
+) -> tuple[float, bool]:
     r"""The share of the initial values in the moving statistics, and whether it explains the error.
 
     A moving average that began with :math:`s_0` and averages :math:`s` holds

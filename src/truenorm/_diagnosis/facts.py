@@ -10,7 +10,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from truenorm._diagnosis.judge import Judge
+from truenorm._diagnosis.loss import Judge
 from truenorm._diagnosis.measuring import Answers, Scores, Seen, When, ask, look, no_data
 from truenorm._errors import KerasVersionError
 from truenorm._keras_internals import inner_optimizer, is_compiled

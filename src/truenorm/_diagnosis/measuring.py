@@ -17,7 +17,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from truenorm._diagnosis.judge import Judge
+from truenorm._diagnosis.loss import Judge
 from truenorm._errors import DataError
 from truenorm._model.data import size_of
 from truenorm._model.values import as_float64

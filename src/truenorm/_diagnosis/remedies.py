@@ -16,6 +16,7 @@ import keras
 from truenorm._diagnosis.averages import is_untouched
 from truenorm._diagnosis.facts import Facts
 from truenorm._layer.batch_normalization import BatchNormalization
+from truenorm._layer.protocol import BatchNormalizationLike
 from truenorm._model.sites import is_own_class
 
 EXACT = 'model = tn.replace(model, to="truenorm").model'
@@ -40,7 +41,7 @@ def recalibrate(facts: Facts, options: str = "") -> str:
     return call if certain else f"{call}; and its undo(), if the model does worse"
 
 
-def recalibrate_alone(facts: Facts, layer: Any) -> str:
+def recalibrate_alone(facts: Facts, layer: BatchNormalizationLike) -> str:
     """Statistics of the data for one layer, whose own are worth nothing; for all, if right."""
     if is_own_class(layer):
         return "set its moving statistics: tn.recalibrate does not know what its class does"
@@ -55,7 +56,7 @@ def _recalibrate(facts: Facts, layers: Collection[Any], options: str = "") -> st
     return f"tn.recalibrate(model, data{options})"
 
 
-def hold(facts: Facts, layer: Any) -> str:
+def hold(facts: Facts, layer: BatchNormalizationLike) -> str:
     """Statistics that stay as they are, in ``fit`` too."""
     path = facts.layers[layer]
     if isinstance(layer, BatchNormalization):
@@ -65,7 +66,7 @@ def hold(facts: Facts, layer: Any) -> str:
     return f"tn.freeze(model, layers={path!r})"
 
 
-def is_replaced(facts: Facts, layer: Any) -> bool:
+def is_replaced(facts: Facts, layer: BatchNormalizationLike) -> bool:
     """Whether ``tn.replace`` puts truenorm's layer in the place of this one."""
     return facts.layers[layer] not in facts.not_replaced
 
@@ -81,7 +82,7 @@ def remove(facts: Facts, path: str) -> str:
     return f'model = tn.place(model, "none", where={path!r}).model'
 
 
-def apart(facts: Facts, layer: Any, calls: int) -> str:
+def apart(facts: Facts, layer: BatchNormalizationLike, calls: int) -> str:
     """One BatchNormalization for each use, where the uses can be told apart, or one domain."""
     around = facts.parents[layer]
     if any(isinstance(one, keras.layers.TimeDistributed) for one in around):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from truenorm._diagnosis.averages import noticeable, output_error
 from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.measuring import When
 from truenorm._diagnosis.rule import Fault
+from truenorm._layer.protocol import BatchNormalizationLike
 from truenorm._records.moments import Array, Spread
 
 EFFECTIVE = 12
@@ -57,7 +57,7 @@ def batch_too_small(facts: Facts) -> Iterator[Fault]:
                 yield Fault(path, evidence, larger if ghosts else _batches_of(enough))
 
 
-def _noise(facts: Facts, layer: Any, path: str) -> tuple[float, float]:
+def _noise(facts: Facts, layer: BatchNormalizationLike, path: str) -> tuple[float, float]:
     """The variance of a batch mean over that of the values, and the samples that a batch is of."""
     seen = facts.seen.training
     samples = seen.samples / seen.batches
@@ -65,7 +65,7 @@ def _noise(facts: Facts, layer: Any, path: str) -> tuple[float, float]:
     return _between(facts.spread[path], seen.sites[path].variance) * samples / together, together
 
 
-def _enough(facts: Facts, layer: Any, path: str) -> int:
+def _enough(facts: Facts, layer: BatchNormalizationLike, path: str) -> int:
     """Samples that make a batch large enough, in powers of two."""
     noise, together = _noise(facts, layer, path)
     return 2 ** math.ceil(math.log2(max(EFFECTIVE * noise, 1.0) * together))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Fault
 from truenorm._diagnosis.tn1_batches import recalibration_harms
 from truenorm._layer.batch_normalization import BatchNormalization
+from truenorm._layer.protocol import BatchNormalizationLike
 
 RATIO = 1e3
 """|mean| in standard deviations above which E[x^2] - E[x]^2, which stock layers compute on PyTorch
@@ -92,7 +92,7 @@ def huge(facts: Facts) -> Iterator[Fault]:
             yield Fault(path, evidence, remedies.EXACT if exact else NORMALIZE)
 
 
-def _loses_digits(layer: Any) -> bool:
+def _loses_digits(layer: BatchNormalizationLike) -> bool:
     """Whether the variance is taken as a difference of squares, in float32 at most."""
     return layer.compute_dtype != "float64" and not isinstance(layer, BatchNormalization)
 
@@ -112,7 +112,7 @@ def _off(facts: Facts, cause: Cause) -> Iterator[tuple[str, Distance]]:
     return iter(() if found and recalibration_harms(facts) else found)
 
 
-def _distance(facts: Facts, layer: Any, path: str) -> Mapping[str, float]:
+def _distance(facts: Facts, layer: BatchNormalizationLike, path: str) -> Mapping[str, float]:
     if path not in facts.gaps:
         return {}
     gap = facts.gaps[path]
@@ -120,5 +120,5 @@ def _distance(facts: Facts, layer: Any, path: str) -> Mapping[str, float]:
     return {"mean_off_by_std": gap.mean, "scale_off_by_doublings": gap.scale, "output_error": error}
 
 
-def _channels(layer: Any) -> int:
+def _channels(layer: BatchNormalizationLike) -> int:
     return int(layer.moving_mean.shape[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import keras
 import numpy as np
@@ -14,6 +13,7 @@ from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Fault
 from truenorm._diagnosis.tn1_batches import recalibration_harms
 from truenorm._keras_internals import decays
+from truenorm._layer.protocol import BatchNormalizationLike
 from truenorm._model.sites import fused_activation, is_linear
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Array
@@ -52,7 +52,7 @@ def dead_gamma(facts: Facts) -> Iterator[Fault]:
             yield Fault(path, evidence, f"filters={int((~dead).sum())}, or a lower regularization")
 
 
-def is_dead(layer: Any) -> NDArray[np.bool_]:
+def is_dead(layer: BatchNormalizationLike) -> NDArray[np.bool_]:
     """Which channels have next to no gamma."""
     gamma = gamma_of(layer)
     return np.abs(gamma) < DEAD * np.sqrt(np.mean(np.square(gamma)))
@@ -76,7 +76,7 @@ def constant_input(facts: Facts) -> Iterator[Fault]:
             yield Fault(path, evidence, _against_epsilon(variance[constant]))
 
 
-def is_constant(layer: Any, variance: Array) -> NDArray[np.bool_]:
+def is_constant(layer: BatchNormalizationLike, variance: Array) -> NDArray[np.bool_]:
     """Which channels of such a variance are as good as constant."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return (variance >= 0) & (variance / (variance + layer.epsilon) < CONSTANT)
@@ -105,12 +105,12 @@ def exploding_scale(facts: Facts) -> Iterator[Fault]:
             yield Fault(path, evidence, _against_the_scale(facts, layer, path))
 
 
-def _scale(layer: Any, variance: Array) -> Array:
+def _scale(layer: BatchNormalizationLike, variance: Array) -> Array:
     with np.errstate(invalid="ignore", divide="ignore"):  # stored variances may be anything
         return np.abs(gamma_of(layer)) / np.sqrt(variance + layer.epsilon)
 
 
-def _against_the_scale(facts: Facts, layer: Any, path: str) -> str:
+def _against_the_scale(facts: Facts, layer: BatchNormalizationLike, path: str) -> str:
     """Other statistics, if it is these; where the data itself hardly varies, a smaller gamma."""
     if facts.lacks("data"):
         return remedies.ASK
@@ -179,7 +179,7 @@ def redundant_bias(facts: Facts) -> Iterator[Fault]:
             yield Fault(site.path, evidence, f"keras.layers.{name}(…, use_bias=False)")
 
 
-def gamma_of(layer: Any) -> Array:
+def gamma_of(layer: BatchNormalizationLike) -> Array:
     """Gamma, or ones."""
     if layer.gamma is None:
         return np.ones(layer.moving_mean.shape)

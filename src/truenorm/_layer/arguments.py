@@ -16,7 +16,7 @@ _CLIPPING = ("rmin", "rmax", "dmax")
 
 
 def check_average(momentum: Any, epsilon: Any) -> None:
-    """Refuse a momentum that is no weight, and an epsilon below 0."""
+    """Refuse a momentum outside 0 to 1, and an epsilon below 0."""
     if momentum is not None and not (is_number(momentum) and 0 <= momentum <= 1):
         raise OptionError(
             "`momentum` must be the weight of the old moving statistics of BatchNormalization",
@@ -118,7 +118,7 @@ def check_renorm(renorm: bool, clipping: Mapping[str, float | None] | None) -> N
 
 
 def check_ghosts(size: Any, others: Mapping[str, bool]) -> None:
-    """Refuse a size that is none, and options that ask for other statistics than ghost batches."""
+    """Refuse a size that is no positive integer, and options that ghost batches exclude."""
     if size is None:
         return
     check_integer("virtual_batch_size", size)
@@ -132,7 +132,7 @@ def check_ghosts(size: Any, others: Mapping[str, bool]) -> None:
 
 
 def check_names(given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse arguments that are ours misspelt; what else a layer takes is Keras's to say."""
+    """Refuse misspelt names of truenorm's own arguments; all others are left to Keras."""
     ours = [*known, "name", "dtype", "trainable"]
     for name in given:
         remedy = None if name in ours else meant(name, ours, alike=0.8)
@@ -141,7 +141,7 @@ def check_names(given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def check_domains(domains: Any, affine: bool) -> None:
-    """Refuse a number of domains that is none, and gammas of domains that are not there."""
+    """Refuse a number of domains that is no positive integer, and domain_affine without domains."""
     if domains is not None:
         check_integer("domains", domains)
     elif affine:

@@ -1,4 +1,4 @@
-"""What is left of a BatchNormalization once its statistics are for good: a map per channel."""
+"""A BatchNormalization whose statistics are fixed, as a layer: a scale and shift per channel."""
 
 from __future__ import annotations
 

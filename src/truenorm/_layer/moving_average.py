@@ -96,7 +96,7 @@ class MovingStatistics:
 
 
 def move(variable: Variable, value: Vector, momentum: Scalar, enters: Tensor) -> Vector:
-    """One step toward the value, in the channels where it enters; what the variable is then."""
+    """Move a variable one step toward the value, where that counts; returns its new value."""
     old = variable.value
     if value.dtype != old.dtype:
         old = _wide(old)

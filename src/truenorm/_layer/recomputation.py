@@ -1,4 +1,4 @@
-r"""Forward passes that run once more for the backward pass, and what they must not do twice.
+r"""Recomputed forward passes (gradient checkpointing): variables change once, not twice.
 
 To save memory, activations are dropped and computed again when the backward pass needs them
 (``keras.remat``, ``torch.utils.checkpoint``, ``tf.recompute_grad``, ``jax.checkpoint``). Where the

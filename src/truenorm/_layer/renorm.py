@@ -38,11 +38,11 @@ class Renorm:
     epsilon: float
 
     def deviation_of(self, variance: Vector) -> Vector:
-        """What is averaged of a variance."""
+        """What is averaged in place of a variance: the root of it and epsilon."""
         return ops.sqrt(variance + self.epsilon)
 
     def variance_of(self, deviation: Vector) -> Vector:
-        """The variance of which this is the average."""
+        """The variance that belongs to such an average."""
         derived = ops.square(deviation) - self.epsilon
         return ops.where(derived > 0, derived, 0.0)
 

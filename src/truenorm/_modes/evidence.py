@@ -20,6 +20,7 @@ from truenorm._kernels import reference
 from truenorm._kernels.masks import lacking
 from truenorm._kernels.run_time import tell, when_run
 from truenorm._layer.batch_normalization import BatchNormalization
+from truenorm._layer.protocol import BatchNormalizationLike
 from truenorm._model.hooks import noted, put_in_place
 from truenorm._records.observation import Statistics
 
@@ -36,7 +37,7 @@ _SINGLE = 2.0**-24
 
 
 def witnessed(
-    layer: Any,
+    layer: BatchNormalizationLike,
     original: Callable[..., Any],
     inputs: Any,
     arguments: Mapping[str, Any],
@@ -67,7 +68,7 @@ def witnessed(
     return outputs
 
 
-def has_own_call(layer: Any) -> bool:
+def has_own_call(layer: BatchNormalizationLike) -> bool:
     """Whether what a layer computes is not, or not only, Keras's or ours."""
     ours = isinstance(layer, BatchNormalization)
     base = BatchNormalization if ours else keras.layers.BatchNormalization
@@ -78,7 +79,7 @@ def has_own_call(layer: Any) -> bool:
 
 
 def _witnessed_by_numbers(
-    layer: Any,
+    layer: BatchNormalizationLike,
     original: Callable[..., Any],
     inputs: Any,
     arguments: Mapping[str, Any],

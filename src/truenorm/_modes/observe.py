@@ -16,6 +16,7 @@ from truenorm._checks import known_options
 from truenorm._errors import ModelError
 from truenorm._keras_internals import in_symbolic_scope, layers_in, require_watchable
 from truenorm._kernels.run_time import place, settle
+from truenorm._layer.protocol import BatchNormalizationLike
 from truenorm._model.hooks import enclosed, intercepted
 from truenorm._model.sites import Spot, policy_of, spots
 from truenorm._model.snapshot import lasting
@@ -135,7 +136,9 @@ class Watch:
                         self.escaped.add(layer)
                 self.assigned_inside.clear()
 
-    def see(self, layer: Any, original: Any, inputs: Any, **arguments: Any) -> Any:
+    def see(
+        self, layer: BatchNormalizationLike, original: Any, inputs: Any, **arguments: Any
+    ) -> Any:
         """Run a call, and note what it does whenever it is computed."""
         if in_symbolic_scope():  # Keras looks for shapes: nothing is computed
             return original(inputs, **arguments)
@@ -153,7 +156,7 @@ class Watch:
             self.assigned_inside[layer] = layer.moving_mean.value
         return outputs
 
-    def _next_spot(self, layer: Any) -> Spot:
+    def _next_spot(self, layer: BatchNormalizationLike) -> Spot:
         its_spots = self.spots_of[layer]
         spot = its_spots[min(self.turn[layer], len(its_spots) - 1)]
         self.turn[layer] += bool(self.depth)
@@ -191,13 +194,15 @@ def _plain(training: Any) -> Any:
     return training if training is None or isinstance(training, bool) else "a tensor"
 
 
-def _effect(layer: Any, before: tuple[list[bytes], list[bytes]]) -> tuple[bool, bool]:
+def _effect(
+    layer: BatchNormalizationLike, before: tuple[list[bytes], list[bytes]]
+) -> tuple[bool, bool]:
     """Whether the moving statistics changed, and whether gamma or beta did."""
     statistics, affine = _values(layer)
     return statistics != before[0], affine != before[1]
 
 
-def _values(layer: Any) -> tuple[list[bytes], list[bytes]]:
+def _values(layer: BatchNormalizationLike) -> tuple[list[bytes], list[bytes]]:
     """The bytes of the statistics, what is gathered for them, and those of gamma and beta."""
     statistics = (layer.moving_mean, layer.moving_variance, getattr(layer, "gathered", None))
     found = ([w for w in some if w is not None] for some in (statistics, (layer.gamma, layer.beta)))

@@ -36,7 +36,7 @@ class Table:
     severities: tuple[str, ...] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from truenorm._records.drawing import drawn
+        from truenorm._records.terminal import drawn
 
         yield from drawn(self, options.max_width)
 
@@ -88,7 +88,7 @@ class Record:
     def __str__(self) -> str:
         from rich.console import Console
 
-        from truenorm._records.drawing import terminal_width
+        from truenorm._records.terminal import terminal_width
 
         console = Console(width=terminal_width(), color_system=None, record=False)
         with console.capture() as capture:

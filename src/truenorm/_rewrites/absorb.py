@@ -1,7 +1,7 @@
-"""The way of a scale and shift through a model, to the layers that take it in.
+"""Follow a scale and shift through a model, to the layers that can absorb it.
 
-Convolutions and dense layers take one in on either side, BatchNormalization as well. ``passing``
-says what may be on the way.
+Convolutions, dense layers and other BatchNormalization absorb one before or behind them.
+``passing`` says which operations may lie in between.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from truenorm._rewrites.wrappers import Inside, inside, normalizes_its_kernel
 L = keras.layers
 
 Taking = tuple[Call, Affine]
-"""A call whose layer takes the map in."""
+"""A call, and the map that its layer takes in."""
 
 
 class CannotBeAbsorbed(Exception):  # noqa: N818 - no fault: it carries the reason for a receipt

@@ -21,6 +21,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from truenorm._layer.protocol import BatchNormalizationLike
 from truenorm._model.sites import channel_axis
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Array
@@ -56,7 +57,7 @@ class Affine:
         return Affine(self.scale, self.shift, axis)
 
 
-def affine_of(layer: Any) -> Affine:
+def affine_of(layer: BatchNormalizationLike) -> Affine:
     """What a BatchNormalization does in inference mode, its own activation aside."""
     variance = as_float64(layer.moving_variance) + layer.epsilon
     with np.errstate(invalid="ignore"):  # a negative stored variance: reported by the caller

@@ -1,6 +1,6 @@
-"""A scale and a shift in an ``EinsumDense``, whose equation has a letter for each axis.
+"""Fold a scale and a shift into an ``EinsumDense``, whose equation has a letter for each axis.
 
-The bias has an axis per letter of the output here, of length 1 where it is the same along it.
+Here the bias has one axis for each letter of the output, of length 1 where it does not vary.
 """
 
 from __future__ import annotations

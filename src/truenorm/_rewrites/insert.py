@@ -1,4 +1,4 @@
-"""Layers that a model lacks: a BatchNormalization where there is none, an activation of its own."""
+"""New layers: a BatchNormalization where there is none, an activation split out of its layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from truenorm._model.sites import fused_activation, is_activation, is_linear
 
 
 def lacks_batch_normalization(call: Call) -> bool:
-    """Whether this is a convolution or dense layer that comes to none before the next of them."""
+    """Whether no BatchNormalization follows this convolution or dense layer before the next one."""
     return is_linear(call) and not any(map(_is_site, nearby(call, back=False, stop=is_linear)))
 
 
@@ -66,7 +66,7 @@ def split_name(layer: Any) -> str:
 
 
 def _new(layer: Any, taken: Collection[str]) -> Piece:
-    """Keras's own, on the layer's channels and in its precision."""
+    """Keras's BatchNormalization for the channels of this layer, in its dtype."""
     (axis,) = layer.input_spec.axes
     name, number = f"{layer.name}_bn", 1
     while name in taken:

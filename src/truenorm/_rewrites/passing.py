@@ -1,6 +1,6 @@
-r"""What a scale and shift can pass on their way through a model, and what they are behind it.
+r"""Which operations a scale and shift can be moved across, and what they are on the other side.
 
-Passing :math:`a x + b`, with constants :math:`a \neq 0` and :math:`b`, a scale stays what it is:
+Across :math:`a x + b`, with constants :math:`a \neq 0` and :math:`b`, the scale stays the same:
 
 .. math:: s (a x + b) + t &= a (s x + t') + b, & t' &= (s b + t - b) / a , \\
           a (s x + t) + b &= s (a x + b) + t', & t' &= a t + b - s b .
@@ -20,7 +20,7 @@ from truenorm._model.sites import channel_axis_of
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Array
 from truenorm._rewrites.affine import Affine
-from truenorm._rewrites.moving import moved
+from truenorm._rewrites.rearranging import moved
 from truenorm._rewrites.wrappers import Inside, Shape, inside
 
 L = keras.layers
@@ -69,7 +69,7 @@ def passed(call: Call, affine: Affine, *, back: bool) -> Affine | None:
 
 
 def picks(call: Call) -> bool:
-    """Whether it takes the largest or smallest of some numbers: others, if a scale is negative."""
+    """Whether it takes a maximum or minimum, which a negative scale would exchange."""
     kinds = (*_MAXIMA, *_operations("max", "max_pool", "min"))
     return type(inside(call).layer) in kinds
 

@@ -61,7 +61,7 @@ def innermost(layer: Any) -> Any:
 
 
 def normalizes_its_kernel(layer: Any) -> bool:
-    """Whether training changes what is inside of the wrappers, to limit its kernel."""
+    """Whether a ``SpectralNormalization`` among the wrappers changes the kernel in training."""
     if type(layer) not in _WRAPPERS:
         return False
     return type(layer) is L.SpectralNormalization or normalizes_its_kernel(layer.layer)

@@ -10,6 +10,7 @@ import numpy as np
 
 from truenorm._checks import check_options
 from truenorm._errors import DataError
+from truenorm._layer.protocol import BatchNormalizationLike
 from truenorm._model.domains import of_domain, put_back, require_one_domain
 from truenorm._model.sites import batch_normalizations
 from truenorm._model.values import as_float64, numbers
@@ -144,7 +145,7 @@ def _meant(model: Any, population: Population) -> dict[Any, str]:
     return {layer: path for layer, path in layers.items() if path in population.sites}
 
 
-def _assignments(layer: Any, moments: Moments) -> Iterator[tuple[Any, Any]]:
+def _assignments(layer: BatchNormalizationLike, moments: Moments) -> Iterator[tuple[Any, Any]]:
     """Which variables get which values; a channel without enough values keeps what it has."""
     some, enough = moments.count > 0, moments.count > 1
 

@@ -10,6 +10,7 @@ import numpy as np
 from truenorm._checks import check_integer
 from truenorm._errors import DataError
 from truenorm._kernels import sums as collecting
+from truenorm._layer.protocol import BatchNormalizationLike
 from truenorm._model.sites import Layers, chosen_layers
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Moments
@@ -93,7 +94,7 @@ def sync_statistics(model: Any, *, count: int = 1, layers: Layers = None) -> Syn
     return Synchronization(tuple(int(n) for n in counts), done.before, done.undo)
 
 
-def _rows(layer: Any, count: int) -> Any:
+def _rows(layer: BatchNormalizationLike, count: int) -> Any:
     """Count, mean and M2 of a layer's channels; no count where a number is not finite.
 
     Each counts twice: of a single value there would be no variance to put in.

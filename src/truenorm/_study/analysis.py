@@ -20,7 +20,7 @@ from truenorm._errors import StudyError
 from truenorm._records.study import Comparison, Interval, Study, Trial, lower_is_better
 from truenorm._study.equivalence import two_one_sided
 from truenorm._study.power import detectable, planned
-from truenorm._study.signs import sign_flip
+from truenorm._study.sign_flips import sign_flip
 from truenorm._study.verdict import Outcome, sentences
 
 LEVEL = 0.05

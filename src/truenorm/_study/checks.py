@@ -135,9 +135,9 @@ def check_model(model: Any, x: np.ndarray | None) -> None:
 
 
 def check_placement(model: Any, positions: Sequence[str]) -> tuple[str, ...]:
-    """See that the positions can be had; sentences come back about sites that stay elsewhere.
+    """Refuse positions that no site can take; returns a sentence about sites that cannot be moved.
 
-    What cannot be placed is better known now than after hours of training.
+    That is better known now than after hours of training.
     """
     notes: list[str] = []
     for wanted in positions:

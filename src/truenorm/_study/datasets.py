@@ -110,7 +110,7 @@ class Ready:
         )
 
     def is_known(self) -> bool:
-        """Whether the name stands for data, be it there or not."""
+        """Whether the name has a form that is known; its file may be missing."""
         kinds = (".npz", ".csv")
         return (
             self.name in SKLEARN
@@ -134,7 +134,7 @@ class Ready:
 
 
 def absolute(name: str) -> str:
-    """A file's name that holds in another process's folder, too."""
+    """A data set's name with the full path of its file, for a process in another folder."""
     path, mark, target = name.rpartition(":") if ".csv:" in name else (name, "", "")
     return f"{Path(path).resolve()}{mark}{target}" if Path(path).exists() else name
 

@@ -259,7 +259,7 @@ or 'before_activation' or 'after_activation' or 'before_layer'. Received: 'behin
 
 
 def _both(first: OnEvent | None, second: OnEvent | None) -> OnEvent:
-    """Whoever of the two wants to be told is told."""
+    """A listener that hands each event on to both, where there are both."""
 
     def tell(event: Progress) -> None:
         for one in filter(None, (first, second)):

@@ -71,7 +71,7 @@ class Spec:
     def file(self, ending: str) -> str:
         """File of this trial with that ending."""
         name = self.position
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):  # any text may be a name, not so a file's
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):  # a variant may have any name, a file may not
             name = f"{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:40]}-{digest(name)[:8]}"
         return f"trials/{name}-seed{self.seed}{ending}"
 

@@ -1,4 +1,4 @@
-"""Trials in this process, one after the other: nothing to start, and nothing between them."""
+"""Trials in this process, one after the other."""
 
 from __future__ import annotations
 

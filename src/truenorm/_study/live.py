@@ -1,7 +1,7 @@
 """A study while it runs: a line per running trial, the time left, and means without tests.
 
-No p-value is shown before the end: who looks at tests while the trials come in stops at the one
-that pleases.
+No p-value is shown before the end: whoever watches it while trials come in is tempted to stop as
+soon as it is small, and then it means nothing.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import IO, cast
 
 from truenorm._study.folder import Spec, read_result
 from truenorm._study.pool import Event, failed
-from truenorm._study.said import complaints, epochs
+from truenorm._study.worker_output import complaints, epochs
 
 _GRACE = 5.0  # seconds that a worker has to end by itself before it is killed
 _WORKER = Path(__file__).with_name("worker.py")
@@ -50,7 +50,7 @@ def _environment(folder: Path, backend: str, *, threads: int, shared: bool) -> d
 
 
 class Local:
-    """Runs trials in processes of this machine; the one way to start and to end them.
+    """Runs trials in processes of this machine.
 
     Args:
         folder: The study's folder.
@@ -146,7 +146,7 @@ class Local:
                 late = True
             finally:
                 process.kill()
-                _end_children(process)  # they have the pipes, too, which would never end
+                _end_children(process)  # they hold the pipes open, too
         with self._lock:
             self._alive.discard(process)
         stderr.write_text(said.result(), "utf-8")

@@ -93,7 +93,7 @@ def _medians(models: Sequence[Any], batch: Any) -> list[float]:
 
 
 def peak_memory() -> int | None:
-    """The most memory that this process has had, in bytes; None where it cannot be asked."""
+    """Peak memory of this process, in bytes; None where the system does not tell."""
     try:
         import resource
     except ImportError:  # Windows

@@ -25,7 +25,7 @@ PLAN = "plan.pkl"
 
 @dataclass(frozen=True)
 class Plan:
-    """See above.
+    """The functions of a study.
 
     Args:
         build: Gives the compiled model; called without arguments, or with the shape of the data

@@ -1,4 +1,4 @@
-"""Trials in other processes, some at once, whoever runs them: started, watched, ended in any case.
+"""Run the trials of a study, several at once: start them, watch them, and end them in any case.
 
 A runner is what knows how to start and end trials: :mod:`truenorm._study.local` in processes of
 this machine, :mod:`truenorm._study.ray_tasks` in tasks of a Ray cluster. It reports into one queue,

@@ -1,4 +1,4 @@
-"""What the trials themselves say about whether they were a fair experiment."""
+"""Signs in the trials that the experiment was not fair."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from truenorm._records.study import Trial
 
 
 def surprises(trials: Sequence[Trial]) -> tuple[str, ...]:
-    """Sentences for the verdict about what a controlled experiment must not have."""
+    """Sentences for the verdict: trials that started or trained differently where they must not."""
     done = [trial for trial in trials if trial.error is None]
     return (*_starts(done), *_sizes(done), *_stopped(done))
 

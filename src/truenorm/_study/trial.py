@@ -1,7 +1,7 @@
-"""One training run, wherever it runs.
+"""One training run of a study, in whichever process.
 
-What is the same for all variants of a seed: the weights that the model is built with, and every
-batch of every epoch. What differs is what the variant changes.
+All variants of a seed start from the same weights and see the same batches in the same order; only
+what the variant changes differs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from truenorm._study.folder import Spec, read_data, write_result
 from truenorm._study.measure import Clock, Costs, costs, largest, peak_memory, sites
 from truenorm._study.models import made
 from truenorm._study.plan import Plan, read_plan
-from truenorm._study.said import say
+from truenorm._study.worker_output import say
 
 _STARTED = time.perf_counter()
 
@@ -80,7 +80,7 @@ class Batches(keras.utils.PyDataset):
 
 
 class _Epochs(keras.callbacks.Callback):
-    """Tells the data which epoch it is, and the parent how it went."""
+    """Sets the order of the batches before each epoch, and reports its metrics after it."""
 
     def __init__(self, batches: Any, tell: Tell) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Training:
         return {name: tuple(float(v) for v in values) for name, values in history.items()}, clock
 
     def recalibrated(self, model: Any) -> Recalibration | None:
-        """The true statistics put into the model, if that is wanted and there are any."""
+        """Recalibrate the model, if the study wants that and the model has BatchNormalization."""
         if not self.spec.recalibrate or not sites(model):
             return None
         parts = self.data()
@@ -158,7 +158,7 @@ class Training:
         return recalibrate(
             model,
             parts.train,
-            # A stream can be read once only; what the batches say is the next best.
+            # "population" reads the data more than once, which a stream does not allow.
             upstream="batch" if once or parts.steps_per_epoch else "population",
             batch_size=self.batch_size,
             progress=False,

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from truenorm._checks import check_integer
-from truenorm._diagnosis import judged, refuse_endless, selection
+from truenorm._diagnosis.diagnose import judged, refuse_endless, selection
 from truenorm._diagnosis.facts import Facts
 from truenorm._errors import DataError
 from truenorm._model.domains import require_one_domain
@@ -25,7 +25,7 @@ from truenorm._records.monitoring import QUANTITIES, Monitoring, Noticed
 from truenorm._records.observation import Mode
 from truenorm._records.tables import joined
 from truenorm._statistics.runner import Runner
-from truenorm.callbacks._looking import Changes, Seen, measured, steps_of
+from truenorm.callbacks._monitor_measures import Changes, Seen, measured, steps_of
 
 _RULES = ("TN1", "TN2", "TN4")
 """Those that can be told while a model trains: the others are about what it is built of."""

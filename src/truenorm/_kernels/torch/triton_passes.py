@@ -1,6 +1,7 @@
 # Triton compiles its kernels; what they take has no type that it reads.
 # ruff: noqa: ANN001, ANN202
 # pyright: reportMissingParameterType=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportUnknownParameterType=false
 """PyTorch on a GPU: the passes of ``native/`` as Triton kernels, where Triton is installed.
 
 An array is (outer, channels, inner), contiguous, as in ``native/batchnorm.h``. A row is what has

@@ -1,6 +1,7 @@
-"""A scale and shift where numbers only move to other places: transposed, reshaped, selected.
+"""A scale and shift behind or before what only rearranges values: transpose, reshape, select.
 
-Where each channel goes is found out by sending the numbers of the channels along.
+Where each channel goes is found by running the operation on an array that holds the number of its
+channel in each place.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from truenorm._rewrites.affine import Affine
 from truenorm._rewrites.wrappers import Shape, inside
 
 _OPEN = 61
-"""How long an axis is here that may have any length: a prime, which no other axis has by chance."""
+"""The length that an axis of unknown length gets here: a prime, unlikely to be that of another."""
 
 
 def moved(call: Call, affine: Affine, *, back: bool) -> Affine | None:
@@ -44,7 +45,7 @@ def moved(call: Call, affine: Affine, *, back: bool) -> Affine | None:
 
 
 def _known(shape: Shape) -> Iterator[tuple[int, int]]:
-    """The axes that can be those of channels, the last one first, and their lengths."""
+    """The axes of known length but that of the batch, the last one first, with their lengths."""
     for axis in range(len(shape) - 1, 0, -1):
         length = shape[axis]
         if length is not None:

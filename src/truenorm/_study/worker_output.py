@@ -1,4 +1,4 @@
-"""What a worker says: its epochs, and what it complains about; neither takes more than a limit."""
+"""The output of a worker process: epochs on stdout, complaints on stderr, both of limited size."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from truenorm._layer.protocol import BatchNormalizationLike
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Array, Moments
 
@@ -47,7 +48,7 @@ class Averages:
     seen: Array | None
 
     @classmethod
-    def of(cls, layer: Any) -> Averages:
+    def of(cls, layer: BatchNormalizationLike) -> Averages:
         """Those that a layer has now."""
         seen = getattr(layer, "batches_seen", None)
         names = ("renorm_mean", "renorm_stddev") if layer.renorm else ()
@@ -82,7 +83,9 @@ class Step:
     together: float
 
     @classmethod
-    def between(cls, layer: Any, before: Averages, after: Averages, steps: int) -> Step | None:
+    def between(
+        cls, layer: BatchNormalizationLike, before: Averages, after: Averages, steps: int
+    ) -> Step | None:
         """None where nothing moved, or the numbers do not tell."""
         dtype = keras.backend.standardize_dtype(layer.moving_mean.dtype)
         if dtype not in _ROUNDING or steps < 1 or before.equals(after):
@@ -104,7 +107,7 @@ class Step:
         variance = np.where(variance <= lost, 0.0, variance)
         return cls(before, Moments(np.ones_like(mean), mean, variance), together)
 
-    def clipped(self, layer: Any) -> float:
+    def clipped(self, layer: BatchNormalizationLike) -> float:
         """Share of the channels whose correction renorm has clipped; NaN without renorm."""
         if self.before.renorm is None:
             return np.nan
@@ -128,7 +131,9 @@ def noise(one: Step, other: Step) -> float:
     return float(np.sqrt(np.mean(between[varies] / variance[varies]))) if varies.any() else 0.0
 
 
-def _weight(layer: Any, before: Averages, after: Averages, steps: int) -> tuple[Any, float]:
+def _weight(
+    layer: BatchNormalizationLike, before: Averages, after: Averages, steps: int
+) -> tuple[Any, float]:
     """The weight of what is new, of the mean and of the variance; and the sum of squares."""
     momentum = layer.renorm_momentum if layer.renorm else layer.momentum
     if momentum is not None:

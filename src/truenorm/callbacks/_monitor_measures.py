@@ -11,10 +11,11 @@ import numpy as np
 
 from truenorm._diagnosis.averages import output_error
 from truenorm._diagnosis.tn2_parameters import gamma_of, is_constant, is_dead
+from truenorm._layer.protocol import BatchNormalizationLike
 from truenorm._model.sites import is_own_class, policy_of
 from truenorm._model.values import as_float64, numbers
 from truenorm._records.observation import Calls, Mode, Statistics
-from truenorm._statistics.stepped import Averages, Step, noise
+from truenorm._statistics.steps import Averages, Step, noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class Seen:
         return cls(step, {layer: Averages.of(layer) for layer in layers})
 
 
-def steps_of(layer: Any, moments: Sequence[Seen], calls: int) -> list[Step]:
+def steps_of(layer: BatchNormalizationLike, moments: Sequence[Seen], calls: int) -> list[Step]:
     """The steps of a layer's averages in a look, as far as they tell.
 
     Args:
@@ -52,7 +53,7 @@ def steps_of(layer: Any, moments: Sequence[Seen], calls: int) -> list[Step]:
     return [step for step in pairs if step is not None]
 
 
-def measured(layer: Any, steps: Sequence[Step]) -> dict[str, float]:
+def measured(layer: BatchNormalizationLike, steps: Sequence[Step]) -> dict[str, float]:
     """What :class:`truenorm.Monitoring` has of one layer and look."""
     variance = steps[-1].batch.variance if steps else as_float64(layer.moving_variance)
     errors = [output_error(layer, k.before.mean, k.before.variance, k.batch) for k in steps]
@@ -90,7 +91,7 @@ class Changes:
         return found
 
 
-def mode_of(layer: Any, updated: bool, learned: bool) -> Mode:
+def mode_of(layer: BatchNormalizationLike, updated: bool, learned: bool) -> Mode:
     """The mode of a layer in training, from what it has changed."""
     policy = policy_of(layer)
     used: Statistics = "unknown"
@@ -101,7 +102,7 @@ def mode_of(layer: Any, updated: bool, learned: bool) -> Mode:
     return Mode((Calls(True, bool(layer.trainable), policy, used, 1),), updated, learned)
 
 
-def _weights(layer: Any) -> tuple[list[bytes], list[bytes]]:
+def _weights(layer: BatchNormalizationLike) -> tuple[list[bytes], list[bytes]]:
     """The bytes of the statistics, and of gamma and beta."""
     affine = [weight for weight in (layer.gamma, layer.beta) if weight is not None]
     gathered = getattr(layer, "gathered", None)

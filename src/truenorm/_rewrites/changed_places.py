@@ -1,8 +1,8 @@
-"""Each changed place of a model by itself: the old and the new layers on random numbers.
+"""Compare old and new layers at each changed place of a model by itself, on random numbers.
 
-What a model puts out may show nothing of a change: it may be the same for all inputs (a saturated
-softmax), not be a number, or not depend on the place (a gate that is closed). So each place where
-the new model computes something in another way is cut out, from the inputs of the first changed
+The outputs of the whole model may hide a change: they may be the same for all inputs (a saturated
+softmax), be NaN, or not depend on the place (a gate that is closed). So each place where the new
+model computes something in another way is cut out, from the inputs of the first changed
 call to where old and new must be equal again, and given standard normal numbers. Each channel is
 compared with its own range, so that none hides behind a larger one.
 """

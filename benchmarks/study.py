@@ -3,6 +3,7 @@
     KERAS_BACKEND=torch python benchmarks/study.py
 
 1. Overhead of a trial: its whole time in a process of its own, less imports, less training.
+   And the same as CPU time of one process, which depends less on what else runs.
 2. Efficiency of two workers: the trials' time with one, over twice the time with two.
 3. A simulation of many workers with one driver, by the constants measured in 1 and 2: what a
    driver does per trial is done one at a time, and that limits it first.
@@ -90,6 +91,34 @@ def imports() -> float:
     return statistics.median(times)
 
 
+TRIAL = """
+import sys, time
+from pathlib import Path
+from truenorm._study import trial
+imports = time.process_time()
+trial.main(Path(sys.argv[1]))
+print("\\ncpu", imports, time.process_time() - imports)
+"""
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """CPU time of a trial's imports, and of the rest with one epoch; medians of three."""
+    with tempfile.TemporaryDirectory() as folder:
+        tn.study(
+            build, data(), positions=("none", "before_activation"), seeds=1, epochs=1,
+            workers=1, directory=folder,
+        )  # fmt: skip
+        (spec,) = Path(folder).glob("trials/before_activation-seed0.spec.json")
+        found: list[list[float]] = []
+        for _ in range(3):
+            ran = subprocess.run(  # noqa: S603 - our own module
+                [sys.executable, "-c", TRIAL, spec], check=True, capture_output=True, text=True
+            )
+            found.append(list(map(float, ran.stdout.splitlines()[-1].split()[1:])))
+    imports, rest = map(statistics.median, zip(*found, strict=True))
+    return imports, rest
+
+
 def driver_seconds() -> float:
     """What the driver does for one trial: write its result, read it again."""
     _, result, _ = timed(1, 1, 1)
@@ -128,6 +157,8 @@ def main() -> None:
     epoch = (statistics.median(lasted) - statistics.median(lasted_short)) / 30
     overhead = statistics.median(lasted) - 31 * epoch - bare
     print(f"imports {bare:.2f} s, one epoch {epoch:.3f} s, overhead {overhead:.2f} s per trial")
+    of_imports, of_the_rest = cpu_seconds()
+    print(f"CPU time: imports {of_imports:.2f} s, the rest with one epoch {of_the_rest:.2f} s")
     two, _, _ = timed(2, 2, 31)
     print(f"one worker {one:.1f} s, two {two:.1f} s: {one / (2 * two):.2f} of ideal")
     print(f"(studies of one epoch: {short:.1f} s)")

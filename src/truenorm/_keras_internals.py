@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -403,3 +404,30 @@ def operation_classes() -> dict[str, type]:
         "true_divide": keras.ops.true_divide(x, x),
     }
     return {name: type(operation_of(tensor)) for name, tensor in made.items()}
+
+
+# --- TensorFlow beside another backend ---------------------------------------------------------
+
+
+class _TensorFlowIfLoaded:
+    """Stands for TensorFlow where Keras asks whether a value is of it, or gives it a seed."""
+
+    @property
+    def available(self) -> bool:
+        """Whether there can be such values."""
+        return "tensorflow" in sys.modules
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("tensorflow"), name)
+
+
+def leave_tensorflow_unloaded() -> None:
+    """From now on Keras saves models and sets seeds without loading TensorFlow, in this process.
+
+    Keras loads it on every backend, where it is installed, and that takes seconds. Where a Keras
+    does so in another place nothing but this time is lost, so none is refused.
+    """
+    for name in ("keras.src.utils.rng_utils", "keras.src.saving.serialization_lib"):
+        module: Any = sys.modules.get(name)
+        if hasattr(module, "tf"):
+            module.tf = _TensorFlowIfLoaded()

@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import keras
 import pytest
+import typer
+import yaml
+
+from truenorm._cli import app
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BACKEND = keras.config.backend()
@@ -71,3 +77,21 @@ def test_a_distributed_training_is_that_of_one_device(how: tuple[str, ...]) -> N
     else:
         assert min(without) > 1e-4
         assert ranks[4:] == ("disagree", "disagree")
+
+
+@pytest.mark.any_backend
+def test_what_kubernetes_shall_run_is_a_command_of_ours() -> None:
+    claim, job = yaml.safe_load_all((EXAMPLES / "study_on_kubernetes.yaml").read_text("utf-8"))
+    program, study, *words = shlex.split(job["spec"]["entrypoint"])
+    assert (program, study) == ("truenorm", "study")
+    commands: Any = typer.main.get_command(app)
+    asked = commands.commands[study].commands["run"].make_context("run", words).params
+    assert (asked["model"], asked["data"], asked["runner"]) == ("resnet", "digits", "auto")
+    cluster = job["spec"]["rayClusterSpec"]
+    pod = cluster["headGroupSpec"]["template"]["spec"]
+    (mount,), (volume,) = pod["containers"][0]["volumeMounts"], pod["volumes"]
+    assert mount["name"] == volume["name"]
+    assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert asked["out"].is_relative_to(mount["mountPath"])
+    page = (EXAMPLES.parent / "docs/study_on_ray.md").read_text("utf-8")
+    assert f"FROM rayproject/ray:{cluster['rayVersion']}-py" in page

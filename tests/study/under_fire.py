@@ -59,30 +59,5 @@ def facts(result: Any) -> list[Any]:
     return [(t.position, t.seed, t.error, t.start, t.history, t.final) for t in result.trials]
 
 
-def workers_of(folder: Path) -> list[int]:
-    """The processes that run trials of this folder."""
-    found: list[int] = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_bytes().split(b"\0")
-        except OSError:  # it has ended
-            continue
-        if any(part.endswith(b"worker.py") for part in command) and any(
-            part.startswith(os.fsencode(folder)) for part in command
-        ):
-            found.append(int(process.name))
-    return found
-
-
-def all_gone(folder: Path, seconds: float = 10.0) -> bool:
-    """Whether no trial of this folder runs any more, at once or soon."""
-    limit = time.monotonic() + seconds
-    while workers_of(folder):
-        if time.monotonic() > limit:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 if __name__ == "__main__":
     run(Path(sys.argv[1]), seeds=int(sys.argv[2]), workers=int(sys.argv[3]))

@@ -1,43 +1,142 @@
 """Studies under fire: workers, drivers and both are killed at random moments until all is done.
 
-``python tests/torture/studies.py [KILLS]`` runs a tiny study of four trials, two at once, again and
-again. At a random moment a worker, its driver or both are killed with SIGKILL; then the study is
-started again, until it ends. Each time it is seen that no finished trial was lost or changed and
-that no worker outlives its driver, now and then that a second driver is refused, and at the end
-that the result is the undisturbed one, number by number.
+``python tests/torture/studies.py [KILLS [FRESH]]`` runs a tiny study, two trials at once. At random
+moments a worker, its driver or both are killed with SIGKILL; a study whose driver is gone is
+started again, until all of its trials are there, and then the next. Each time a driver has ended it
+is seen that no finished trial was lost or changed and that no process is left, now and then that a
+second driver is refused, and at the end of a study that the result is the undisturbed one.
+
+The first ``FRESH`` kills are of processes as users have them. Most of such a process's life is
+imports; so in the others driver and workers are forked from processes that have imported all of it,
+by what ``subprocess`` does before it would start another program. All else is the study's own.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests/study")]
+os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch's operations hang after a fork of several threads
 
+import keras  # noqa: E402
 import under_fire  # noqa: E402
 
-SEEDS, WORKERS, REFUSED = 2, 2, "Another process is running a study in this folder"
+from truenorm import StudyError  # noqa: E402
+from truenorm._keras_internals import leave_tensorflow_unloaded  # noqa: E402
+from truenorm._study import local, trial  # noqa: E402, F401 - for the forked
+
+SEEDS, WORKERS, REFUSED = 3, 2, "Another process is running a study in this folder"
+TRIALS = SEEDS * len(under_fire.POSITIONS)
 TARGETS = ("worker", "driver", "both")
+PATIENCE = 300.0
+ENDED, FAILED_TRIALS, SECOND = 0, 3, 4
+real_popen = subprocess.Popen
 
 
-def driver(folder: Path) -> subprocess.Popen[str]:
-    """The study as a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, under_fire.__file__, str(folder), str(SEEDS), str(WORKERS)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+# --- processes ----------------------------------------------------------------------------------
+
+
+def run(folder: Path) -> Any:
+    """The study, without its words."""
+    with redirect_stdout(io.StringIO()):
+        return under_fire.run(folder, seeds=SEEDS, workers=WORKERS)
+
+
+def study(folder: Path) -> None:
+    """The study in this process, which then ends."""
+    code = 1
+    try:
+        run(folder)
+        code = ENDED
+    except StudyError as error:
+        code = SECOND if REFUSED in str(error) else FAILED_TRIALS
+    except BaseException:
+        traceback.print_exc()
+    os._exit(code)
+
+
+def fresh_driver(folder: Path) -> int:
+    """The study in a new process, with new workers."""
+    command = [sys.executable, __file__, "driver", str(folder)]
+    return real_popen(command, cwd=folder).pid
+
+
+def forked_driver(folder: Path) -> int:
+    """The study in a fork of this process, which forks its workers."""
+    pid = os.fork()
+    if pid == 0:
+        os.chdir(folder)
+        local.subprocess.Popen = forked_worker  # type: ignore[misc,assignment]
+        study(folder)
+    return pid
+
+
+def forked_worker(command: list[str], *, env: dict[str, str], **options: Any) -> Any:
+    """What a study starts a worker with, but it is a fork instead of a program."""
+
+    def become() -> None:
+        code = 1
+        try:
+            os.closerange(3, 1024)  # the pipes of others, and the one that waits for the program
+            os.environ.update(env)
+            sys.argv = command[2:]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(code)
+
+    return real_popen(command, preexec_fn=become, **options)
+
+
+def workers_of(folder: Path, driver: int = 0) -> list[int]:
+    """The processes of a study but for its driver: they are in its folder."""
+    found: list[int] = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            if (process / "cwd").readlink() == folder:
+                found.append(int(process.name))
+    return [pid for pid in found if pid != driver]
+
+
+def all_gone(folder: Path, seconds: float = 60.0) -> bool:
+    """Whether nothing of this study runs any more, at once or soon."""
+    limit = time.monotonic() + seconds
+    while workers_of(folder):
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def ended(pid: int, seconds: float) -> int | None:
+    """The exit code of a child that ends within this time."""
+    limit = time.monotonic() + seconds
+    while True:
+        gone, status = os.waitpid(pid, os.WNOHANG)
+        if gone:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > limit:
+            return None
+        time.sleep(0.005)
+
+
+# --- fire ---------------------------------------------------------------------------------------
 
 
 def finished(folder: Path) -> dict[Path, bytes]:
@@ -45,72 +144,96 @@ def finished(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.glob("trials/*seed[0-9].json")}
 
 
-def shoot(target: str, folder: Path, running: subprocess.Popen[str]) -> bool:
+def shoot(target: str, folder: Path, driver: int) -> bool:
     """Kill it; whether there was something to kill."""
-    workers = under_fire.workers_of(folder)
-    if running.poll() is not None or (target == "worker" and not workers):
+    workers = workers_of(folder, driver)
+    if target == "worker" and not workers:
         return False
-    if target != "driver":
-        for worker in workers[:1]:
-            with suppress(ProcessLookupError):
-                os.kill(worker, signal.SIGKILL)
+    if target != "driver" and workers:
+        with suppress(ProcessLookupError):
+            os.kill(random.choice(workers), signal.SIGKILL)  # noqa: S311
     if target != "worker":
-        running.kill()
+        os.kill(driver, signal.SIGKILL)
     return True
 
 
-def one(folder: Path, longest: float, count: Counter[str]) -> None:
-    """Start the study, kill something, look; a finished study is begun anew."""
-    before = finished(folder)
-    running = driver(folder)
-    time.sleep(random.uniform(0, longest))  # noqa: S311
-    target = random.choice(TARGETS)  # noqa: S311
-    count[f"{target} killed"] += shoot(target, folder, running)
-    if target == "worker" and random.random() < 0.2 and running.poll() is None:  # noqa: S311
-        refused = REFUSED in driver(folder).communicate()[1]
-        # Else the first had come to its end.
-        count["second driver refused"] += refused
-    _, error = running.communicate()
-    if target == "worker" and running.returncode and "StudyError" not in error:
-        count["driver failed"] += 1
-        print(error, flush=True)
-    if not under_fire.all_gone(folder):
-        count["orphans"] += 1
+def one(folder: Path, start: Callable[[Path], int], longest: float, most: int) -> Counter[str]:
+    """Start the study, and kill until its driver has ended; what was seen."""
+    count: Counter[str] = Counter()
+    before, driver = finished(folder), start(folder)
+    code = ended(driver, random.uniform(0, longest))  # noqa: S311
+    while code is None and count.total() < most:
+        target = random.choice(TARGETS)  # noqa: S311
+        count[f"{target} killed"] += shoot(target, folder, driver)
+        if random.random() < 0.02 and target == "worker":  # noqa: S311
+            # Not counted where the first has come to its end.
+            count["second driver refused"] += ended(start(folder), PATIENCE) == SECOND
+        code = ended(driver, random.uniform(0, longest))  # noqa: S311
+    if code is None and (code := ended(driver, PATIENCE)) is None:
+        count["hung"] += 1
+        os.kill(driver, signal.SIGKILL)
+        os.waitpid(driver, 0)
+    count["driver failed"] += code not in (ENDED, FAILED_TRIALS, -signal.SIGKILL, None)
+    count["orphans"] += not all_gone(folder)
     after = finished(folder)
     count["results lost or changed"] += sum(after.get(p) != text for p, text in before.items())
+    return count
 
 
-def main(kills: int = 200) -> int:
-    """Until so many were killed; 1 if something was lost, changed or left."""
-    count: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as temporary:
-        start = time.perf_counter()
-        wanted = under_fire.facts(
-            under_fire.run(Path(temporary, "u"), seeds=SEEDS, workers=WORKERS)
-        )
-        longest = 1.2 * (time.perf_counter() - start)
-        study = 0
-        while sum(count[f"{target} killed"] for target in TARGETS) < kills:
-            folder = Path(temporary, f"s{study}")
-            one(folder, longest, count)
-            if len(finished(folder)) == 2 * SEEDS:
-                check(folder, wanted, count)
-                study += 1
-                print(dict(count), flush=True)
-        check(folder, wanted, count)
-    for what, number in sorted(count.items()):
-        print(f"{number:5} {what}", flush=True)
-    wrong = ("driver failed", "orphans", "results lost or changed", "results that differ", "left")
-    return 1 if any(count[what] for what in wrong) else 0
+def killed(count: Counter[str]) -> int:
+    """How many kills there were."""
+    return sum(count[f"{target} killed"] for target in TARGETS)
 
 
 def check(folder: Path, wanted: list[Any], count: Counter[str]) -> None:
     """Finish the study, and compare."""
-    result = under_fire.run(folder, seeds=SEEDS, workers=WORKERS)
+    while len(finished(folder)) < TRIALS:
+        count.update(one(folder, forked_driver, 1.0, most=0))
+    result = run(folder)  # reads what is there
     count["studies finished"] += 1
     count["results that differ"] += under_fire.facts(result) != wanted
-    count["left"] += len(list(folder.rglob("*.tmp*")))
+    count["files left"] += len(list(folder.rglob("*.tmp*")))
+
+
+def main(kills: int = 200, fresh: int = 20) -> int:
+    """Until so many were killed; 1 if something was lost, changed or left."""
+    leave_tensorflow_unloaded()
+    count: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary).resolve()
+        start = time.perf_counter()
+        undisturbed = run(root / "u")
+        wanted = under_fire.facts(undisturbed)
+        of_a_fresh_one = WORKERS * (time.perf_counter() - start) / TRIALS
+        of_a_fork = max(trial.seconds for trial in undisturbed.trials)
+        print(
+            f"{keras.config.backend()}: a trial takes {of_a_fresh_one:.1f} s, "
+            f"{of_a_fork:.1f} of them after its imports",
+            flush=True,
+        )
+        number, folder = 0, root / "s0"
+        while killed(count) < kills:
+            folder.mkdir(exist_ok=True)
+            new = killed(count) < fresh
+            driver, each = (fresh_driver, of_a_fresh_one) if new else (forked_driver, of_a_fork)
+            most = (fresh if new else kills) - killed(count)
+            count.update(one(folder, driver, each, most))
+            if len(finished(folder)) == TRIALS:
+                check(folder, wanted, count)
+                print(dict(count), flush=True)
+                number, folder = number + 1, root / f"s{number + 1}"
+        folder.mkdir(exist_ok=True)
+        check(folder, wanted, count)
+    for what, seen in sorted(count.items()):
+        print(f"{seen:5} {what}", flush=True)
+    wrong = (
+        "driver failed", "hung", "orphans", "results lost or changed", "results that differ",
+        "files left",
+    )  # fmt: skip
+    return 1 if any(count[what] for what in wrong) else 0
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["driver"]:
+        study(Path(sys.argv[2]))
     sys.exit(main(*map(int, sys.argv[1:])))

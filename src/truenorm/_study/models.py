@@ -21,6 +21,7 @@ from truenorm import archive
 from truenorm._errors import DataError, OptionError
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._study.datasets import Parts
+from truenorm._study.seeded import seeded
 
 FAMILIES = {"mlp": (64, 64), "cnn": (16, 32), "resnet": (16, 32)}
 
@@ -116,9 +117,8 @@ def build_of(build: Any, **options: Any) -> Callable[..., Any]:
 def made(build: Callable[..., Any], parts: Callable[[], Parts], seed: int) -> Any:
     """The model of a seed; the data is looked at only where the model must be fitted to it."""
     shape = shape_of(parts()) if isinstance(build, Named) else None
-    keras.utils.set_random_seed(seed)
     arguments = () if shape is None else (shape,)
-    return cast(Callable[..., Any], build)(*arguments)
+    return seeded(seed, lambda: build(*arguments))
 
 
 def shape_of(parts: Parts) -> Shape:

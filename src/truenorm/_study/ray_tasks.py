@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from truenorm._errors import MissingDependencyError, StudyError
+from truenorm._keras_internals import leave_tensorflow_unloaded
 from truenorm._records.files import replacing
 from truenorm._records.study import Trial
 from truenorm._study.folder import Spec, read_data, write_result
@@ -201,6 +202,7 @@ def _trial(plan: bytes, data: Any, spec: Spec, inbox: Any) -> tuple[Trial, bytes
 
     from truenorm._study import trial
 
+    leave_tensorflow_unloaded()
     key, pid = _key(spec), os.getpid()
     inbox.tell.remote("started", key, pid, None)
     models: list[bytes] = []

@@ -18,6 +18,7 @@ import keras
 import numpy as np
 
 from truenorm._errors import DataError, ModelError
+from truenorm._keras_internals import leave_tensorflow_unloaded
 from truenorm._model.values import numbers
 from truenorm._records.files import replacing
 from truenorm._records.recalibration import Recalibration
@@ -28,6 +29,7 @@ from truenorm._study.folder import Spec, read_data, write_result
 from truenorm._study.measure import Clock, Costs, costs, largest, peak_memory, sites
 from truenorm._study.models import made
 from truenorm._study.plan import Plan, read_plan
+from truenorm._study.seeded import seeded
 from truenorm._study.worker_output import say
 
 _STARTED = time.perf_counter()
@@ -110,8 +112,8 @@ class Training:
 
     def data(self) -> Parts:
         """The data of this seed, made anew: some can be gone through only once."""
-        keras.utils.set_random_seed(self.spec.seed)
-        return self.plan.parts(self.arrays, self.spec.seed, self.batch_size)
+        seed = self.spec.seed
+        return seeded(seed, lambda: self.plan.parts(self.arrays, seed, self.batch_size))
 
     def model(self) -> Any:
         """The compiled model of this trial, before its first step."""
@@ -259,7 +261,8 @@ def _finite(history: dict[str, tuple[float, ...]]) -> bool:
 
 
 def main(path: Path) -> None:
-    """Run the trial of this spec and write its result."""
+    """Run the trial of this spec and write its result, in a process of its own."""
+    leave_tensorflow_unloaded()
     spec, folder = Spec.read(path), path.parent.parent
 
     def save(model: Any) -> str:

@@ -3,8 +3,8 @@
 ``KERAS_BACKEND=torch python examples/synchronized_statistics.py`` starts two processes of its own
 on this machine. Each normalises with its own batches, of digits that the other does not have, so
 their moving statistics drift apart; ``callbacks.SyncStatistics`` makes them those of all the data,
-weighted by steps, before every validation. (Under PyTorch or JAX; on TensorFlow a multi-worker
-strategy keeps the statistics equal by itself.)
+weighted by steps, before every validation. (Under PyTorch or JAX; ``fit`` of Keras 3.15 does not
+take TensorFlow's multi-worker strategy.)
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import keras
@@ -96,3 +97,59 @@ def test_averaged_weights_get_statistics_of_their_own() -> None:
 def test_a_period_that_is_none_is_refused(every: Any) -> None:
     with pytest.raises(tn.OptionError, match="every must be a positive integer"):
         tn.callbacks.Recalibrate(X, every)
+
+
+def two_domains() -> Any:
+    layers = [tn.BatchNormalization(domains=2, name="bn"), keras.layers.Dense(4)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    model.compile("sgd", "mse")
+    return model
+
+
+def test_each_domain_is_recalibrated_with_its_own_data() -> None:
+    model = two_domains()
+    callbacks = [
+        tn.callbacks.Recalibrate(data, domain=domain, progress=False)
+        for domain, data in enumerate((X, 5 * X + 10))
+    ]
+    model.fit(X, X, epochs=2, callbacks=callbacks, verbose=0)
+    bn = model.get_layer("bn")
+    mean, variance = (
+        keras.ops.convert_to_numpy(one) for one in (bn.moving_mean, bn.moving_variance)
+    )
+    data = X.astype("float64")
+    np.testing.assert_allclose(mean, [data.mean(0), 5 * data.mean(0) + 10], rtol=1e-6)
+    np.testing.assert_allclose(variance, [data.var(0), 25 * data.var(0)], rtol=1e-6)
+    last = callbacks[1].last
+    assert last is not None
+    last.undo()
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(bn.moving_mean), [data.mean(0), 5 * data.mean(0) + 10], rtol=1e-6
+    )  # as the epoch before left them
+
+
+@pytest.mark.parametrize(
+    ("model", "domain", "message"),
+    [
+        (two_domains, 2, "BatchNormalization has no such domain (at 'bn'). Expected: one of its 2 "
+         "domains, from 0 to 1. Received: domain 2"),
+        (network, 0, "No BatchNormalization of this model has domains (at 'domain'). Expected: a "
+         "model with layers that were made with domains=n. Received: a domain"),
+        (two_domains, None, "This BatchNormalization has statistics for several domains (at 'bn')"),
+    ],
+)  # fmt: skip
+def test_a_domain_that_cannot_be_is_refused_before_training(
+    model: Any, domain: int | None, message: str
+) -> None:
+    callback = tn.callbacks.Recalibrate(X, domain=domain)
+    built = model()
+    before = built.get_weights()
+    with pytest.raises(tn.TruenormError, match=re.escape(message)):
+        built.fit(X, X, callbacks=[callback], verbose=0)
+    for old, new in zip(before, built.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_a_domain_that_is_no_number_is_refused() -> None:
+    with pytest.raises(tn.OptionError, match="domain must be 0 or a positive integer"):
+        tn.callbacks.Recalibrate(X, domain=-1)

@@ -44,6 +44,16 @@ def of_domain(model: Any, domain: int) -> Any:
     Raises:
         OptionError: No layer has domains, or one has too few.
     """
+    several = check_domain(model, domain)
+    return rebuild(model, {layer: [_piece(layer, domain)] for layer in several})
+
+
+def check_domain(model: Any, domain: int) -> dict[Any, str]:
+    """The layers with domains, and their paths, if all have this one.
+
+    Raises:
+        OptionError: No layer has domains, or one has too few.
+    """
     check_integer("domain", domain, least=0)
     several = _several(model)
     for layer, path in several.items():
@@ -54,7 +64,7 @@ def of_domain(model: Any, domain: int) -> Any:
                 expected=f"one of its {layer.domains} domains, from 0 to {layer.domains - 1}",
                 received=f"domain {domain}",
             )
-    return rebuild(model, {layer: [_piece(layer, domain)] for layer in several})
+    return several
 
 
 def put_back(model: Any, single: Any, domain: int) -> Callable[[], None]:

@@ -41,8 +41,10 @@ def sync_statistics(model: Any, *, count: int = 1, layers: Layers = None) -> Syn
 
     Every process has to call it, at the same place: ``torch.distributed``, ``jax.distributed``, or
     inside the scope of a multi-worker ``tf.distribute`` strategy. Where there is one process it
-    changes nothing, and the record says so. (Statistics that the framework keeps the same by itself
-    stay as they are: ``synchronized=True``, ``keras.distribution``, mirrored variables.)
+    changes nothing, and the record says so. (Statistics that are the same everywhere stay as they
+    are: with ``synchronized=True``, under ``keras.distribution``. The devices of one process, as of
+    ``tf.distribute.MirroredStrategy``, have statistics of their own, too, and are not reconciled
+    here: the first one counts.)
 
     Args:
         model: The same model in each process.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from truenorm._checks import check_options
-from truenorm._model.sites import Layers
+from truenorm._checks import check_integer, check_options
+from truenorm._model.domains import check_domain, require_one_domain
+from truenorm._model.sites import Layers, chosen_layers
 from truenorm._records.recalibration import Recalibration
 from truenorm._statistics.collect import Collection, collect, runner_of
-from truenorm._statistics.recalibrate import recalibrate
+from truenorm._statistics.recalibrate import on_domain, recalibrate
 from truenorm._statistics.runner import Runner
 from truenorm.callbacks._before_validation import BeforeValidation
 
@@ -27,13 +28,19 @@ class Recalibrate(BeforeValidation):
         data: As in :func:`truenorm.recalibrate`: the training set or a large enough sample of it.
         every: Recalibrate in every so many epochs (before validation, or at the epoch's end where
             there is none), and always when the training ends.
+        domain: As in :func:`truenorm.recalibrate`, of a model whose layers have domains: the one
+            that the data is of, and whose statistics are set. A callback for each domain has all of
+            them recalibrated.
         **options: Those of :func:`truenorm.recalibrate`: ``upstream``, ``batch_size``…
 
     Attributes:
         last: The last :class:`truenorm.Recalibration`; None before the first.
 
     Raises:
-        OptionError: ``every`` is not a positive integer.
+        OptionError: ``every`` is not a positive integer, ``domain`` not an integer of 0 or more;
+            when ``fit`` begins: the model has no such domain.
+        ModelError: When ``fit`` begins: the model has no BatchNormalization, or one with domains,
+            of which none is named.
 
     Example:
         >>> import keras, numpy as np, truenorm as tn
@@ -51,17 +58,34 @@ class Recalibrate(BeforeValidation):
         section 3.2: batch normalization, arXiv:1803.05407.
     """
 
-    def __init__(self, data: Any, every: int = 1, **options: Any) -> None:
+    def __init__(
+        self, data: Any, every: int = 1, *, domain: int | None = None, **options: Any
+    ) -> None:
         super().__init__(every)
         check_options(options, collect)
+        self.domain = None if domain is None else check_integer("domain", domain, least=0)
         self.data, self.options = data, options
         self.layers: Layers = options.pop("layers", None)
         self.last: Recalibration | None = None
         self._runner: Runner | None = None
 
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Refuse at once what could not be done at the end of an epoch."""
+        if self.domain is None:
+            require_one_domain(chosen_layers(self.model, self.layers))
+        else:
+            check_domain(self.model, self.domain)
+        super().on_train_begin(logs)
+
     def act(self) -> None:
         """Recalibrate."""
-        if self._runner is None or self._runner.model is not self.model:
-            self._runner = runner_of(self.model, self.layers)  # compiled once, not at each call
+        if self.domain is None:
+            self.last = self._recalibrated(self.model)
+        else:
+            self.last = on_domain(self.model, self.domain, self._recalibrated)
+
+    def _recalibrated(self, model: Any) -> Recalibration:
+        if self._runner is None or self._runner.model is not model:
+            self._runner = runner_of(model, self.layers)  # compiled once, not at each call
         population = Collection(self._runner, self.data, **self.options).population()
-        self.last = recalibrate(self.model, population)
+        return recalibrate(model, population)

@@ -174,7 +174,7 @@ def test_two_replicas_are_as_one(name: str, found: dict[str, list[dict[str, Any]
 def test_one_collective_each_way(name: str, found: dict[str, list[dict[str, Any]]]) -> None:
     given = CASES[name]
     channels = len(given["gamma"])
-    forward = [f"all_gather {8 * (1 + 2 * channels)}"]
+    forward = [f"all_gather {8 * (2 + 2 * channels)}"]
     backward = [f"all_reduce {4 * 2 * channels}"]
     if name == "masked by channel":  # by the composite: four numbers per channel and replica
         forward = backward = [f"all_reduce {4 * 2 * 4 * channels}"]

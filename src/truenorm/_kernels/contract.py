@@ -32,12 +32,14 @@ class Moving(NamedTuple):
         momentum: Weight of these in the step toward the batch's; None: the layer takes the step. On
             PyTorch the step may be taken in their memory.
         unbiased: Whether the step is toward the unbiased variance of the batch.
+        domain: Of which domain they are, where a layer has several; one batch is of one.
     """
 
     mean: Vector
     variance: Vector
     momentum: float | None = None
     unbiased: bool = False
+    domain: Scalar | None = None
 
 
 class Options(NamedTuple):

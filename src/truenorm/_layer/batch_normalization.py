@@ -413,11 +413,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
         repeated = is_repeated()
         apart = self.renorm or repeated or self.gathered is not None or weights is not self
         momentum = None if apart else self.momentum
+        domain = None if weights is self else weights.index
         options = Options(
             axis=self.axis,
             epsilon=self.epsilon,
             mask=mask,
-            moving=kernels.Moving(mean, variance, momentum, self.bessel_correction),
+            moving=kernels.Moving(mean, variance, momentum, self.bessel_correction, domain),
             relu=rectifies,
             add=ops.cast(add, dtype) if adds and add is not None else None,
         )

@@ -137,12 +137,12 @@ class Weights:
     """A layer's weights as those of one domain: what has a row for each is that row."""
 
     def __init__(self, layer: Any, index: Any) -> None:
-        self._layer, self._index = layer, index
+        self._layer, self.index = layer, index
 
     def __getattr__(self, name: str) -> Any:
         weight = getattr(self._layer, name)
         rows = weight is not None and has_rows(self._layer, name)
-        return Row(weight, self._index) if rows else weight
+        return Row(weight, self.index) if rows else weight
 
 
 def chosen(layer: Any, given: Any) -> Any:

@@ -184,12 +184,13 @@ def _merge(
         The whole batch's count.
     """
     channels = rows.shape[1]
-    message = torch.empty(1 + 2 * channels, dtype=torch.float64, device=rows.device)
+    message = torch.empty(2 + 2 * channels, dtype=torch.float64, device=rows.device)
     message[0] = count
-    message[1:] = own.view(-1)
+    message[1] = 0 if moving is None or moving.domain is None else moving.domain
+    message[2:] = own.view(-1)
     parts = message.new_empty(distributed.get_world_size(group), len(message))
     _together(distributed.all_gather, list(parts.unbind()), message, group=group)
-    counts, means, variances = parts[:, :1], parts[:, 1 : 1 + channels], parts[:, 1 + channels :]
+    counts, domains, means, variances = parts.split([1, 1, channels, channels], 1)
     total = counts.sum()
     share = 1.0 / total.clamp(min=1.0)
     weights = counts * share
@@ -200,12 +201,27 @@ def _merge(
             torch.where(total > 0, found, given.to(found.dtype))
             for found, given in zip((mean, variance), moving[:2], strict=True)
         )
+    if moving is not None and moving.domain is not None:
+        mean = torch.where(_agree(domains), mean, torch.nan)
     rows[0] = mean
     rows[1] = variance
     rows[2] = mean - rows[0]
     rows[3] = torch.rsqrt(variance + epsilon)
     rows[4] = share
     return total.to(rows.dtype)
+
+
+def _agree(domains: Tensor) -> Tensor:
+    """Whether all are the same; if not, an error where that need not be waited for."""
+    same = (domains == domains[0]).all()
+    if same.is_cpu and not same:
+        raise DistributedError(
+            "The processes of synchronized BatchNormalization are in different domains",
+            expected="one domain for all of them in a call",
+            received=f"domains {domains.int().flatten().tolist()}",
+            remedy="give the domain of each sample, domain=..., in the call of the layer",
+        )
+    return same
 
 
 def gather(group: Any) -> Callable[[Vector], Tensor]:
@@ -245,7 +261,7 @@ def _together(collective: Callable[..., Any], *tensors: Any, group: Any) -> None
             "Another process did not take part in synchronized BatchNormalization",
             expected=f"{distributed.get_world_size(group)} processes that call the layer, and its "
             "backward pass, equally often and in one order",
-            received=str(error).splitlines()[0],
+            received=str(error).partition("\n")[0].partition(". ")[0],
             remedy="see what the others say; a process without a batch has to give the layer one "
             "of no samples, x[:0]; how long to wait for the others is the timeout= of "
             "torch.distributed.init_process_group",

@@ -17,7 +17,7 @@ import pytest
 import typer
 import yaml
 
-from truenorm._cli import app
+from truenorm._cli.app import app
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BACKEND = keras.config.backend()

@@ -41,6 +41,8 @@ def padded(
     if options.mask is not None:
         given = options.mask.to_tensor(False) if is_ragged(options.mask) else options.mask
         mask = tf.logical_and(mask, given)
-    add = options.add.to_tensor() if is_ragged(options.add) else options.add
+    add: Any = options.add
+    if is_ragged(add):
+        add = add.to_tensor()
     found = kernel(dense, gamma, beta, options._replace(mask=mask, add=add))
     return found._replace(output=x.with_flat_values(tf.boolean_mask(found.output, there)))

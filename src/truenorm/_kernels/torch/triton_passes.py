@@ -156,7 +156,9 @@ def products(
     grid, parts, sizes = _divided(x, plan.layout)
     with torch.cuda.device_of(x):
         _products[grid](
-            *(x, gradient, rows, gamma, beta, parts, plan.relu), *sizes[:-2], num_warps=WARPS
+            *(x, gradient, None, None, rows, gamma, beta, parts, plan.relu),
+            *sizes[:-2],
+            num_warps=WARPS,
         )
     total, product = parts.sum(0)
     _, _, low, rstd = rows[:4]

@@ -17,7 +17,10 @@ loss of the first step, the same for the first three but for rounding; and on Py
 that is kept for the backward pass and, on a GPU, how far the memory in use rises in a step.
 
 ``--monitor`` measures something else: epochs of ``fit`` with and without ``callbacks.Monitor`` at
-its default setting, in turns, and the time that is spent inside the callback.
+its default setting, in turns. Each step is compared with the same step of the epoch without, round
+by round; the median of these differences, summed over an epoch's steps, is what the monitor costs.
+(A whole epoch's time has the worst moment of a busy machine in it.) Beside it the processor time
+that is spent inside the callback.
 """
 
 from __future__ import annotations
@@ -149,7 +152,7 @@ def table(models: dict[str, Any], steps: dict[str, Step], rounds: int) -> None:
 
 
 class Timed(tn.callbacks.Monitor):
-    """Adds up the time of its own hooks."""
+    """Adds up the processor time of its own hooks, which other programs do not lengthen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,11 +164,33 @@ class Timed(tn.callbacks.Monitor):
             return found
 
         def hook(*args: Any, **kwargs: Any) -> None:
-            start = time.perf_counter()
+            start = time.thread_time()
             found(*args, **kwargs)
-            self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
+            self.spent[name] = self.spent.get(name, 0.0) + time.thread_time() - start
 
         return hook
+
+
+class Clock(keras.callbacks.Callback):
+    """Listed last: the seconds from one step's begin to the next, and to the end of the epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[float] = []
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """From here on."""
+        self._before = time.perf_counter()
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """The step before has ended, and been looked at."""
+        now = time.perf_counter()
+        self.steps.append(now - self._before)
+        self._before = now
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """Of an epoch with all that is done at its end."""
+        self.on_train_batch_begin(0)
 
 
 class Repeated(keras.utils.PyDataset):
@@ -184,24 +209,28 @@ class Repeated(keras.utils.PyDataset):
 
 def monitored(model: Any, data: Repeated, rounds: int) -> None:
     """Epochs with and without the monitor, in turns."""
-    timed: list[Timed] = []
-
-    def fit(watched: bool) -> float:
-        timed.extend([Timed()] if watched else [])
-        callbacks = [timed[-1]] if watched else []
-        return model.fit(data, callbacks=callbacks, verbose=0).history["loss"][0]
-
-    runs = {"without": lambda: fit(watched=False), "monitor": lambda: fit(watched=True)}
-    taken = in_turns(runs, rounds)
-    over = [1e3 * (a - b) for a, b in zip(taken["monitor"], taken["without"], strict=True)]
-    epoch = 1e3 * statistics.median(taken["without"])
-    begin = 1e3 * statistics.median(one.spent["on_train_begin"] for one in timed[-rounds:])
-    inside = 1e3 * statistics.median(sum(one.spent.values()) for one in timed[-rounds:]) - begin
-    print(f"an epoch of {data.steps} steps: {epoch:.1f} ms, a step {epoch / data.steps:.1f} ms")
-    print(f"with the monitor longer by {quartiles(over)} ms")
-    print(f"inside the monitor {inside:.1f} ms per epoch, and {begin:.1f} ms when fit begins")
-    print(f"that is {inside / epoch:.2%} of an epoch of {data.steps} steps", end="")
-    print(f", {inside * data.steps / epoch / 100:.2%} of one of 100")
+    runs: dict[bool, list[list[float]]] = {False: [], True: []}
+    inside: list[dict[str, float]] = []
+    for _ in range(rounds + 1):
+        for watched in (False, True):
+            clock, timed = Clock(), Timed()
+            callbacks = [timed, clock] if watched else [clock]
+            model.fit(data, callbacks=callbacks, verbose=0)
+            runs[watched].append(clock.steps)
+            inside += [timed.spent] if watched else []
+    without, with_it = (np.array(runs[watched][1:]) for watched in (False, True))  # after warm-up
+    step = float(np.median(without))
+    cost = float(np.median(with_it - without, axis=0).sum())
+    spent = inside[1:]
+    begin = statistics.median(one.pop("on_train_begin") for one in spent)
+    hooks = statistics.median(sum(one.values()) for one in spent)
+    print(f"a step {1e3 * step:.1f} ms, {rounds} epochs of {data.steps} steps with and without")
+    print(f"with the monitor an epoch is longer by {1e3 * cost:.1f} ms (median, step by step)")
+    print(f"processor time inside the monitor {1e3 * hooks:.1f} ms", end="")
+    print(f", and {1e3 * begin:.1f} ms when fit begins")
+    for length in (20, 100, 1000):
+        share = max(cost, hooks) / (length * step)
+        print(f"the larger of the two is {share:.2%} of an epoch of {length} steps")
 
 
 def main() -> None:

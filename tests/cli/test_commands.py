@@ -162,6 +162,27 @@ def test_what_cannot_be_written_is_refused_before_anything_is_loaded(
                    "--no-isolate")[2].endswith("Remedy: write mean_squared_error.\n")  # fmt: skip
 
 
+def test_a_study_of_conversions_by_name(command: Command) -> None:
+    study = [
+        "study",
+        "mlp:8",
+        "--data",
+        "wine",
+        "--epochs",
+        "1",
+        "--seeds",
+        "2",
+        "--runner",
+        "here",
+    ]
+    code, output, errors = command(*study, "--out", "o", "--variants", "before_activation,group:4")
+    assert code == 0, errors
+    assert "group:4" in output
+    code, _, errors = command(*study, "--out", "p", "--variants", "before_activation,gruop")
+    assert code == 2
+    assert errors.endswith("Remedy: write group.\n")
+
+
 def test_force_replaces_a_file(command: Command, tmp_path: Path) -> None:
     done = command(
         "place", "model.keras", "none", "--out", "model.keras", "--force", "--no-isolate"

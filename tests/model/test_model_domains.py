@@ -118,11 +118,14 @@ def test_replace_gives_a_model_domains_that_begin_as_it_is() -> None:
 
 
 def test_the_callbacks_refuse_several_domains() -> None:
-    for callback in (tn.callbacks.Monitor(), tn.callbacks.Recalibrate(DATA)):
+    callbacks = tn.callbacks
+    for callback in (callbacks.Monitor(), callbacks.Recalibrate(DATA), callbacks.SyncStatistics()):
         model = network(2)
         model.compile("sgd", "mse")
+        before = array(model.layers[1].moving_mean)
         with pytest.raises(tn.TruenormError, match="has statistics for several domains"):
             model.fit(DATA, DATA[:, :2], verbose=0, callbacks=[callback])
+        np.testing.assert_array_equal(array(model.layers[1].moving_mean), before)
 
 
 def test_modes_are_observed_and_a_copy_has_all_domains() -> None:

@@ -68,6 +68,14 @@ def run(
     positions: Annotated[
         str, typer.Option(help="Positions, with commas between them.")
     ] = "none,before_activation,after_activation",
+    variants: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of positions: these, and the conversions group (group:16 with 16 "
+            "groups), layer, affine, truenorm, keras, with commas between them.",
+            show_default=False,
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions of each position.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     learning_rate: Annotated[
@@ -124,7 +132,8 @@ def run(
         found = run_study(
             build_of(model, **(options if named else {})),
             build_of(data) if is_function else ready,
-            positions=tuple(part.strip() for part in positions.split(",")),
+            positions=_names(positions),
+            variants=None if variants is None else _names(variants),
             seeds=seeds,
             epochs=epochs,
             batch_size=batch_size,
@@ -168,6 +177,10 @@ def merge(
         raise OptionError("A folder cannot be merged into itself", where=str(folder))
     merge_folders(folder, *others)
     print(f"Merged into {printable(str(folder))}")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
 
 
 def _check_report(path: Path | None, *, force: bool) -> None:

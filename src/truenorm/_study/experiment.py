@@ -20,6 +20,7 @@ from truenorm._records.study import Study, Trial
 from truenorm._rewrites.place import Position
 from truenorm._study import checks
 from truenorm._study.analysis import analyse
+from truenorm._study.conversions import check_conversions
 from truenorm._study.datasets import SKLEARN, Parts, Ready, absolute
 from truenorm._study.folder import (
     ABOUT,
@@ -48,7 +49,7 @@ from truenorm._study.settings import (
     versions_with,
 )
 from truenorm._study.surprises import surprises
-from truenorm._study.variants import Variants, is_positions, positions_in, variants_of
+from truenorm._study.variants import Variants, is_positions, names_in, variants_of
 
 POSITIONS: tuple[Position, ...] = get_args(Position)
 
@@ -107,8 +108,10 @@ def study(
             samples each time. The test part is looked at once, and decides nothing.
         positions: Two or more of ``none``, ``before_activation``, ``after_activation`` and, for
             residual networks, ``before_layer``; see :func:`truenorm.place`.
-        variants: In place of positions: a mapping from names to a position, a function from model
-            to model, None (the model as it is built), or a :class:`truenorm.Variant`.
+        variants: In place of positions: two or more of these and of the conversions ``group``
+            (``group:16`` with 16 groups), ``layer``, ``affine``, ``truenorm``, ``keras``; see
+            :func:`truenorm.replace`. Or a mapping from names of yours to one of them, a function
+            from model to model, None (the model as it is built), or a :class:`truenorm.Variant`.
         seeds: How many (0, 1, …), or which.
         epochs: How often the training data is gone through.
         batch_size: Samples per step.
@@ -324,7 +327,8 @@ def _tried(
         return made_
 
     model = built()
-    notes = checks.check_placement(model, positions_in(plan.variants))
+    positions, conversions = names_in(plan.variants)
+    notes = (*checks.check_placement(model, positions), *check_conversions(model, conversions))
     same: dict[tuple[str, int | None], list[str]] = {}
     for name, variant in plan.variants.items():
         key = (model_digest(variant.applied(built())), variant.batch_size)

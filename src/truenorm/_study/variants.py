@@ -16,9 +16,10 @@ from truenorm._model.graph import is_batch_normalization
 from truenorm._model.trainer import compile_like
 from truenorm._modes.freeze import freeze
 from truenorm._rewrites.place import Position, place
+from truenorm._study.conversions import conversion_of
 
 Change = str | Callable[[Any], Any] | None
-"""A position, a function from model to model, or None: the model as it was built."""
+"""A position or conversion, a function from model to model, or None: the model as it was built."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,11 @@ class Variant:
     """One version of the model in a study, and the settings that go with it.
 
     Args:
-        change: A position (see :func:`truenorm.place`), or a function that takes the compiled
-            model and returns the one to train (a new model, or the same one changed); one that is
-            not compiled is compiled as the first. None: the model as it was built.
+        change: A position (see :func:`truenorm.place`); what :func:`truenorm.replace` puts in the
+            place of each BatchNormalization: ``group`` (``group:16`` with 16 groups), ``layer``,
+            ``affine``, ``truenorm``, ``keras``; or a function that takes the compiled model and
+            returns the one to train (a new model, or the same one changed); one that is not
+            compiled is compiled as the first. None: the model as it was built.
         learning_rate: The optimizer's learning rate; None leaves it.
         batch_size: Samples per step; None takes the study's. Where the data is a function, it must
             take a ``batch_size``.
@@ -56,7 +59,7 @@ class Variant:
             raise OptionError(
                 "This is not a change of a model",
                 where="change",
-                expected="a position, a function from model to model, or None",
+                expected="a position or conversion, a function from model to model, or None",
                 received=repr(self.change),
             )
         rate, momentum, size = self.learning_rate, self.momentum, self.batch_size
@@ -88,6 +91,9 @@ class Variant:
         if self.change is None:
             return model
         if isinstance(self.change, str):
+            conversion = conversion_of(self.change)
+            if conversion is not None:
+                return conversion.of(model).model
             return place(model, cast(Position, self.change)).model
         new = self.change(model)
         if not isinstance(new, keras.Model):
@@ -120,7 +126,7 @@ Variants = Sequence[str] | Mapping[str, "str | Variant | Callable[[Any], Any] | 
 
 
 def variants_of(variants: Variants) -> dict[str, Variant]:
-    """The variants by name; positions stand for themselves.
+    """The variants by name; positions and conversions stand for themselves.
 
     Raises:
         OptionError: There are fewer than two, or one is no variant.
@@ -139,7 +145,8 @@ def variants_of(variants: Variants) -> dict[str, Variant]:
         raise OptionError(
             "A study compares two or more variants",
             where="variants",
-            expected="a sequence of different positions, or a mapping from names to variants",
+            expected="a sequence of different positions or conversions, or a mapping from names to "
+            "variants",
             received=repr(variants),
             remedy="for example ('before_activation', 'after_activation')",
         )
@@ -154,9 +161,11 @@ def variants_of(variants: Variants) -> dict[str, Variant]:
     return named
 
 
-def positions_in(variants: Mapping[str, Variant]) -> list[str]:
-    """The positions among the changes; what is no position is for ``place`` to refuse."""
-    return [v.change for v in variants.values() if isinstance(v.change, str)]
+def names_in(variants: Mapping[str, Variant]) -> tuple[list[str], list[str]]:
+    """Positions and conversions among the changes; what is neither is for ``place`` to refuse."""
+    names = [v.change for v in variants.values() if isinstance(v.change, str)]
+    conversions = [name for name in names if conversion_of(name) is not None]
+    return [name for name in names if name not in conversions], conversions
 
 
 def is_positions(variants: Mapping[str, Variant]) -> bool:

@@ -7,8 +7,9 @@ from typing import Any
 
 from truenorm._checks import check_integer
 from truenorm._keras_internals import strategy_of
-from truenorm._model.sites import Layers, batch_normalizations
+from truenorm._model.sites import Layers, chosen_layers
 from truenorm._records.synchronization import Synchronization
+from truenorm._statistics.collect import known
 from truenorm._statistics.synchronize import sync_statistics
 from truenorm.callbacks._before_validation import BeforeValidation
 
@@ -33,7 +34,8 @@ class SyncStatistics(BeforeValidation):
 
     Raises:
         OptionError: ``every`` or ``count`` is not a positive integer.
-        ModelError: When ``fit`` begins: the model has no BatchNormalization.
+        ModelError: When ``fit`` begins: the model has no BatchNormalization, one with domains, or
+            one of a user's own class among ``layers``.
 
     Example:
         >>> import keras, numpy as np, truenorm as tn
@@ -55,8 +57,8 @@ class SyncStatistics(BeforeValidation):
         self._steps = self._epochs = 0
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Refuse at once what there is nothing to do for."""
-        batch_normalizations(self.model)
+        """Refuse at once what could not be done at the end of an epoch."""
+        known(chosen_layers(self.model, self.layers))
         self._steps = self._epochs = 0
         super().on_train_begin(logs)
 

@@ -195,9 +195,10 @@ def test_a_keras_mask_from_an_embedding_reaches_the_statistics() -> None:
             "Expected: a number from 0 to 1, or None for the mean over all batches. Received: 1.5.",
         ),
         (
-            {"momentum": -0.1},
+            {"momentum": -1.0},
             "`momentum` must be the weight of the old moving statistics of BatchNormalization. "
-            "Expected: a number from 0 to 1, or None for the mean over all batches. Received: -0.1.",
+            "Expected: a number from 0 to 1, or None for the mean over all batches. "
+            "Received: -1.0.",
         ),
         (
             {"epsilon": -1.0},

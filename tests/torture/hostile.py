@@ -88,15 +88,17 @@ def run(folder: str, *, files: list[str]) -> None:
         for file in files:
             signal.setitimer(signal.ITIMER_PROF, 60)  # of the processor, which may be busy
             signal.setitimer(signal.ITIMER_REAL, 600)
+            doing = "loaded"
             try:
                 model = load_here(file, max_parameters=200_000_000, imports=())
+                doing = "run"
                 model.predict_on_batch(np.zeros((2, *model.input_shape[1:]), "float32"))
                 ended = "ran"
             except tn.TruenormError as error:
                 ended = str(error).split(" (at")[0]
             except Exception as error:
                 out = is_out_of_memory(error)
-                ended = "too much memory when run" if out else f"{type(error).__name__} when run"
+                ended = f"{'too much memory' if out else type(error).__name__} when {doing}"
             told.write(f"{ended}\n")
 
 

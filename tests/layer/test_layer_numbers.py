@@ -64,14 +64,36 @@ def test_numbers_against_the_oracle_and_the_stock_layer(case: Case) -> None:
             assert have <= error(getattr(stocks, name), want) + few, name
 
 
-def test_squares_beyond_float32_behave_as_in_the_stock_layer() -> None:
-    # 1e20 squared is beyond float32 in any method that stores a variance: it is infinite, the
-    # output is beta, and the infinite variance is not written.
-    x = np.random.default_rng(0).normal(size=(32, 4)) * 1e20
+@pytest.mark.parametrize("most", [1e20, 3e38])
+def test_squares_beyond_float32_are_not_remembered(most: float) -> None:
+    # Beyond float32 is the variance in any method that stores it: such a channel's output is beta,
+    # or not a number, and its statistics are not written. (The stock layer's are: infinite.)
+    x = np.random.default_rng(0).uniform(-1, 1, size=(32, 3))
+    x[:, 1] *= most
     layer = BatchNormalization()
     output = array(layer(tensor(x), training=True))
-    assert np.abs(output).max() < 1e-3
-    assert array(layer.moving_variance).tolist() == [1.0] * 4
+    assert (np.isnan(output[:, 1]) | (np.abs(output[:, 1]) < 1e-3)).all()
+    assert np.isfinite(output[:, [0, 2]]).all()
+    mean, variance = array(layer.moving_mean), array(layer.moving_variance)
+    assert (mean[1], variance[1]) == (0.0, 1.0)
+    assert (mean[[0, 2]] != 0).all()
+
+
+def test_a_constant_near_the_largest_float32() -> None:
+    layer = BatchNormalization(momentum=0.0)
+    assert (array(layer(tensor(np.full((64, 2), 3e38)), training=True)) == 0).all()
+    np.testing.assert_allclose(array(layer.moving_mean), 3e38, rtol=1e-6)
+    assert array(layer.moving_variance).tolist() == [0.0] * 2
+
+
+def test_no_epsilon_is_as_in_the_stock_layer() -> None:
+    x = np.array([[1.0, 5.0, 2.0], [3.0, 5.0, 1.0]])  # in the middle 0 / 0
+    ours, stocks = (
+        array(kind(epsilon=0)(tensor(x), training=True))
+        for kind in (BatchNormalization, keras.layers.BatchNormalization)
+    )
+    assert np.isnan(stocks[:, 1]).all()
+    np.testing.assert_allclose(ours, stocks, rtol=1e-6)
 
 
 def test_constant_channel_gives_beta_and_no_variance() -> None:
@@ -110,7 +132,7 @@ def test_fully_masked_batch_is_normalised_as_in_inference() -> None:
     assert all((array(w) == b).all() for w, b in zip(layer.weights, before, strict=True))
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_poison_in_one_channel_shows_and_is_not_remembered(poison: float) -> None:
     x = np.random.default_rng(0).normal(3, 2, (16, 4, 3))
     x[3, 1, 1] = poison
@@ -171,6 +193,12 @@ def test_a_keras_mask_from_an_embedding_reaches_the_statistics() -> None:
             {"momentum": 1.5},
             "`momentum` must be the weight of the old moving statistics of BatchNormalization. "
             "Expected: a number from 0 to 1, or None for the mean over all batches. Received: 1.5.",
+        ),
+        (
+            {"momentum": -1.0},
+            "`momentum` must be the weight of the old moving statistics of BatchNormalization. "
+            "Expected: a number from 0 to 1, or None for the mean over all batches. "
+            "Received: -1.0.",
         ),
         (
             {"epsilon": -1.0},

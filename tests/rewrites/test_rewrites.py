@@ -206,6 +206,7 @@ FOLDABLE = {
     "conv2d": ((6, 6, 3), L.Conv2D(4, 3, strides=2, padding="same", use_bias=False)),
     "conv3d": ((4, 4, 4, 2), L.Conv3D(3, 2)),
     "dilated": ((8, 8, 3), L.Conv2D(4, 3, dilation_rate=2)),
+    "grouped": ((6, 6, 4), L.Conv2D(4, 3, groups=2)),
     "depthwise1d": ((8, 3), L.DepthwiseConv1D(3, depth_multiplier=2)),
     "depthwise2d": ((6, 6, 3), L.DepthwiseConv2D(3, depth_multiplier=2, use_bias=False)),
     "separable1d": ((8, 3), L.SeparableConv1D(4, 3)),
@@ -273,15 +274,25 @@ def test_an_activation_in_the_layer_before_is_left() -> None:
     assert reason.startswith("Conv2D c has an activation")
 
 
-def test_a_negative_stored_variance_is_left() -> None:
+@pytest.mark.parametrize("variance", [-1.0, np.nan])
+def test_a_stored_variance_that_cannot_be_is_left(variance: float) -> None:
     model = shake(dense())
-    model.get_layer("bn").moving_variance.assign(-np.ones(6))
+    model.get_layer("bn").moving_variance.assign(np.full(6, variance))
     folded = tn.fold(model)
     assert folded.left[0].reason == ("its moving statistics, gamma or beta are not finite numbers")
 
 
 def test_a_shared_site_is_left() -> None:
     assert {k.reason for k in tn.fold(two_towers()).left} == {"it is called more than once"}
+
+
+def test_a_shared_convolution_is_left() -> None:
+    left, right = keras.Input((6, 6, 3)), keras.Input((6, 6, 3))
+    conv = L.Conv2D(4, 3, name="conv")
+    outputs = [L.ReLU()(L.BatchNormalization()(conv(x))) for x in (left, right)]
+    reasons = [site.reason for site in tn.fold(keras.Model([left, right], outputs)).left]
+    assert len(reasons) == 2
+    assert all(reason.startswith("Conv2D conv is called more than once") for reason in reasons)
 
 
 def test_a_second_consumer_of_the_convolution_is_left() -> None:
@@ -298,8 +309,11 @@ def test_a_rewrite_that_would_change_the_function_gives_no_model(
     """A fault in the arithmetic must not pass the verification."""
     wrong = truenorm._rewrites.fold.Affine(np.ones(6), np.ones(6), 1)
     monkeypatch.setattr("truenorm._rewrites.fold.affine_of", lambda _: wrong)
+    model = shake(dense())
+    before = snapshot(model)
     with pytest.raises(tn.VerificationError, match=r"^Folding would change what the model"):
-        tn.fold(shake(dense()))
+        tn.fold(model)
+    assert snapshot(model) == before
 
 
 # --- all three ---------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_moments_are_those_of_float64_in_one_shot(case: Case) -> None:
     drawn = case.draw()
     data: Any = drawn.x.astype(case.dtype)
     data = [data, drawn.mask] if case.masked else data
-    size = 5 if len(case.shape) > 2 else case.shape[0]  # 5: a ragged last batch
+    size = 5 if len(case.shape) > 2 else case.shape[0]  # 5: a last batch of 1 or 2
     population = tn.collect(one_layer(case), data, batch_size=size)
     mean, variance, count = in_one_shot(case)
     moments = population.sites["bn"]

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import random
 import resource
 import signal
 import sys
 import tempfile
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +27,7 @@ sys.path[:0] = [str(ROOT / "tests")]
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
-from altered_keras_files import with_config  # noqa: E402
+from altered_keras_files import CONFIG, with_config  # noqa: E402
 
 import truenorm as tn  # noqa: E402
 from truenorm._errors import is_out_of_memory  # noqa: E402
@@ -84,16 +86,19 @@ def run(folder: str, *, files: list[str]) -> None:
 
     with (Path(folder) / "told").open("w", buffering=1) as told:
         for file in files:
-            signal.setitimer(signal.ITIMER_REAL, 60)
+            signal.setitimer(signal.ITIMER_PROF, 60)  # of the processor, which may be busy
+            signal.setitimer(signal.ITIMER_REAL, 600)
+            doing = "loaded"
             try:
                 model = load_here(file, max_parameters=200_000_000, imports=())
+                doing = "run"
                 model.predict_on_batch(np.zeros((2, *model.input_shape[1:]), "float32"))
                 ended = "ran"
             except tn.TruenormError as error:
                 ended = str(error).split(" (at")[0]
             except Exception as error:
                 out = is_out_of_memory(error)
-                ended = "too much memory when run" if out else f"{type(error).__name__} when run"
+                ended = f"{'too much memory' if out else type(error).__name__} when {doing}"
             told.write(f"{ended}\n")
 
 
@@ -103,7 +108,9 @@ def written(folder: Path, each: int) -> tuple[list[str], set[str]]:
     for name, model in layers():
         names.add(name)
         model.save(base)
-        for config in enlarged(model.layers[-1].get_config()):
+        with zipfile.ZipFile(base) as file:  # where tuples are lists, as they are all looked into
+            saved = json.loads(file.read(CONFIG))["config"]["layers"][-1]["config"]
+        for config in enlarged(saved):
             number += 1
             if number % each == 0:
                 path = folder / f"{number}-{name}.keras"
@@ -121,6 +128,8 @@ def main(each: int = 1) -> int:
     counted: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as temporary:
         files, names = written(Path(temporary), each)
+        random.Random(0).shuffle(files)  # noqa: S311 - so that a part of them is of all layers
+        print(f"{len(names)} layers, {len(files)} files", flush=True)
         waiting = files
         while waiting:
             with _isolation.confined("hostile:run", {"files": waiting}, memory=MEMORY) as ended:
@@ -130,8 +139,9 @@ def main(each: int = 1) -> int:
                     counted[f"ended its process with {ended.code}"] += 1
                     print("ended:", Path(waiting[len(told)]).stem, ended.code, flush=True)
                 waiting = waiting[len(told) + 1 :]
+                print(len(files) - len(waiting), "files", dict(counted.most_common(5)), flush=True)
     most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"{len(names)} layers, {len(files)} files, most memory of a process {most:.2f} GiB")
+    print(f"most memory of a process {most:.2f} GiB")
     for how, count in counted.most_common():
         print(f"{count:6} {how}")
     return 1 if most > 3 else 0

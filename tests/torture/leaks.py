@@ -118,7 +118,11 @@ def main(calls: int, names: list[str]) -> None:
                 levels.append(in_use())
         early, late = levels
         added = (late - early) / (calls - calls // 10)
-        print(f"{name:26} {early:8.0f} {late:8.0f} MiB {added:+8.3f} MiB a call", flush=True)
+        print(
+            f"{name:26} {early:8.0f} {late:8.0f} MiB {late / early - 1:+7.1%} "
+            f"{added:+8.3f} MiB a call",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

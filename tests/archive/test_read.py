@@ -6,6 +6,7 @@ import json
 import stat
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 import truenorm as tn
 from truenorm import archive
 from truenorm._model.graph import is_batch_normalization, layer_paths
+from truenorm._records.stored_model import StoredLayer, StoredModel, StoredStatistics
 from truenorm.archive._container import MOST_MEMBERS
 
 pytestmark = pytest.mark.any_backend
@@ -325,3 +327,19 @@ def test_names_are_shown_and_not_obeyed(file: Path, tmp_path: Path) -> None:
     assert "[bold]" in printed.replace("│", "").replace("\n", "").replace(" ", "")
     assert "<img" not in read._repr_html_()
     assert json.loads(read.to_json())["layers"][0]["path"] == EVIL
+
+
+def test_layers_that_are_alike_share_a_row() -> None:
+    """With the range of each number; one whose statistics have a fault has a row of its own."""
+    fine = StoredStatistics(False, 0, 0, 2.0, 0.5, 3.0)
+    other = replace(fine, largest_mean=4.0, least_variance=0.25)
+    bad = replace(fine, negative=2)
+    layers = tuple(
+        StoredLayer(name, "keras.BatchNormalization", -1, 8 * k, 0.99, 1e-3, True, "none", "f4", s)
+        for k, (name, s) in enumerate({"a": fine, "b": other, "c": bad}.items(), 1)
+    )
+    (table,) = StoredModel("m", None, None, layers).tables()
+    assert [(row[0], row[3], row[-1]) for row in table.rows] == [
+        ("a, b", "8–16", "|mean| up to 4, variance 0.25 to 3"),
+        ("c", "24", "2 channels negative, |mean| up to 2, variance 0.5 to 3"),
+    ]

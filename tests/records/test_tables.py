@@ -13,6 +13,7 @@ import chromium
 import keras
 import numpy as np
 import pytest
+import rich.console
 
 import truenorm as tn
 from truenorm._records.inspection import Surprise
@@ -252,3 +253,38 @@ def test_no_cell_is_cut_in_a_narrow_notebook(width: int, tmp_path: Path) -> None
     cut, out, right = re.search(r'data-told="(\S+) (\S+) (\S+)"', chromium.visit(page).dom).groups()
     assert (cut, out) == ("0", "false")
     assert int(right) == 3 * 4 + 2  # the recalibration's numbers, and the channels
+
+
+class Remedies(Record):
+    """Notes with code in them."""
+
+    CALL = 'tn.freeze(model, "statistics", layers=["a_layer", "another_layer (the second)"])'
+    COMMAND = "truenorm place 'a file.keras' none --where batch_normalization_7 --out new.keras"
+
+    def tables(self) -> list[Table]:
+        prose = "and then many words that say why this is so and what else there may be to do"
+        row = ("one", "some words that go to another line", "a-word-that-is-longer-than-a-line" * 2)
+        notes = (
+            f"Remedy of TN1: {self.CALL}; {prose}.",
+            f"Remedy of TN2: {self.COMMAND}: {prose}.",
+        )
+        return [Table("title", ("site", "a heading of words", "c"), (row,), notes)]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
+def test_code_can_be_copied(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """It stands on one line, however narrow; nothing else is wider than asked for."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = str(Remedies()).splitlines()
+    for code in (Remedies.CALL, Remedies.COMMAND):
+        (line,) = (line for line in lines if code in line)
+        assert len(line) <= max(width, len(code) + 1)
+        lines.remove(line)
+    assert max(map(len, lines)) <= width
+    assert not [line for line in lines if line.endswith(" ")]
+    words = " ".join(lines).split()
+    assert {"another", "heading"} <= {*words}
+    console = rich.console.Console(width=width, color_system=None)
+    with console.capture() as cut:
+        console.print(Remedies())  # would be cut off at the width: so it is wrapped
+    assert "".join(Remedies.CALL.split()) in "".join(cut.get().split())

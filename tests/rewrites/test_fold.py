@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
+import warnings
 from typing import Any
 
 import keras
@@ -381,3 +383,28 @@ def torch_gradients_off() -> Any:
     import torch
 
     return torch.no_grad()
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_a_folded_model_is_saved_without_the_state_of_an_optimizer(
+    policy: str, tmp_path: pathlib.Path
+) -> None:
+    """It loads without a warning of Keras's, and evaluates as before."""
+    layers = [L.Dense(4, dtype=policy), L.BatchNormalization(dtype=policy), L.Dense(2)]
+    model: Any = keras.Sequential([keras.Input((3,)), *layers])
+    model.dtype_policy = keras.dtype_policies.get(policy)
+    model.compile("adam", "mse", metrics=["mae"])
+    x, y = np.random.default_rng(0).normal(size=(2, 16, 3)).astype("float32")
+    model.fit(x, y[:, :2], verbose=0)
+    file = tmp_path / "folded.keras"
+    tn.fold(model).model.save(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded: Any = keras.saving.load_model(file)
+    wanted, found = (m.evaluate(x, y[:, :2], verbose=0, return_dict=True) for m in (model, loaded))
+    assert found == pytest.approx(wanted, rel=1e-2 if policy == "mixed_float16" else 1e-5)
+    assert {"loss", "mae"} == found.keys()
+    size = sum(v.shape != () for v in loaded.optimizer.variables)
+    assert size == 0
+    part = tn.fold(model, where="dense*").model  # what goes on training keeps its optimizer
+    assert type(part.optimizer) is type(model.optimizer)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 from truenorm._checks import meant
 from truenorm._errors import TruenormError
+from truenorm._records.terminal import NARROW, terminal_width
 from truenorm._records.tables import printable
 
 try:
@@ -31,6 +32,8 @@ app = typer.Typer(
     "whether its statistics are true.",
     epilog=example("diagnose"),
     no_args_is_help=True,
+    # In Rich's columns the types of options are broken inside words where there is no room.
+    rich_markup_mode="rich" if terminal_width() >= NARROW else None,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )

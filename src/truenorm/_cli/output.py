@@ -23,7 +23,7 @@ def show(record: Record, *, as_json: bool) -> None:
     else:
         from rich.console import Console
 
-        Console(highlight=False, width=terminal_width()).print(record)
+        Console(highlight=False, width=terminal_width()).print(record, soft_wrap=True)
     sys.stdout.flush()
 
 

@@ -143,3 +143,15 @@ def compile_like(old: Any, new: Any) -> None:
         return
     compile_: Any = keras.Model.compile  # a class's own may take other arguments
     compile_(new, **fresh)
+
+
+def compile_without_state(model: Any) -> None:
+    """Compile anew, with an optimizer that has no state: it is in no file, and Keras misses none.
+
+    (Built, since a file of a model whose optimizer is not makes Keras warn when it is loaded.)
+    """
+    config = compile_arguments(model)
+    if config is not None:
+        compile_: Any = keras.Model.compile
+        compile_(model, **{**config, "optimizer": "sgd", "auto_scale_loss": False})
+        model.optimizer.build(model.trainable_variables)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from truenorm._records.rewrite import Left
-from truenorm._records.tables import Record, Table, counted, grouped, number
+from truenorm._records.tables import Record, Table, counted, joined, number
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,6 +83,13 @@ class StoredLayer(Record):
     dtype: str
     statistics: StoredStatistics
 
+    def kind(self) -> tuple[object, ...]:
+        """Layers of one kind differ in numbers alone; one with a fault is of its own kind."""
+        found = self.statistics
+        fault = self.path if found.negative or found.non_finite else None
+        policy = (self.momentum, self.epsilon, self.policy, self.dtype)
+        return (self.layer, self.axis, *policy, found.initial, fault)
+
     def summary(self) -> str:
         """Path and size."""
         return f"'{self.path}': {counted(self.channels, 'channel')}, {self.statistics.describe()}"
@@ -132,20 +139,10 @@ class StoredModel(Record):
 
     def tables(self) -> Sequence[Table]:
         """One row per layer, or for several that are alike."""
-        cells = (
-            (
-                layer.layer.split(".")[0],
-                str(layer.axis),
-                str(layer.channels),
-                number(layer.momentum, 6),
-                number(layer.epsilon, 6),
-                "no" if layer.policy == "none" else layer.policy,
-                layer.dtype,
-                layer.statistics.describe(),
-            )
-            for layer in self.layers
-        )
-        rows = grouped(zip((layer.path for layer in self.layers), cells, strict=True))
+        alike: dict[tuple[object, ...], list[StoredLayer]] = {}
+        for layer in self.layers:
+            alike.setdefault(layer.kind(), []).append(layer)
+        rows = tuple(map(_row, alike.values()))
         columns = ("layer", "of", "axis", "channels", "momentum", "epsilon", "frozen", "dtype",
                    "moving statistics")  # fmt: skip
         notes = [f"Not looked into: {one.path}, {one.reason}." for one in self.hidden]
@@ -155,3 +152,36 @@ class StoredModel(Record):
         notes.insert(0, "Read from the file alone: no model was made, so no mode was observed.")
         title = f"BatchNormalization in the file of {self.summary()}"
         return (Table(title, columns if rows else (), rows, tuple(notes)),)
+
+
+def _row(layers: Sequence[StoredLayer]) -> tuple[str, ...]:
+    """Layers of one kind, with the range of each number."""
+    first, channels = layers[0], sorted(layer.channels for layer in layers)
+    return (
+        joined([layer.path for layer in layers]),
+        first.layer.split(".")[0],
+        str(first.axis),
+        "–".join(dict.fromkeys((str(channels[0]), str(channels[-1])))),
+        number(first.momentum, 6),
+        number(first.epsilon, 6),
+        "no" if first.policy == "none" else first.policy,
+        first.dtype,
+        _all(layer.statistics for layer in layers).describe(),
+    )
+
+
+def _all(found: Iterable[StoredStatistics]) -> StoredStatistics:
+    """The statistics of several layers as those of one."""
+    every = list(found)
+    means, least, largest = (
+        [value for one in every if (value := getattr(one, name)) is not None]
+        for name in ("largest_mean", "least_variance", "largest_variance")
+    )
+    return StoredStatistics(
+        initial=all(one.initial for one in every),
+        negative=sum(one.negative for one in every),
+        non_finite=sum(one.non_finite for one in every),
+        largest_mean=max(means, default=None),
+        least_variance=min(least, default=None),
+        largest_variance=max(largest, default=None),
+    )

@@ -38,7 +38,7 @@ class Table:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from truenorm._records.terminal import drawn
 
-        yield from drawn(self, options.max_width)
+        yield from drawn(self, options.max_width, beyond=bool(options.no_wrap))
 
 
 class Record:
@@ -92,7 +92,7 @@ class Record:
 
         console = Console(width=terminal_width(), color_system=None, record=False)
         with console.capture() as capture:
-            console.print(self)
+            console.print(self, soft_wrap=True)  # no code is broken: it shall be copied
         return "\n".join(line.rstrip() for line in capture.get().splitlines()).rstrip("\n")
 
     def __repr__(self) -> str:

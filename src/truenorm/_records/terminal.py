@@ -1,17 +1,20 @@
 """Tables on a terminal: columns where they fit, stacked lines where they do not.
 
-No word is split, unless it alone is longer than the line. The widths are shared out here, since
-rich narrows columns without regard to the words in them.
+No word is split, unless it alone is longer than the line, and no code that a note holds, so that it
+can be copied. Lines and widths are made here, since rich narrows columns without regard to the
+words in them, and fills lines up with blanks.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
-from rich.padding import Padding
+from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
@@ -28,6 +31,14 @@ DEFAULT_WIDTH = 120
 NARROW = 100
 """Below so many columns a table has its cells on one line each, or is stacked."""
 
+CALL = re.compile(r"(?:\w+ = )?(?:\w+\.)+\w+\(")
+_WORD = r"(?:'[^']*'|[^\s;:,]+)"
+COMMAND = re.compile(
+    rf"truenorm \w+ {_WORD}(?: (?:\w+_(?:activation|layer)|none|POSITION)\b)?"
+    rf"(?: --[\w-]+(?: (?!--){_WORD})?)*"
+)
+"""Code in a note: where a call of Python begins, and a command."""
+
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
 
@@ -36,22 +47,59 @@ def terminal_width() -> int:
     return shutil.get_terminal_size((DEFAULT_WIDTH, 24)).columns
 
 
-def drawn(table: Table, width: int) -> Iterator[RenderableType]:
-    """The table for a terminal of this width."""
+def drawn(table: Table, width: int, *, beyond: bool) -> Iterator[RenderableType]:
+    """The table for a terminal of this width; code may go beyond it if that is not cut off."""
     columns = [printable(column) for column in table.columns]
     rows = [[printable(cell) for cell in row] for row in table.rows]
     colours = [_COLOURS.get(severity, "") for severity in table.severities] or [""] * len(rows)
-    yield Text(printable(table.title), style="bold")
+    yield from (Text(line, style="bold") for line in lines(printable(table.title), width))
     widths = _widths(columns, rows, width)
     if widths is not None:
         yield _in_columns(columns, rows, colours, widths)
     else:
         named = _name_width(columns[1:], rows, width)
         for (first, *others), colour in zip(rows, colours, strict=True):
-            yield Text(first, style=f"bold {colour}")
-            yield _stacked(columns[1:], others, named)
+            yield from (Text(line, style=f"bold {colour}") for line in lines(first, width))
+            yield from _stacked(columns[1:], others, named, width)
     for note in table.notes:
-        yield Text(printable(note))
+        for line in lines(printable(note), width, beyond=beyond):
+            yield Text(line, no_wrap=beyond, overflow="ignore" if beyond else "fold")
+
+
+def lines(text: str, width: int, *, beyond: bool = False) -> list[str]:
+    """The words of a text in lines of this width; longer is only code, if it may go ``beyond``."""
+    made = [""]
+    for word in _words(text):
+        if made[-1] and cell_len(f"{made[-1]} {word}") <= width:
+            made[-1] += f" {word}"
+            continue
+        parts = [word]
+        if cell_len(word) > width and not (beyond and " " in word):
+            parts = [one.plain for one in Text(word).wrap(Console(), width, overflow="fold")]
+        made += parts
+    return made[1:] if made[1:] and not made[0] else made
+
+
+def _words(text: str) -> Iterator[str]:
+    """The words of a text; a piece of code is one word, with what follows it without a blank."""
+    end = 0
+    for start, stop in code_in(text):
+        if start >= end:
+            yield from text[end:start].split()
+            blank = re.search(r"\s|$", text[stop:])
+            end = stop + (blank.start() if blank else 0)
+            yield text[start:end]
+    yield from text[end:].split()
+
+
+def code_in(text: str) -> Iterator[tuple[int, int]]:
+    """Where each piece of code in a text begins and ends."""
+    for found in sorted([*CALL.finditer(text), *COMMAND.finditer(text)], key=lambda m: m.start()):
+        end, depth = found.end(), found.re is CALL
+        while depth and end < len(text):
+            depth += (text[end] == "(") - (text[end] == ")")
+            end += 1
+        yield found.start(), end
 
 
 def _in_columns(
@@ -75,14 +123,15 @@ def _name_width(names: Sequence[str], rows: Sequence[Sequence[str]], width: int)
     return min(longest, max(_longest_word(names), width // 3, width - cell - 4))
 
 
-def _stacked(names: Sequence[str], cells: Sequence[str], named: int) -> RenderableType:
+def _stacked(
+    names: Sequence[str], cells: Sequence[str], named: int, width: int
+) -> Iterator[RenderableType]:
     """The cells of a row under each other, behind their names."""
-    grid = Grid.grid(padding=(0, 2, 0, 0))
-    grid.add_column(width=named)
-    grid.add_column(overflow="fold")
-    for name, cell in zip(names, cells, strict=True):
-        grid.add_row(Text(name, style="dim"), Text(cell))
-    return Padding(grid, (0, 0, 0, 2))
+    for heading, cell in zip(names, cells, strict=True):
+        left, right = lines(heading, named), lines(cell, max(width - named - 4, 1))
+        for name, line in zip_longest(left, right, fillvalue=""):
+            label = f"  {name}{' ' * (named - cell_len(name))}  " if line else f"  {name}"
+            yield Text.assemble((label, "dim"), line)
 
 
 def _widths(

@@ -20,6 +20,7 @@ from truenorm._model.progress import Wanted, shown
 from truenorm._model.rebuild import rebuild
 from truenorm._model.sites import Where, check_all, hidden, selector, with_kinds
 from truenorm._model.state import learns
+from truenorm._model.trainer import compile_without_state
 from truenorm._model.values import as_float64
 from truenorm._records.moments import Array
 from truenorm._records.rewrite import Change, Left, Rewrite
@@ -81,6 +82,10 @@ def fold(
     new model loads without truenorm. (Not so those that are called in training mode, are inside
     another wrapper, or have statistics that are not finite: these stay as they are.)
 
+    The new model is for inference. If the old one was compiled, so is the new one, with the same
+    loss and metrics for ``evaluate``, but with plain SGD, so that its file has no state of an
+    optimizer; whoever trains it on compiles it first. (With ``where`` the optimizer is as it was.)
+
     Args:
         model: A functional or built Sequential ``keras.Model``, nested ones included. It is not
             changed.
@@ -122,6 +127,8 @@ def fold(
         edit = folding.edit()
         line.step("making the new model")
         new = rebuild(graph.model, edit)
+        if where is None:
+            compile_without_state(new)
         proof = verify(graph, edit, folding.between, new, probe, "Folding", line)
     return Rewrite(new, "fold", changed, left, *proof)
 

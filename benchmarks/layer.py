@@ -10,7 +10,9 @@ backward; the gradients of x, gamma and beta are outputs, so no compiler can dro
 ``--relu`` a ReLU follows (in truenorm's layer as ``activation="relu"``), with ``--inference`` a
 step is the output in inference mode; with ``--mask`` 7 of 10 rows count, with ``--ghosts 8`` each 8
 samples have statistics of their own in truenorm's layer (Keras's has no such thing, and is measured
-without). Warm-up and compilation come before the clock. The ratio is
+without). With ``--compile`` all that PyTorch runs is compiled by ``torch.compile`` (Inductor, which
+needs a C++ compiler), and the number of graphs that this makes is printed: more than one is a break
+in the graph. Warm-up and compilation come before the clock. The ratio is
 that of neighbours in time, with the quartiles of all pairs; the least times are what a busy machine
 distorts least; the last line is the geometric mean of the ratios over the inputs that are not
 small. Beside each timing: the largest error against float64, relative to the largest magnitude, of
@@ -72,6 +74,7 @@ class Task:
     inference: bool
     mask: np.ndarray | None = None
     ghosts: int | None = None
+    compiled: bool = False
 
     def layers(self) -> dict[str, Any]:
         """Keras's layer, and truenorm's for its kernel and for those instead of it; built."""
@@ -82,7 +85,7 @@ class Task:
             "keras": keras.layers.BatchNormalization(**options),
             "truenorm": tn.BatchNormalization(**ours),
         }
-        if not (self.inference or self.ghosts):
+        if not (self.inference or self.ghosts or self.compiled):
             found |= {name: tn.BatchNormalization(**ours) for name in INSTEAD}
         for layer in found.values():
             layer.build(self.x.shape)
@@ -111,7 +114,7 @@ class Task:
 
 
 def torch_steps(task: Task) -> tuple[dict[str, Step], dict[str, float]]:
-    """Steps on PyTorch, eager; and what autograd keeps."""
+    """Steps on PyTorch, eager or compiled; and what autograd keeps."""
     import torch
     from torch.autograd.graph import saved_tensors_hooks
     from torch.nn import functional
@@ -124,6 +127,12 @@ def torch_steps(task: Task) -> tuple[dict[str, Step], dict[str, float]]:
     kept: dict[str, float] = {}
 
     def add(name: str, call: Callable[[], Any], parameters: Sequence[Any]) -> None:
+        if task.compiled:
+            torch.compiler.reset()
+            graphs = torch._dynamo.explain(call)().graph_count
+            print(f"{name}: {graphs} graph{'s' * (graphs != 1)}")
+            call = torch.compile(call, dynamic=False)
+
         def step() -> tuple[Any, ...]:
             if task.inference:
                 with torch.no_grad():
@@ -349,27 +358,37 @@ def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], help="one after the other")
     parser.add_argument("--relu", action="store_true", help="with a ReLU behind it")
     parser.add_argument("--inference", action="store_true", help="inference mode, no gradients")
     parser.add_argument("--mask", action="store_true", help="a mask, where channels are last")
     parser.add_argument("--ghosts", type=int, help="samples of a ghost batch")
+    parser.add_argument("--compile", action="store_true", help="by torch.compile")
     parser.add_argument("--shape", help="one shape, as numbers with commas; default: a set")
     parser.add_argument("--axis", type=int, default=-1, help="the channel axis of that shape")
     given = parser.parse_args()
+    if given.compile and keras.config.backend() != "torch":
+        parser.error("--compile is PyTorch's: set KERAS_BACKEND=torch")
     inputs = [*((shape, -1) for shape in SHAPES), (CHANNELS_FIRST, 1)]
     inputs += [(shape, -1) for shape in SMALL]
     if given.mask:
         inputs = [(shape, axis) for shape, axis in inputs if axis == -1]
     if given.shape:
         inputs = [(tuple(int(n) for n in given.shape.split(",")), given.axis)]
+    for dtype in given.dtype:
+        all_of(inputs, dtype, given)
+
+
+def all_of(inputs: Sequence[tuple[tuple[int, ...], int]], dtype: str, given: Any) -> None:
+    """Print the tables of one dtype, and the means over them."""
     found: dict[str, list[float]] = {}
     for shape, axis in inputs:
         rng = np.random.default_rng(0)
         x = rng.normal(0.5, 1.5, shape).astype("float32")
         dy = rng.normal(size=shape).astype("float32")
         mask = rng.random(shape[:-1]) < 0.7 if given.mask else None
-        task = Task(x, dy, axis, given.dtype, given.relu, given.inference, mask, given.ghosts)
+        how = (given.relu, given.inference, mask, given.ghosts, given.compile)
+        task = Task(x, dy, axis, dtype, *how)
         for name, ratio in measure(task, given.pairs).items():
             if given.shape or shape not in SMALL:
                 found.setdefault(name, []).append(ratio)

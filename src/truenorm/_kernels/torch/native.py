@@ -82,9 +82,7 @@ def backward(
     written to ``behind``.
     """
     d_x = torch.empty_like(x) if needed else None
-    d_gamma, d_beta = (
-        torch.empty(plan.layout[1], dtype=rows.dtype, device="cpu") for _ in range(2)
-    )
+    d_gamma, d_beta = rows.new_empty(plan.layout[1]), rows.new_empty(plan.layout[1])
     mean, _, low, rstd = _addresses(rows)[:4]
     call = library.Call(
         *(*plan.layout, CODES[x.dtype]),
@@ -223,7 +221,7 @@ def _address(tensor: Any) -> int:
 def _addresses(rows: Tensor) -> range:
     """Those of the rows of a contiguous matrix."""
     start, step = rows.data_ptr(), rows.stride(0) * rows.element_size()
-    return range(start, start + step * len(rows), step)
+    return range(start, start + step * rows.shape[0], step)
 
 
 @cache

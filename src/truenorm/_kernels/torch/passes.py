@@ -76,8 +76,9 @@ def watched(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return True
-    if any(tensor is not None and type(tensor) not in PLAIN for tensor in tensors):
-        return True
+    for tensor in tensors:  # not by any(): this is asked at each step
+        if tensor is not None and type(tensor) not in PLAIN:
+            return True
     try:
         return (
             forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
@@ -90,8 +91,10 @@ def watched(*tensors: Tensor | None) -> bool:
 
 def _plain(device: Any, *tensors: Tensor | None) -> bool:
     """Whether these are numbers in that device's memory, and nobody watches what is done there."""
-    here = all(tensor is None or tensor.device == device for tensor in tensors)
-    return here and not watched(*tensors)
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            return False
+    return not watched(*tensors)
 
 
 def _batched(gradient: Tensor) -> bool:
@@ -126,18 +129,19 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     if moving is None or not writable:
         return Normalized(output, rows[0], rows[1], count)
     # Not in forward, which checkpoints repeat.
-    for values, moved in zip(moving[:2], rows[4:], strict=True):
-        _write(values, moved)
+    _write(moving.mean, rows, 4)
+    _write(moving.variance, rows, 5)
     return Normalized(output, None, None, count, moved=())
 
 
-def _write(values: Tensor, moved: Tensor) -> None:
-    """Copy numbers to where others lie, which autograd may have kept."""
-    if values.is_cpu:  # at a third of what a copy by PyTorch costs
-        ctypes.memmove(values.data_ptr(), moved.data_ptr(), values.nbytes)
+def _write(values: Tensor, rows: Tensor, row: int) -> None:
+    """Copy a row of numbers to where others lie, which autograd may have kept."""
+    if values.is_cpu:  # at a fraction of what a view and a copy by PyTorch cost
+        size = values.nbytes
+        ctypes.memmove(values.data_ptr(), rows.data_ptr() + row * size, size)
         torch.autograd.graph.increment_version(values)
     else:
-        values.detach().copy_(moved)
+        values.detach().copy_(rows[row])
 
 
 def infer(
@@ -203,7 +207,8 @@ class _Normalize(torch.autograd.Function):
             # Who keeps tensors elsewhere may order them anew.
             x, layout = _dense(x, plan.channel)
             gradient = _as_laid_out(gradient, x)
-            plan, given = plan._replace(layout=layout), (x, gamma, beta, mask, rows)
+            plan = plan if layout == plan.layout else plan._replace(layout=layout)
+            given = (x, gamma, beta, mask, rows)
             if output is None:
                 found = ctx.passes.backward(plan, gradient, *given, needed[0])
             else:

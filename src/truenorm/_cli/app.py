@@ -1,8 +1,4 @@
-"""The ``truenorm`` command: a thin shell over the library.
-
-Nothing heavy is imported before a command needs it, so that ``--help`` and ``inspect --static``
-answer at once; and the backend is chosen before Keras is imported, which fixes it.
-"""
+"""All commands together, and what is said of errors and of misspelt commands."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -21,6 +22,14 @@ from hypothesis import settings
 QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
 ARITHMETIC = {"kernels", "layer", "statistics"}
 """Folders whose tests are of the numbers themselves."""
+
+if QUICK and keras.config.backend() == "jax":
+    import jax
+
+    # A program is compiled once for all tests, workers and runs: many use the same small models.
+    jax.config.update("jax_compilation_cache_dir", str(Path(".pytest_cache/jax").resolve()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # A shell ignores Ctrl-C for what it starts in the background; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

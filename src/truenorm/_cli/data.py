@@ -43,9 +43,9 @@ FEW = 4
 
 def few_inputs(data: Any) -> Any:
     """The inputs of a few samples."""
-    inputs = data[0] if isinstance(data, tuple) else data
+    inputs = cast(tuple[Any, ...], data)[0] if isinstance(data, tuple) else data
     if isinstance(inputs, dict):
-        return {name: values[:FEW] for name, values in inputs.items()}
+        return {name: values[:FEW] for name, values in cast(dict[str, Array], inputs).items()}
     return inputs[:FEW]
 
 

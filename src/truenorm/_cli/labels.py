@@ -1,3 +1,4 @@
+# pyright: reportMissingTypeStubs=false
 """Labels of a data file, and the loss and metrics that they are judged by.
 
 Models are loaded without those that they were compiled with: a file may ask for code there.

@@ -100,6 +100,7 @@ def _command(call: ast.Call, file: str, data: Path | None) -> list[str] | None:
         ):
             return None
         value = ast.literal_eval(option.value)
-        for one in value if isinstance(value, list) else [value]:
+        values = cast(list[Any], value) if isinstance(value, list) else [value]
+        for one in values:
             words += [f"--{option.arg}", str(one)]
     return [*words, *_NEW]

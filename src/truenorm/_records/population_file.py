@@ -12,7 +12,7 @@ import math
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -44,7 +44,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Array]:
             raise TypeError("the description is not a dict")
     except UNREADABLE as error:
         raise unreadable(path, str(error) or type(error).__name__) from error
-    return description, values
+    return cast(dict[str, Any], description), values
 
 
 def unreadable(path: str | os.PathLike[str], why: str) -> DataError:

@@ -1,3 +1,4 @@
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 """What a study looks like: learning curves, values per seed, paired differences, statistics.
 
 A drawing shows what its record holds and no more: runs that failed and values that are not numbers

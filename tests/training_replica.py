@@ -9,10 +9,13 @@ moving statistics, and the collectives that each way took, with their bytes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
+import re
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -120,20 +123,38 @@ def second_derivatives(layer: Any, x: Any, gradient: Any) -> Arrays:
     return {"second": x.grad, "constant": calls}
 
 
+@functools.cache
+def mirrored() -> Any:
+    """One for all cases: another would number its collectives anew, and TensorFlow mix them up."""
+    import tensorflow as tf
+
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
 def on_tensorflow(given: Arrays) -> Arrays:
     import tensorflow as tf
 
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    parts = shares(given)
+    strategy, parts = mirrored(), shares(given)
     with strategy.scope():
         layer = build(given)
+
+    calls: dict[str, list[str]] = {"forward": [], "backward": []}
+    way = threading.local()  # A replica is a thread.
+    own = tf.distribute.ReplicaContext.all_reduce
+
+    def counting(replica: Any, op: Any, values: Any) -> Any:
+        for value in tf.nest.flatten(values):
+            calls[way.now].append(f"all_reduce {value.shape.num_elements() * value.dtype.size}")
+        return own(replica, op, values)
 
     @tf.function
     def step(own: Any) -> Any:
         weights = [layer.gamma.value, layer.beta.value]
+        way.now = "forward"
         with tf.GradientTape() as tape:
             tape.watch([own["x"], *weights])
             output = layer(own["x"], training=True, mask=own.get("mask"))
+        way.now = "backward"
         return output, *tape.gradient(output, [own["x"], *weights], own["gradient"])
 
     values = strategy.experimental_distribute_values_from_function(
@@ -142,16 +163,43 @@ def on_tensorflow(given: Arrays) -> Arrays:
             for name, value in parts[context.replica_id_in_sync_group].items()
         }
     )
-    graph = tf.function(lambda given: strategy.run(step, (given,))).get_concrete_function(values)
-    output, x, gamma, beta = (strategy.experimental_local_results(r) for r in graph(values))
-    return {
+    whole = tf.function(lambda given: strategy.run(step, (given,)))
+    with mock.patch.object(tf.distribute.ReplicaContext, "all_reduce", counting):
+        graph = whole.get_concrete_function(values)
+    output, x, gamma, beta = map(strategy.experimental_local_results, graph(values))
+    found = {
         "output": np.concatenate(output),
         "x": np.concatenate(x),
         "gamma": sum(gamma),
         "beta": sum(beta),
         "moving_mean": layer.moving_mean.value,
         "moving_variance": layer.moving_variance.value,
-    } | fitted(strategy, given)
+        **calls,
+        "collectives": sum(
+            node.op.startswith("Collective")
+            for function in graph.graph.as_graph_def().library.function
+            for node in function.node_def
+        ),
+    }
+    if "second" in given:
+        second = tf.function(lambda given: strategy.run(step_of_gradients, (layer, given)))
+        found["second"] = np.concatenate(strategy.experimental_local_results(second(values)))
+    return found | fitted(strategy, given) if "fit" in given else found
+
+
+def step_of_gradients(layer: Any, own: Any) -> Any:
+    """As :func:`second_derivatives`."""
+    import tensorflow as tf
+
+    gamma = layer.gamma.value
+    with tf.GradientTape() as outer:
+        outer.watch(own["x"])
+        with tf.GradientTape() as tape:
+            tape.watch([own["x"], gamma])
+            output = layer(own["x"], training=True)
+        first = tape.gradient(output, [own["x"], gamma], own["gradient"])
+        loss = sum(tf.reduce_sum(tf.square(part)) for part in first)
+    return outer.gradient(loss, own["x"])
 
 
 def fitted(strategy: Any, given: Arrays) -> Arrays:
@@ -186,15 +234,18 @@ def on_jax(given: Arrays) -> Arrays:
         return output, *pull(gradient), moved
 
     weights = [v.value for v in layer.trainable_variables]
-    output, d_x, (gamma, beta), (mean, variance) = step(x, weights, gradient)
+    output, d_x, gradients, moved = step(x, weights, gradient)
+    moved = {v.name: value for v, value in zip(layer.non_trainable_variables, moved, strict=True)}
     assert len(output.sharding.device_set) == 2
+    program = step.lower(x, weights, gradient).compile().as_text()
     return {
         "output": output,
         "x": d_x,
-        "gamma": gamma,
-        "beta": beta,
-        "moving_mean": mean,
-        "moving_variance": variance,
+        "moving_mean": moved["moving_mean"],
+        "moving_variance": moved["moving_variance"],
+        **{v.name: value for v, value in zip(layer.trainable_variables, gradients, strict=True)},
+        # A sum of several arrays is one, and XLA may have joined those of both ways.
+        "collectives": re.findall(r"^.*= (.*?) (all-\w+|collective-\w+)\(", program, re.M),
     }
 
 

@@ -109,18 +109,55 @@ def backward(
         relu: Whether a ReLU follows, whose derivative is found from the output, made once more.
     """
     if relu:
-        output = forward(rows, deviations, delta, rstd, gamma, beta)
-        gradient = ops.where(output > 0, gradient, 0.0)
+        gradient = rectified(rows, gradient, deviations, delta, rstd, gamma, beta)
+    d_gamma, d_beta = products(rows, gradient, deviations, delta, rstd)
+    means = (d_gamma * share, d_beta * share)
+    d_x = gradient_of_values(rows, gradient, deviations, delta, rstd, gamma, *means, counts)
+    return d_x, d_gamma, d_beta
+
+
+def rectified(
+    rows: Rows,
+    gradient: Tensor,
+    deviations: Tensor,
+    delta: Vector,
+    rstd: Vector,
+    gamma: Vector,
+    beta: Vector,
+) -> Tensor:
+    """The gradient before a ReLU, from that behind it."""
+    output = forward(rows, deviations, delta, rstd, gamma, beta)
+    return ops.where(output > 0, gradient, 0.0)
+
+
+def products(
+    rows: Rows, gradient: Tensor, deviations: Tensor, delta: Vector, rstd: Vector
+) -> tuple[Vector, Vector]:
+    """The gradients of gamma and beta."""
     d_beta = rows.total(gradient)
-    d_gamma = (rows.total(gradient * deviations) - delta * d_beta) * rstd
+    return (rows.total(gradient * deviations) - delta * d_beta) * rstd, d_beta
+
+
+def gradient_of_values(
+    rows: Rows,
+    gradient: Tensor,
+    deviations: Tensor,
+    delta: Vector,
+    rstd: Vector,
+    gamma: Vector,
+    mean_gamma: Vector,
+    mean_beta: Vector,
+    counts: Tensor | None,
+) -> Tensor:
+    """The gradient of x, from those of gamma and beta divided by the number of values."""
     # What is the same for all values of a channel is computed once: dx = g scale + d slope + level.
     scale = gamma * rstd
-    slope = -scale * rstd * d_gamma * share
-    level = -scale * d_beta * share - slope * delta
+    slope = -scale * rstd * mean_gamma
+    level = -scale * mean_beta - slope * delta
     through = deviations * rows.spread(slope, deviations) + rows.spread(level, deviations)
     if counts is not None:
         through = ops.where(counts, through, 0.0)
-    return gradient * rows.spread(scale, gradient) + through, d_gamma, d_beta
+    return gradient * rows.spread(scale, gradient) + through
 
 
 def backward_of_values(

@@ -103,7 +103,7 @@ def normalize_apart(
     delta = average(deviations)
     variance = average(ops.square(deviations - blocks.spread(delta, values)))
     if gather is not None:
-        count, shift, delta, variance = _merged(count, shift, delta, variance, gather)
+        count, shift, delta, variance = merged(count, shift, delta, variance, gather)
         deviations = values - shift
     if moving is not None and (valid is not None or gather is not None):
         # No valid value: normalise with the statistics given, shifted as the deviations are.
@@ -151,7 +151,7 @@ def _counted(
     return mask, ops.cast(count, dtype)
 
 
-def _merged(
+def merged(
     count: Tensor, shift: Tensor, delta: Tensor, variance: Tensor, gather: Gather
 ) -> tuple[Tensor, ...]:
     """Count, shift, delta and variance of all replicas together; one collective."""

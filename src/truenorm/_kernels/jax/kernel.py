@@ -61,7 +61,12 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
 
 
 normalize_synchronized = normalize
-"""The same: a program that ``keras.distribution`` spreads over devices sees the whole batch."""
+"""The same: a program that ``keras.distribution`` spreads over devices sees the whole batch.
+
+XLA divides the sums: 3 numbers per channel forward (of the mean first, then of what rounding took
+from it and of the variance), 2 backward. Inside ``jax.pmap`` or ``jax.shard_map``, where a program
+sees one device's part, the statistics are that part's.
+"""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -23,12 +23,13 @@ from truenorm._kernels.contract import (
     Moving,
     Normalized,
     Options,
+    Scalar,
     Tensor,
     Vector,
     statistics_dtype,
 )
 from truenorm._kernels.masks import by_channel
-from truenorm._kernels.tensorflow import native, plain, ragged
+from truenorm._kernels.tensorflow import native, plain, ragged, synchronized
 from truenorm._kernels.tensorflow.plain import Plan, Step
 from truenorm._kernels.tensorflow.portable import portable
 
@@ -51,18 +52,14 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     takes_moving = compiled and _same(dtype, moving)
     if mask is not None and not (takes_moving and last and not by_channel(mask, channel)):
         return composite.normalize(x, gamma, beta, options)
-    scale = tf.ones(channels, dtype) if gamma is None else tf.cast(gamma, dtype)
-    offset = tf.zeros(channels, dtype) if beta is None else tf.cast(beta, dtype)
-    shape = tf.shape(x)
-    after = 1 if last else tf.reduce_prod(shape[channel + 1 :])
-    before = tf.reduce_prod(shape[:channel])
-    rows = tf.reshape(x, (before, channels) if last else (before, channels, after))
+    scale, offset = _weights(channels, dtype, gamma, beta)
+    rows, values = _as_rows(x, channel)
     others, step, moves = (), None, False
     if moving is not None and takes_moving:
         others, moves = moving[:2], moving.momentum is not None
         step = Step(1.0 if moving.momentum is None else moving.momentum, moving.unbiased)
     if mask is not None:
-        mask = tf.reshape(tf.broadcast_to(tf.squeeze(mask, -1), shape[:-1]), [-1])
+        mask = _mask_of_rows(mask, x)
         others = (*others, mask)
     kernel = _kernel(
         Plan(epsilon, relu, step, mask is not None),
@@ -71,12 +68,12 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
         eager=tf.executing_eagerly(),
     )
     output, *statistics = kernel(rows, scale, offset, *others)
-    output = tf.reshape(output, shape)
+    output = tf.reshape(output, tf.shape(x))
     output.set_shape(x.shape)
     for vector in statistics:
         vector.set_shape((channels,))
     mean, variance, *moved = (tf.stop_gradient(vector) for vector in statistics)
-    count = before * after if mask is None else tf.math.count_nonzero(mask)
+    count = values if mask is None else tf.math.count_nonzero(mask)
     return Normalized(
         *(output, mean, variance, tf.cast(count, dtype)),
         moved=tuple(moved) if moves else None,
@@ -121,13 +118,51 @@ def normalize_synchronized(
     if replicas == 1:
         return normalize(x, gamma, beta, options)
 
-    def gather(vector: Vector) -> Tensor:
-        # As a sum, every strategy has it, and TensorFlow its gradient.
-        own = tf.one_hot(replica.replica_id_in_sync_group, replicas, True, False, dtype=tf.bool)
-        rows = tf.where(own[:, None], vector[None, :], tf.zeros_like(vector))
-        return replica.all_reduce(tf.distribute.ReduceOp.SUM, rows)
+    axis, epsilon, mask, moving, relu = options
+    x = _with_channels(tf.convert_to_tensor(x), axis, gamma, beta, moving)
+    channel = axis % len(x.shape)
+    last = channel == len(x.shape) - 1
+    if mask is not None and not (last and not by_channel(mask, channel)):
+        return composite.normalize(x, gamma, beta, options, gather=synchronized.gather(replica))
+    dtype = statistics_dtype(x.dtype)
+    scale, offset = _weights(x.shape[channel], dtype, gamma, beta)
+    rows, _ = _as_rows(x, channel)
+    if mask is not None:
+        mask = _mask_of_rows(mask, x)
+    output, mean, variance, count = synchronized.normalize(
+        *(rows, scale, offset, mask),
+        None if moving is None else tuple(tf.cast(value, dtype) for value in moving[:2]),
+        epsilon=epsilon,
+        relu=relu,
+        replica=replica,
+    )
+    output = tf.reshape(output, tf.shape(x))
+    output.set_shape(x.shape)
+    for vector in (mean, variance):
+        vector.set_shape(x.shape[channel])
+    return Normalized(output, mean, variance, count)
 
-    return composite.normalize(x, gamma, beta, options, gather=gather)
+
+def _weights(
+    channels: int, dtype: str, gamma: Vector | None, beta: Vector | None
+) -> tuple[Vector, Vector]:
+    """Gamma and beta in a dtype; 1 and 0 where there are none."""
+    scale = tf.ones(channels, dtype) if gamma is None else tf.cast(gamma, dtype)
+    return scale, tf.zeros(channels, dtype) if beta is None else tf.cast(beta, dtype)
+
+
+def _as_rows(x: Tensor, channel: int) -> tuple[Tensor, Scalar]:
+    """The values as (outer, channels) or (outer, channels, inner); how many a channel has."""
+    last, shape = channel == len(x.shape) - 1, tf.shape(x)
+    after = 1 if last else tf.reduce_prod(shape[channel + 1 :])
+    before = tf.reduce_prod(shape[:channel])
+    sizes = (before, x.shape[channel]) if last else (before, x.shape[channel], after)
+    return tf.reshape(x, sizes), before * after
+
+
+def _mask_of_rows(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask that is alike for all channels, which are last."""
+    return tf.reshape(tf.broadcast_to(tf.squeeze(mask, -1), tf.shape(x)[:-1]), [-1])
 
 
 @lru_cache(maxsize=64)

@@ -8,8 +8,8 @@ from typing import Annotated, Any, NoReturn
 
 from truenorm._checks import meant
 from truenorm._errors import TruenormError
-from truenorm._records.terminal import NARROW, terminal_width
 from truenorm._records.tables import printable
+from truenorm._records.terminal import NARROW, terminal_width
 
 try:
     import typer

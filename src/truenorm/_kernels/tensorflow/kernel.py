@@ -118,7 +118,7 @@ def normalize_synchronized(
     if replicas == 1:
         return normalize(x, gamma, beta, options)
 
-    axis, epsilon, mask, moving, relu = options
+    axis, epsilon, mask, moving, relu, _ = options
     x = _with_channels(tf.convert_to_tensor(x), axis, gamma, beta, moving)
     channel = axis % len(x.shape)
     last = channel == len(x.shape) - 1

@@ -65,10 +65,7 @@ def normalize(
     x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options, group: Any
 ) -> Normalized:
     """See :mod:`truenorm._kernels`: one batch of all processes of the group."""
-    axis, epsilon, mask, moving, relu, add = options
-    if add is not None:
-        alone = normalize(x, gamma, beta, options._replace(relu=False, add=None), group)
-        return composite.added_to(alone, options)
+    axis, epsilon, mask, moving, relu, _ = options
     several = mask is not None and by_channel(mask, axis)
     if several or not _takes(x, mask, gamma, beta, *(moving[:2] if moving else ())):
         return composite.normalize(x, gamma, beta, options, gather=gather(group))

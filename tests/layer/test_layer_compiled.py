@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from layer_cases import array, error, tensor
 
-from truenorm import BatchNormalization
+from truenorm import BatchNormalization, domain
 from truenorm._kernels import reference
 
 BACKEND = keras.config.backend()
@@ -29,7 +29,7 @@ Step = tuple[Any, Any, Any]
 
 
 def new_layer(**options: Any) -> Any:
-    layer = BatchNormalization(momentum=0.0, activation="relu", **options)
+    layer = BatchNormalization(**{"momentum": 0.0, "activation": "relu", **options})
     layer.build(X.shape)
     return layer
 
@@ -116,6 +116,48 @@ def test_one_training_step(step: Callable[[], Step]) -> None:
     assert error(output, np.maximum(forward.output, 0)) < 1e-6
     assert error(gradient, backward.x) < 1e-6
     assert error(moving_mean, forward.mean) < 1e-6
+
+
+if BACKEND == "torch":
+
+    @pytest.mark.parametrize(
+        ("options", "how"),
+        [
+            ({}, "training"),
+            ({}, "masked"),
+            ({}, "inference"),
+            ({"momentum": None}, "training"),
+            ({"renorm": True}, "training"),
+            ({"virtual_batch_size": 4}, "training"),
+            ({"synchronized": True}, "training"),
+            ({"accumulation_steps": 2}, "training"),
+            ({"domains": 2}, "training"),
+            ({"domains": 2}, "inference"),
+            ({"freeze": "statistics"}, "training"),
+        ],
+        ids=str,
+    )
+    def test_torch_compile_makes_one_graph(options: dict[str, Any], how: str) -> None:
+        import torch
+
+        mask = torch.tensor(np.arange(24).reshape(8, 3) % 5 > 0) if how == "masked" else None
+        layer, eager = (
+            partial(new_layer(**options), training=how != "inference", mask=mask) for _ in range(2)
+        )
+        torch.compiler.reset()
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)  # a break is an error
+        assert error(array(compiled(torch.tensor(X))), array(eager(torch.tensor(X)))) < 1e-6
+
+    def test_torch_compile_reads_the_domain() -> None:
+        import torch
+
+        layer = new_layer(domains=2)
+        layer.moving_mean.assign([[0.0] * 5, [3.0] * 5])
+        torch.compiler.reset()
+        compiled = torch.compile(lambda x: layer(x), backend="eager", fullgraph=True)
+        for index in (1, 0):
+            with domain(index):
+                assert error(array(compiled(torch.tensor(X))), array(layer(torch.tensor(X)))) < 1e-6
 
 
 if BACKEND == "jax":

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import keras
@@ -41,15 +40,21 @@ _entered: list[int] = []
 """The domains of the contexts that are open, the innermost last."""
 
 
-@cache
+_current: list[Variable] = []
+"""The one of :func:`current`, once it is made. (In a cache ``torch.compile`` would not find it.)"""
+
+
 def current() -> Variable:
     """The domain of the calls that name none: one variable for all layers.
 
     As a variable it is read by compiled programs each time that they run. It is a float, because
     TensorFlow keeps the variables that are integers away from the device.
     """
-    with run_time.constants():
-        return keras.Variable(0.0, trainable=False, dtype="float32", name="domain")
+    if not _current:
+        with run_time.constants():
+            made = keras.Variable(0.0, trainable=False, dtype="float32", name="domain")
+        _current.append(made)
+    return _current[0]
 
 
 @contextmanager

@@ -1,0 +1,201 @@
+"""What do the tools cost, and how does it grow with the model and with the batch?
+
+Run as ``KERAS_BACKEND=jax|tensorflow|torch python benchmarks/tools.py``; ``--help`` shows options.
+
+Stacks of small convolutions (or, with ``--dense``, dense layers), each followed by a
+BatchNormalization and a ReLU: ``inspect``, ``fold``, ``place``, ``collect`` and ``diagnose`` of
+models of 50, 150 and 500 such layers, then of the smallest on batches of 8 to 256 samples. Each
+figure is of the first call in a process of its own, as a user's is: tracing and compiling are in
+it, what the process does once and for all (on a model of two layers, before the clock) is not. Time
+is the processor's, of all threads together, which other load on the machine distorts least. It and
+the growth of the process's largest memory are printed per layer, with the ratio to the smallest
+model.
+
+``diagnose`` is also compared with ``predict`` over the same data (each with what it compiles, and
+without), and ``truenorm inspect FILE --static`` with a Python that does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+TOOLS = ("inspect", "fold", "place", "collect", "diagnose")
+LAYERS = (50, 150, 500)
+BATCHES = (8, 64, 256)
+SIDE, CHANNELS = 8, 8
+
+
+def model_of(layers: int, dense: bool) -> Any:
+    """So many times a convolution, BatchNormalization and a ReLU; then one dense layer."""
+    import keras
+
+    shape = (CHANNELS,) if dense else (SIDE, SIDE, CHANNELS)
+    x = inputs = keras.Input(shape)
+    for _ in range(layers):
+        made = (
+            keras.layers.Dense(CHANNELS)
+            if dense
+            else keras.layers.Conv2D(CHANNELS, 3, padding="same", use_bias=False)
+        )
+        x = keras.layers.ReLU()(keras.layers.BatchNormalization()(made(x)))
+    x = x if dense else keras.layers.GlobalAveragePooling2D()(x)
+    model = keras.Model(inputs, keras.layers.Dense(4, activation="softmax")(x))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    return model
+
+
+def runs(model: Any, x: Any, y: Any, batch: int) -> dict[str, Callable[[], Any]]:
+    """What is measured, by name."""
+    import truenorm as tn
+
+    return {
+        "inspect": lambda: tn.inspect(model, x[:batch], y[:batch]),
+        "fold": lambda: tn.fold(model),
+        "place": lambda: tn.place(model, "after_activation"),
+        "collect": lambda: tn.collect(model, x, batch_size=batch),
+        "diagnose": lambda: tn.diagnose(model, x, y, batch_size=batch),
+        "predict": lambda: model.predict(x, batch_size=batch, verbose=0),
+    }
+
+
+def peak() -> int:
+    """The most memory of this process since the last :func:`forget`, in bytes (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def forget() -> int:
+    """Begin to look for the largest memory anew; what it is now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def once(tool: str, layers: int, batch: int, batches: int, dense: bool, again: bool) -> None:
+    """Measure one call, in this process, and print seconds and bytes as JSON."""
+    import keras
+    import numpy as np
+
+    sys.setrecursionlimit(10**5)  # Keras walks a model's graph by recursion
+    keras.utils.set_random_seed(0)
+    random = np.random.default_rng(0)
+    shape = (batch * batches, *((CHANNELS,) if dense else (SIDE, SIDE, CHANNELS)))
+    x, y = random.normal(size=shape).astype("float32"), random.integers(0, 4, shape[0])
+    runs(model_of(2, dense), x, y, batch)[tool]()  # what the process does once and for all
+    run = runs(model_of(layers, dense), x, y, batch)[tool]
+    before = forget()
+    first = timed(run)
+    grown = peak() - before
+    print(json.dumps([first, grown, min(timed(run) for _ in range(3)) if again else 0.0]))
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds of the processor that one run takes, of this process or of one that it starts."""
+    start = sum(os.times()[:4])
+    run()
+    return sum(os.times()[:4]) - start
+
+
+def measured(tool: str, layers: int, given: Any, batch: int, again: bool = False) -> list[float]:
+    """Seconds, bytes and, if wanted, the least seconds of later calls, in a process of its own."""
+    command = [sys.executable, __file__, "--once", tool, "--layers", str(layers)]
+    command += ["--batch", str(batch), "--batches", str(given.batches)]
+    command += ["--dense"] * given.dense + ["--again"] * again
+    done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def growth_with_layers(given: Any) -> None:
+    """Print time and memory per layer."""
+    print(f"{'per layer':10}", *(f"{n:>27} layers" for n in given.sizes))
+    for tool in given.tools:
+        cells, smallest = list[str](), list[float]()
+        for layers in given.sizes:
+            seconds, grown, _ = measured(tool, layers, given, given.batch)
+            each = [1e3 * seconds / layers, grown / 2**20 / layers]
+            smallest = smallest or each
+            ratio = [a / b if b else 0.0 for a, b in zip(each, smallest, strict=True)]
+            cells.append(f"{each[0]:8.1f} ms{ratio[0]:5.2f}  {each[1]:6.2f} MiB{ratio[1]:5.2f}")
+        print(f"{tool:10}", *(f"{cell:>34}" for cell in cells), flush=True)
+
+
+def growth_with_batches(given: Any) -> None:
+    """Print time and memory of the smallest model as the batch grows, the number of them equal."""
+    print(f"{'per batch':10}", *(f"{n:>26} samples" for n in BATCHES))
+    for tool in ("inspect", "collect", "diagnose", "predict"):
+        cells: list[str] = []
+        for batch in BATCHES:
+            seconds, grown, _ = measured(tool, given.sizes[0], given, batch)
+            cells.append(f"{1e3 * seconds:9.0f} ms {grown / 2**20:9.1f} MiB")
+        print(f"{tool:10}", *(f"{cell:>34}" for cell in cells), flush=True)
+
+
+def against_predict(given: Any) -> None:
+    """Print what diagnose takes, over what predict takes."""
+    for layers in given.sizes[:2]:
+        found = {k: measured(k, layers, given, given.batch, True) for k in ("diagnose", "predict")}
+        (first, _, later), (base, _, least) = found["diagnose"], found["predict"]
+        print(
+            f"diagnose over predict, {layers} layers, {given.batches} batches of {given.batch}: "
+            f"first calls {first:.2f} s / {base:.2f} s = {first / base:.1f}, "
+            f"later ones {later:.2f} s / {least:.2f} s = {later / least:.1f}"
+        )
+
+
+def static(rounds: int) -> None:
+    """Print what reading a file without Keras takes, over Python's start."""
+    from keras.applications import ResNet50
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.keras")
+        ResNet50(weights=None, include_top=False, input_shape=(32, 32, 3)).save(path)
+        commands = {
+            "python -c pass": [sys.executable, "-c", "pass"],
+            "inspect --static": [sys.executable, "-m", "truenorm", "inspect", path, "--static"],
+        }
+        times: dict[str, list[float]] = {name: [] for name in commands}
+        for _ in range(rounds):
+            for name, command in commands.items():
+                quiet = {"check": True, "stdout": subprocess.DEVNULL}
+                times[name].append(timed(lambda c=command, q=quiet: subprocess.run(c, **q)))  # noqa: S603
+    least = {name: min(taken) for name, taken in times.items()}
+    print(", ".join(f"{name} {seconds:.3f} s" for name, seconds in least.items()))
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=LAYERS, help="numbers of layers")
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--dense", action="store_true", help="dense layers, not convolutions")
+    parser.add_argument("--only", choices=("layers", "batches", "predict", "static"))
+    parser.add_argument("--once", choices=(*TOOLS, "predict"), help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, default=50, help=argparse.SUPPRESS)
+    parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.once:
+        once(given.once, given.layers, given.batch, given.batches, given.dense, given.again)
+        return
+    if given.only in (None, "layers"):
+        growth_with_layers(given)
+    if given.only in (None, "batches"):
+        growth_with_batches(given)
+    if given.only in (None, "predict"):
+        against_predict(given)
+    if given.only in (None, "static"):
+        static(9)
+
+
+if __name__ == "__main__":
+    main()

@@ -129,6 +129,7 @@ def test_it_does_nothing_before_xla_executes() -> None:
     assert not rows.any()
 
 
+@pytest.mark.other_packages
 @pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler")
 def test_the_structs_are_those_of_the_installed_jax() -> None:
     (jaxlib,) = importlib.util.find_spec("jaxlib").submodule_search_locations

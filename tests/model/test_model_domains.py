@@ -140,6 +140,7 @@ def test_modes_are_observed_and_a_copy_has_all_domains() -> None:
 
 
 @pytest.mark.any_backend
+@pytest.mark.other_packages
 def test_the_example_shows_what_domains_are_for(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     one, each = (line.split() for line in capsys.readouterr().out.splitlines())

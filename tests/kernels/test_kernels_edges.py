@@ -12,7 +12,7 @@ from layer_cases import EPSILON, array, error, gradients, tensor
 
 from truenorm import BatchNormalization
 from truenorm import _kernels as kernels
-from truenorm._kernels import composite, reference
+from truenorm._kernels import composite, library, reference
 from truenorm._kernels.contract import Options
 
 BACKEND = keras.config.backend()
@@ -60,7 +60,11 @@ def test_hooks_that_order_what_is_kept_anew() -> None:
 
     x = torch.tensor(RNG.normal(3, 2, (4, 6, 7, 5)).astype("float32")).movedim(1, -1)
     leaf, dy = x.detach().requires_grad_(), torch.tensor(RNG.normal(size=x.shape), dtype=x.dtype)
-    hooks = (lambda t: t.detach().cpu().numpy().copy(order="C"), torch.tensor)
+
+    def unpack(kept: Any) -> Any:
+        return torch.tensor(kept, device=x.device)
+
+    hooks = (lambda t: t.detach().cpu().numpy().copy(order="C"), unpack)
     with torch.autograd.graph.saved_tensors_hooks(*hooks):
         output = kernels.normalize(leaf, None, None, Options(-1, EPSILON)).output
     (d_x,) = torch.autograd.grad(output, leaf, dy)
@@ -214,9 +218,13 @@ def test_forward_mode_reads_nothing_that_does_not_count() -> None:
 
 
 @on_torch
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_third_derivatives(masked: bool) -> None:
+def test_third_derivatives(masked: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
+
+    if not compiled:
+        monkeypatch.setattr(library, "loaded", lambda: None)
 
     x = torch.tensor(RNG.normal(3, 2, (6, 3)), requires_grad=True)
     gamma = torch.tensor(RNG.uniform(0.5, 2, 3), requires_grad=True)

@@ -16,7 +16,7 @@ from small_models import shake
 from test_fold import assert_folded
 
 import truenorm as tn
-from truenorm._rewrites import absorb, einsum, fold, moving, passing
+from truenorm._rewrites import absorb, einsum, fold, passing, rearranging
 
 pytestmark = pytest.mark.any_backend
 
@@ -205,7 +205,7 @@ def without_bias(values: list[Any]) -> list[Any]:
 STEPS: list[tuple[str, Any, str, Callable[[Any], Any]]] = [
     ("before: Permute", passing, "moved", shuffled),
     ("before: some channels", passing, "moved", shuffled),
-    ("behind: reshape of all", moving, "_where_to", lambda k: k if k is None else k[::-1]),
+    ("behind: reshape of all", rearranging, "_where_to", lambda k: k if k is None else k[::-1]),
     ("before: sum", passing, "_reduced", without_shift),
     ("behind: sum", passing, "_reduced", without_shift),
     ("before: constant +", passing, "_scaled", without_shift),

@@ -188,8 +188,11 @@ class _Normalize(torch.autograd.Function):
         gradient, needs = gradient.contiguous(), list(ctx.needs_input_grad[:3])
         kept = (gamma, mean, rstd)
         many = rows.dim() == 2 and len(rows) >= MANY_ROWS and rows.device.type == "cpu"
-        # Derivatives of a derivative (create_graph=True) are those of one native call.
-        if torch.is_grad_enabled() or not (many and any(needs[1:])):
+        if torch.is_grad_enabled():  # the native one has no right third derivative
+            numbers = torch.stack([mean, rstd])
+            given = (gradient, rows, gamma, None, None, numbers, 1, ctx.epsilon, False)
+            gradients = passes.differentiable(*given)
+        elif not (many and any(needs[1:])):
             gradients = _native_backward(gradient, rows, kept, ctx.epsilon, needs)
         else:
             gradients = _grouped_backward(gradient, rows, kept, ctx.epsilon, needs)

@@ -202,7 +202,7 @@ class _Normalize(torch.autograd.Function):
             if output is not None:
                 gradient = torch.where(output > 0, gradient, 0)
                 plan = plan._replace(relu=False)
-            found = _differentiable(gradient, x, gamma, beta, mask, rows, *plan[1:])
+            found = differentiable(gradient, x, gamma, beta, mask, rows, *plan[1:])
         else:
             # Who keeps tensors elsewhere may order them anew.
             x, layout = _dense(x, plan.channel)
@@ -219,7 +219,7 @@ class _Normalize(torch.autograd.Function):
         return *found, None, None, None, None, gradient if needed[7] else None
 
 
-def _differentiable(
+def differentiable(
     gradient: Tensor,
     x: Tensor,
     gamma: Vector | None,
@@ -230,7 +230,7 @@ def _differentiable(
     epsilon: float,
     relu: bool,
 ) -> tuple[Tensor, Vector, Vector]:
-    """The same in operations that can be differentiated to any order."""
+    """The gradients of x, gamma and beta in operations that can be differentiated to any order."""
     mean, variance = rows[:2]
     count = x.numel() // len(mean) if mask is None else mask.sum()
     d_x, d_gamma, d_beta = closed_form.backward_of_values(

@@ -18,7 +18,7 @@ _FORMULA = re.compile(
 )
 _HIDDEN = re.compile(r"<!--.*?-->\n*", re.DOTALL)
 _REFERENCE = re.compile(r"^::: truenorm\.(.*)$", re.MULTILINE)
-_BROKEN = re.compile(r"(?<=[\u3000-\u9fff\uff00-\uffef])\n(?=[\u3000-\u9fff\uff00-\uffef])")
+_BROKEN = re.compile(r"(?<=[\u3000-\u9fff\uff00-\uffef])\n *(?=\[?[\u3000-\u9fff\uff00-\uffef])")
 """An end of a line in Chinese, of which a browser makes a space."""
 _PAGES: dict[str, str] = {}
 """Of each English page: its address, and its Markdown."""

@@ -285,7 +285,7 @@ def _moments(
         place, exist = _places(start, rows, channels, tile, width, inner, wide)
         values = tl.load(x + place, exist, 0.0).to(tl.float32)
         size = tl.cast(min(tile, rows - start), tl.float32)
-        near = tl.sum(values * (1.0 / size), 0)  # no overflow of a sum
+        near = tl.sum(values, 0) / size
         deviations = tl.where(exist, values - near[None, :], 0.0)
         total = tl.sum(deviations, 0)
         inside = tl.sum(deviations * deviations, 0) - total * total / size

@@ -20,10 +20,10 @@ import truenorm as tn
 from truenorm._records.study import Study
 from truenorm._study.experiment import study
 from truenorm._study.live import View
+from truenorm._study.load_and_merge import load, merge
 from truenorm._study.lock import only_driver
 from truenorm._study.pool import NO_ROOM, Event, Progress, failed, run_all
 from truenorm._study.settings import specs_of
-from truenorm._study.stored import load, merge
 
 pytestmark = pytest.mark.any_backend
 

@@ -157,7 +157,7 @@ def show_study(
     """Show the study in a folder, finished or not; nothing is run."""
     _check_report(report, force=force)
     choose_backend(None)
-    from truenorm._study.stored import load
+    from truenorm._study.load_and_merge import load
 
     _finish(load(folder), report, as_json=as_json)
 
@@ -171,7 +171,7 @@ def merge(
 ) -> None:
     """Merge folders of one study whose seeds were divided among machines."""
     choose_backend(None)
-    from truenorm._study.stored import merge as merge_folders
+    from truenorm._study.load_and_merge import merge as merge_folders
 
     if folder.resolve() in [other.resolve() for other in others]:
         raise OptionError("A folder cannot be merged into itself", where=str(folder))

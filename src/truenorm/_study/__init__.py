@@ -6,7 +6,7 @@ it, and ``plan`` is all functions as one parcel for other processes. ``trial`` i
 ``measure`` what it costs. ``pool`` sees trials through, which ``local`` runs in processes
 (``worker`` is one, ``worker_output`` what it prints), ``here`` in this one, and ``ray_tasks`` on a
 cluster; ``live`` shows them. ``folder`` says what lies where on disk, ``lock`` who may write there,
-``stored`` reads and merges folders. ``analysis`` compares, by the tests in ``equivalence``,
+``load_and_merge`` reads and merges folders. ``analysis`` compares, by the tests in ``equivalence``,
 ``sign_flips`` and ``power``; ``verdict`` says it in words, ``surprises`` what was not as it should
 be. ``experiment`` is the whole of it.
 """

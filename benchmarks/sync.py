@@ -19,7 +19,7 @@ low-latency protocol, with a ring and a tree (``src/graph/tuning.cc``):
     all-gather:  base + (R - M) intra + (M - 1) inter            + (R - 1) bytes / bandwidth
     all-reduce:  base + 2 (R / M - 1) intra + 2 log2(M) inter    + 2 bytes / bandwidth
 
-Forward each layer gathers 2 C + 1 numbers of 8 bytes, backward it sums 2 C of 4. Machines have 8
+Forward each layer gathers 2 C + 2 numbers of 8 bytes, backward it sums 2 C of 4. Machines have 8
 replicas, joined by NVLink; machines are joined by Ethernet. In the line *gloo, loopback* (PyTorch)
 all constants are what gloo needs between two processes here, each a machine.
 """
@@ -80,7 +80,7 @@ class Network:
         gather = (replicas - machines) * self.intra[0] + (machines - 1) * self.inter[0]
         reduce = 2 * (each - 1) * self.intra[1] + 2 * math.log2(machines) * self.inter[1]
         return (
-            self.base[0] + gather + (replicas - 1) * 8 * (2 * channels + 1) / rate,
+            self.base[0] + gather + (replicas - 1) * 8 * (2 * channels + 2) / rate,
             self.base[1] + reduce + 2 * 4 * 2 * channels / rate,
         )
 
@@ -311,7 +311,7 @@ def processes(replicas: int, rounds: int) -> tuple[float, ...]:
 
 def on_paper(networks: list[Network]) -> None:
     """A step of ResNet50 with 8 to 1,024 replicas."""
-    layers, numbers = len(RESNET50), sum(4 * channels + 1 for channels in RESNET50)
+    layers, numbers = len(RESNET50), sum(4 * channels + 2 for channels in RESNET50)
     print(f"\nResNet50, {layers} layers: {2 * layers} messages in a step, of {numbers} numbers")
     names = "".join(f"{network.name:>28}" for network in networks)
     print(f"replicas{names}   (milliseconds, forward + backward)")

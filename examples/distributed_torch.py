@@ -17,7 +17,9 @@ from datetime import timedelta
 from typing import Any
 
 os.environ["KERAS_BACKEND"] = "torch"
-os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # this machine only
+os.environ.setdefault(
+    "GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo"
+)  # this machine only
 
 import keras
 import torch

@@ -27,7 +27,9 @@ if QUICK and keras.config.backend() == "jax":
     import jax
 
     # A program is compiled once for all tests, workers and runs: many use the same small models.
-    jax.config.update("jax_compilation_cache_dir", str(Path(".pytest_cache/jax").resolve()))
+    # The folder grows; make clean empties it.
+    PROGRAMS = Path(__file__).parents[1] / ".pytest_cache/jax"
+    jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -153,3 +153,16 @@ def test_a_domain_that_cannot_be_is_refused_before_training(
 def test_a_domain_that_is_no_number_is_refused() -> None:
     with pytest.raises(tn.OptionError, match="domain must be 0 or a positive integer"):
         tn.callbacks.Recalibrate(X, domain=-1)
+
+
+def test_a_class_of_ones_own_is_refused_before_the_first_epoch() -> None:
+    class Own(keras.layers.BatchNormalization):
+        def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+            return super().call(inputs, training=training, mask=mask)
+
+    model = keras.Sequential([keras.Input((4,)), Own(name="own"), keras.layers.Dense(4)])
+    model.compile("sgd", "mse")
+    before = keras.ops.convert_to_numpy(model.layers[0].moving_mean).copy()
+    with pytest.raises(tn.ModelError, match="custom subclass"):
+        model.fit(X, X, verbose=0, callbacks=[tn.callbacks.Recalibrate(X)])
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(model.layers[0].moving_mean), before)

@@ -167,6 +167,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_loaded(
                    "--no-isolate")[2].endswith("Remedy: write mean_squared_error.\n")  # fmt: skip
 
 
+@pytest.mark.other_packages
 def test_a_study_of_conversions_by_name(command: Command) -> None:
     study = [
         "study",

@@ -66,7 +66,6 @@ def test_a_lost_process_ends_the_others_with_a_clear_error(
     assert problem + REMEDY in found["message"]
     assert received in found["message"]
     assert "the timeout= of torch.distributed.init_process_group" in found["message"]
-    assert found["seconds"] < 30
 
 
 def test_processes_train_as_one_though_the_last_step_is_uneven(folder: Path) -> None:

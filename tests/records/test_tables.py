@@ -21,6 +21,7 @@ from truenorm._records.moments import Moments, Spread
 from truenorm._records.observation import Calls, Mode
 from truenorm._records.recalibration import Gap
 from truenorm._records.tables import Record, Table, counted
+from truenorm._records.terminal import code_in
 
 pytestmark = pytest.mark.any_backend
 
@@ -269,6 +270,12 @@ class Remedies(Record):
             f"Remedy of TN2: {self.COMMAND}: {prose}.",
         )
         return [Table("title", ("site", "a heading of words", "c"), (row,), notes)]
+
+
+def test_a_name_from_a_file_is_looked_through_once() -> None:
+    assert len([*code_in("a.b(" * 20_000)]) == 1
+    assert [*code_in("a" * 100_000)] == []
+    assert [*code_in("a." * 50_000)] == []
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 140])

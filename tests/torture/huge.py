@@ -4,7 +4,7 @@ One layer, forward and backward by the compiled passes, and the sums that ``coll
 bfloat16 with channels last and first. The last of 33 images lies beyond element 2^31 altogether,
 and its numbers are unlike the others': whoever leaves it out, or counts in 32 bits, is seen.
 Compared is with float64 arithmetic, image by image; outputs and gradients at places drawn over all
-of the array, in its last image, and around element 2^31. It takes 14 GiB of memory, some minutes.
+of the array, in its last image, and around element 2^31. It takes 15 GiB of memory, some minutes.
 """
 
 from __future__ import annotations

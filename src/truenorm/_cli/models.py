@@ -169,6 +169,10 @@ def replace(
     file: File,
     to: Annotated[Layer, typer.Option(help="Which layer to use instead.", show_default=False)],
     out: Out,
+    fuse: Annotated[
+        bool,
+        typer.Option("--fuse", help="Take in the ReLU behind each, and a residual sum before it."),
+    ] = False,
     data: Probe = None,
     as_json: AsJson = False,
     backend: OnBackend = None,
@@ -178,7 +182,7 @@ def replace(
     """Replace every BatchNormalization by truenorm's or Keras's, keeping weights and outputs."""
     probe = None if data is None else few_inputs(read_data(data))
     model = model_of(file, backend, max_parameters, imports)
-    _finish(tn.replace(model, to=to.value, probe=probe), out, as_json=as_json)
+    _finish(tn.replace(model, to=to.value, fuse=fuse, probe=probe), out, as_json=as_json)
 
 
 def recalibrate(

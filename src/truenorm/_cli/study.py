@@ -66,7 +66,7 @@ def run(
     epochs: Annotated[int, typer.Option(min=1, show_default=False)],
     out: Annotated[Path, typer.Option(help="The study's folder.", show_default=False)],
     positions: Annotated[
-        str, typer.Option(help="Positions, with commas between them.")
+        str, typer.Option(help="Positions, with commas between them; not with --variants.")
     ] = "none,before_activation,after_activation",
     variants: Annotated[
         str | None,
@@ -76,7 +76,7 @@ def run(
             show_default=False,
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of each position.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of each variant.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     learning_rate: Annotated[
         float, typer.Option(help="Adam's, for models that are built by their name.")

@@ -1,4 +1,4 @@
-"""Findings about a model's BatchNormalization: rules in one table, facts found out on demand."""
+"""diagnose: runs the rules of the table and gathers what they find."""
 
 from __future__ import annotations
 

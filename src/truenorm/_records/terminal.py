@@ -31,7 +31,7 @@ DEFAULT_WIDTH = 120
 NARROW = 100
 """Below so many columns a table has its cells on one line each, or is stacked."""
 
-CALL = re.compile(r"(?:\w+ = )?(?:\w+\.)+\w+\(")
+CALL = re.compile(r"(?<![\w.])(?:\w+ = )?(?:\w+\.)+\w+\(")  # from where a word begins
 _WORD = r"(?:'[^']*'|[^\s;:,]+)"
 COMMAND = re.compile(
     rf"truenorm \w+ {_WORD}(?: (?:\w+_(?:activation|layer)|none|POSITION)\b)?"
@@ -94,7 +94,10 @@ def _words(text: str) -> Iterator[str]:
 
 def code_in(text: str) -> Iterator[tuple[int, int]]:
     """Where each piece of code in a text begins and ends."""
+    end = 0
     for found in sorted([*CALL.finditer(text), *COMMAND.finditer(text)], key=lambda m: m.start()):
+        if found.start() < end:  # inside the one before
+            continue
         end, depth = found.end(), found.re is CALL
         while depth and end < len(text):
             depth += (text[end] == "(") - (text[end] == ")")

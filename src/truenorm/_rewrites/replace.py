@@ -65,10 +65,10 @@ def replace(
 
             .. math:: y = \max(0, BN(x)), \qquad y = \max(0, BN(x) + r) .
 
-            These are one pass over the data then, forward and backward, and less is kept in
-            between. It is done where nothing else takes the outputs between the layers; the receipt
-            says what was taken in, and where nothing could be, why. The layers taken in are gone
-            from the model; :func:`truenorm.fold` puts them back where it folds a layer. Outputs are
+            On PyTorch they cost no pass of their own then, and less is kept in between. It is done
+            where nothing else takes the outputs between the layers; the receipt says what was taken
+            in, and where nothing could be, why. The layers taken in are gone from the model;
+            :func:`truenorm.fold` puts them back where it folds a layer. Outputs are
             compared in training as well.
         probe: Inputs to compare on; made from the input specification where none are given. What a
             subclassed model takes is not known: without a probe each layer is compared by itself.

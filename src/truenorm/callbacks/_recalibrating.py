@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from truenorm._checks import check_integer, check_options
-from truenorm._model.domains import check_domain, require_one_domain
+from truenorm._model.domains import check_domain
 from truenorm._model.sites import Layers, chosen_layers
 from truenorm._records.recalibration import Recalibration
-from truenorm._statistics.collect import Collection, collect, runner_of
+from truenorm._statistics.collect import Collection, collect, known, runner_of
 from truenorm._statistics.recalibrate import on_domain, recalibrate
 from truenorm._statistics.runner import Runner
 from truenorm.callbacks._before_validation import BeforeValidation
@@ -30,7 +30,8 @@ class Recalibrate(BeforeValidation):
             there is none), and always when the training ends.
         domain: As in :func:`truenorm.recalibrate`, of a model whose layers have domains: the one
             that the data is of, and whose statistics are set. A callback for each domain has all of
-            them recalibrated.
+            them recalibrated. The model of that domain is made and compiled anew each time, so
+            ``layers`` are meant by path or predicate.
         **options: Those of :func:`truenorm.recalibrate`: ``upstream``, ``batch_size``…
 
     Attributes:
@@ -39,8 +40,8 @@ class Recalibrate(BeforeValidation):
     Raises:
         OptionError: ``every`` is not a positive integer, ``domain`` not an integer of 0 or more;
             when ``fit`` begins: the model has no such domain.
-        ModelError: When ``fit`` begins: the model has no BatchNormalization, or one with domains,
-            of which none is named.
+        ModelError: When ``fit`` begins: the model has no BatchNormalization, one of a user's own
+            class among ``layers``, or one with domains, of which none is named.
 
     Example:
         >>> import keras, numpy as np, truenorm as tn
@@ -71,8 +72,9 @@ class Recalibrate(BeforeValidation):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Refuse at once what could not be done at the end of an epoch."""
+        chosen = chosen_layers(self.model, self.layers)
         if self.domain is None:
-            require_one_domain(chosen_layers(self.model, self.layers))
+            known(chosen)
         else:
             check_domain(self.model, self.domain)
         super().on_train_begin(logs)
@@ -86,6 +88,6 @@ class Recalibrate(BeforeValidation):
 
     def _recalibrated(self, model: Any) -> Recalibration:
         if self._runner is None or self._runner.model is not model:
-            self._runner = runner_of(model, self.layers)  # compiled once, not at each call
+            self._runner = runner_of(model, self.layers)  # compiled once, without domains
         population = Collection(self._runner, self.data, **self.options).population()
         return recalibrate(model, population)

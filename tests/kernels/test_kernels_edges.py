@@ -267,6 +267,17 @@ def test_an_input_without_numbers(options: dict[str, Any], training: bool) -> No
 
 
 @on_torch
+@pytest.mark.parametrize("training", [False, True])
+def test_an_addend_on_another_device(training: bool) -> None:
+    import torch
+
+    made, x = layer(), torch.tensor(X)
+    plain = made(x, training=training)
+    output = made(x, training=training, add=torch.empty(X.shape, device="meta"))
+    np.testing.assert_array_equal(array(output.detach()), array(plain.detach()))
+
+
+@on_torch
 def test_a_layer_without_numbers() -> None:
     """Its weights are on the meta device, as the input or elsewhere."""
     import torch

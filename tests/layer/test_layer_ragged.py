@@ -166,3 +166,20 @@ def test_ragged_samples_have_one_domain() -> None:
             layer(ragged(), training=training, domain=np.array([0, 1, 0, 1]))
     layer(ragged(), training=True, domain=1)
     assert error(array(layer.moving_mean)[1], 0.01 * X.mean(0)) < 1e-6
+
+
+@pytest.mark.parametrize("option", ["add", "mask"])
+def test_what_goes_with_a_ragged_batch_has_rows_of_the_same_lengths(option: str) -> None:
+    import tensorflow as tf
+
+    other = tf.RaggedTensor.from_row_lengths(X, [3, 1, 3, 2])
+    if option == "mask":
+        other = other.with_flat_values(tf.ones(9, tf.bool))
+    with pytest.raises((tf.errors.InvalidArgumentError, tn.DataError)):
+        BatchNormalization()(ragged(), training=True, **{option: other})
+
+
+def test_a_dense_addend_of_a_ragged_batch_is_refused() -> None:
+    for training in (False, True):
+        with pytest.raises(tn.DataError, match="dense beside a ragged input"):
+            BatchNormalization()(ragged(), training=training, add=ragged().to_tensor())

@@ -244,6 +244,33 @@ def test_with_other_options_and_a_baked_mode() -> None:
     assert [new.get_layer(name).bessel_correction for name in "ab"] == [True, True]
 
 
+@pytest.mark.parametrize(
+    "options", [{"virtual_batch_size": 2}, {"renorm": True}, {"synchronized": True}], ids=str
+)
+def test_with_options_that_take_other_statistics(options: dict[str, Any]) -> None:
+    inputs = keras.Input((6,))
+    x = L.ReLU()(L.add([L.BatchNormalization(name="a")(L.Dense(6)(inputs)), inputs]))
+    model = shake(keras.Model(inputs, L.Dense(2)(x)))
+    new = tn.replace(model, fuse=True, **options).model
+    x = inputs_for(model)
+    np.testing.assert_allclose(predict(new, x)[0], predict(model, x)[0], atol=1e-4)
+    ((name, value),) = options.items()
+    assert getattr(new.get_layer("a"), name) == value
+    back = tn.replace(new, renorm=False).model if "renorm" in options else new
+    assert back.get_layer("a").renorm == ("renorm" in options and back is new)
+
+
+@pytest.mark.any_backend
+def test_another_batchnormalization_that_cannot_take_the_sum_in_leaves_it() -> None:
+    inputs = keras.Input((6,))
+    a = L.BatchNormalization(name="a")(L.Dense(6)(inputs))
+    b = L.BatchNormalization(name="b")(L.Dense(6)(inputs))
+    outputs = L.Dense(2)(L.ReLU(name="r")(L.Add(name="sum")([a, b]))), L.Dense(2)(b)
+    taken = receipt(tn.replace(shake(keras.Model(inputs, outputs)), fuse=True))
+    assert "Add sum" in taken["a"]
+    assert "takes nothing in: its output goes to" in taken["b"]
+
+
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_other_dtypes(policy: str) -> None:
     inputs = keras.Input((6, 6, 3), dtype="float32")

@@ -169,6 +169,14 @@ def check_samples(layer: Any, input_shape: Sequence[int | None]) -> None:
 def check_added(add: Any, inputs: Any, where: str | None) -> None:
     """Refuse what cannot be added to the output number by number."""
     theirs, ours = tuple(add.shape), tuple(inputs.shape)
+    if hasattr(inputs, "flat_values") != hasattr(add, "flat_values"):
+        raise DataError(
+            "What BatchNormalization is to add is dense beside a ragged input, or ragged beside a "
+            "dense one",
+            where=where,
+            expected="both ragged or both dense",
+            received=f"add of shape {theirs}",
+        )
     if len(theirs) != len(ours) or any(
         None not in pair and pair[0] != pair[1] for pair in zip(theirs, ours, strict=True)
     ):

@@ -137,7 +137,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     Raises:
         OptionError: A constructor argument has an impossible value, or does not go with another.
-        DataError: The mask does not fit the input.
+        DataError: The mask, or what is to be added, does not fit the input.
+        DistributedError: With ``synchronized`` on PyTorch: another process does not take part.
 
     Example:
         >>> import keras
@@ -410,6 +411,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         gamma, beta, mean, variance = self._values(weights)
         if kernels.brought is not None:
             inputs, mask = kernels.brought(inputs, mask, mean)
+            add = None if add is None else kernels.brought(add, None, mean)[0]
         repeated = is_repeated()
         apart = self.renorm or repeated or self.gathered is not None or weights is not self
         momentum = None if apart else self.momentum
@@ -508,5 +510,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _finished(self, output: Tensor, add: Tensor | None) -> Tensor:
         """What comes behind the normalisation."""
         if add is not None:
+            if kernels.brought is not None:
+                add, _ = kernels.brought(add, None, output)
             output = output + ops.cast(add, output.dtype)
         return output if self.activation is None else self.activation(output)

@@ -131,7 +131,8 @@ def absorbed_behind(call: Call, affine: Affine, fixed: Collection[Any] = ()) -> 
         raise CannotBeAbsorbed(f"its input is {call.input_dtypes[0]}, which it makes floating")
     takings: list[Taking] = []
     for consumer in call.consumers:
-        if call in consumer.aside:
+        twice = "add" in consumer.extras and [*consumer.producers].count(call) > 1
+        if twice or call in consumer.aside:
             raise CannotBeAbsorbed(f"{consumer.label()} takes its output besides another input")
         if is_batch_normalization(inside(consumer).layer):
             if consumer.operation in fixed:

@@ -107,9 +107,13 @@ def compared_fusions(
             for (fusion, new), noise in zip(pairs, drawn, strict=True)
         ]
 
+    # Old and new take other statistics with these, and would wait for other processes.
+    statistics = {"synchronized": False, "virtual_batch_size": None, "renorm": False}
+    with patched((layer, *option) for layer in layers for option in statistics.items()):
+        compared = run(compare, layers, drawn)
     return [
         Place(fusion.relu.path, as_float64(difference), as_float64(extent))
-        for (fusion, _), results in zip(pairs, run(compare, layers, drawn), strict=True)
+        for (fusion, _), results in zip(pairs, compared, strict=True)
         for difference, extent in results
     ]
 
@@ -211,9 +215,12 @@ def _no_sum(site: Call, total: Call) -> str | None:
         return f"it is called with {', '.join(site.extras)}"
     if any(keras_mask(tensor) is not None for tensor in total.inputs):
         return f"{total.label()} makes one mask of several"
-    last = [c for c in total.producers if c and is_site(c) and _unfit(c) is None and not c.extras][
-        -1
-    ]
+    last = [
+        call
+        for call in total.producers
+        if call and is_site(call) and _unfit(call) is None and not call.extras
+        if call.only_consumer is total
+    ][-1]
     return None if last is site else f"{last.label()} takes {total.label()} in, and adds its output"
 
 

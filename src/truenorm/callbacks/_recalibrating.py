@@ -87,7 +87,10 @@ class Recalibrate(BeforeValidation):
             self.last = on_domain(self.model, self.domain, self._recalibrated)
 
     def _recalibrated(self, model: Any) -> Recalibration:
-        if self._runner is None or self._runner.model is not model:
-            self._runner = runner_of(model, self.layers)  # compiled once, without domains
-        population = Collection(self._runner, self.data, **self.options).population()
+        runner = self._runner
+        if runner is None or runner.model is not model:
+            runner = runner_of(model, self.layers)
+        if self.domain is None:  # compiled once, not at each call
+            self._runner = runner
+        population = Collection(runner, self.data, **self.options).population()
         return recalibrate(model, population)

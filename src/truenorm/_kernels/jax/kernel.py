@@ -1,6 +1,7 @@
 r"""JAX: compiled moments, the closed-form backward over two-dimensional rows; XLA does the rest.
 
-Only x, the mean (as shift and correction, see ``composite.py``) and rstd are kept. JAX
+Only x, the mean (as shift and correction, see ``composite.py``) and rstd are kept, and behind a sum
+which outputs have passed the ReLU. JAX
 differentiates both rules as ordinary code, so reverse mode, and forward over reverse
 (``jax.hessian``), are right to any order. Forward mode alone (``jax.jvp``, ``jax.jacfwd`` of the
 layer in training mode) is not defined by a closed-form backward: with a mask, also one that is true

@@ -23,9 +23,17 @@ def of_values(
     axis, beside = options.axis % len(x.shape) - x.ragged_rank, (options.mask, options.add)
     if axis < 1 or not all(part is None or is_ragged(part) for part in beside):
         return padded(kernel, x, gamma, beta, options)
-    mask, add = (None if part is None else part.flat_values for part in beside)
+    mask, add = (None if part is None else _values_beside(x, part) for part in beside)
     found = kernel(x.flat_values, gamma, beta, options._replace(axis=axis, mask=mask, add=add))
     return found._replace(output=x.with_flat_values(found.output))
+
+
+def _values_beside(x: Tensor, part: Tensor) -> Tensor:
+    """The values of what goes with a ragged tensor, whose rows have to be as long as its own."""
+    part = part.with_row_splits_dtype(x.row_splits.dtype)
+    for own, its in zip(x.nested_row_splits, part.nested_row_splits, strict=True):
+        tf.debugging.assert_equal(own, its, "Rows of a ragged tensor and of what goes with it")
+    return part.flat_values
 
 
 def padded(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
@@ -11,6 +12,9 @@ from typing import Any
 import tensorflow  # noqa: ICN001 - its types are wrong: it becomes Any
 
 tf: Any = tensorflow
+
+_ALONE = threading.RLock()
+"""The setting is the process's: two threads that change it would put back each other's."""
 
 REPEATS = ("tensorflow.python.ops.custom_gradient", "inner_recompute_grad")
 """Module and name of the function in which ``tf.recompute_grad`` runs a function once more."""
@@ -68,9 +72,10 @@ def repeats() -> bool:
 def full_precision() -> Generator[None]:
     """A setting of the process."""
     settings = tf.config.experimental
-    before = settings.tensor_float_32_execution_enabled()
-    settings.enable_tensor_float_32_execution(False)
-    try:
-        yield
-    finally:
-        settings.enable_tensor_float_32_execution(before)
+    with _ALONE:
+        before = settings.tensor_float_32_execution_enabled()
+        settings.enable_tensor_float_32_execution(False)
+        try:
+            yield
+        finally:
+            settings.enable_tensor_float_32_execution(before)

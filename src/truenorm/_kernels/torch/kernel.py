@@ -5,8 +5,8 @@ r"""PyTorch: passes of our own, compiled or by Triton; else native kernels aroun
 the same native kernel is asked for the statistics of groups of 2048 rows at most (a free view:
 groups as channels), which are merged exactly (law of total variance) in float64. The native
 inference kernel normalises with them, and the native training-mode backward, given these
-statistics, is the closed form that differentiates through them. It keeps x, mean and rstd. PyTorch
-differentiates it once more; third derivatives are not right.
+statistics, is the closed form that differentiates through them. It keeps x, mean and rstd. A
+derivative that shall be differentiated is made of PyTorch's operations.
 
 The native kernel computes :math:`x \cdot a + (\beta - \mu a)` with :math:`a = \gamma / \sigma`: it
 loses digits as :math:`|\mu| / \sigma` grows. Beyond a ratio of 8 the input is shifted by its mean

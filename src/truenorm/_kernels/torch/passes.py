@@ -3,7 +3,8 @@
 On a processor they are compiled (``native.py``), on a GPU kernels of Triton (``triton_passes.py``).
 They read x in any dense order, so channels last and channels first, in either of PyTorch's memory
 formats, are read where they lie. For the backward pass x and numbers per channel are kept; the
-signs that ReLU's derivative needs are found again from x.
+signs that ReLU's derivative needs are found again from x, or, where something was added before it,
+read off the output.
 
 A derivative that shall be differentiated (``create_graph=True``) is made of PyTorch's operations.
 """

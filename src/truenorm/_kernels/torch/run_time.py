@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+
+_ALONE = threading.RLock()
+"""Settings are the process's: two threads that change them would put back each other's."""
 
 PRODUCTS: tuple[Any, ...] = (
     torch.backends.cuda.matmul,
@@ -76,11 +80,14 @@ def repeats() -> bool:
 @contextmanager
 def full_precision() -> Generator[None]:
     """A setting for each kind of product."""
-    before = [kind.fp32_precision for kind in PRODUCTS]
-    try:
-        for kind in PRODUCTS:
-            kind.fp32_precision = "ieee"
-        yield
-    finally:
-        for kind, precision in zip(PRODUCTS, before, strict=True):
-            kind.fp32_precision = precision
+    with _ALONE:
+        before = [kind.fp32_precision for kind in PRODUCTS]
+        try:
+            for kind in PRODUCTS:
+                kind.fp32_precision = "ieee"
+            yield
+        finally:
+            for kind, precision in zip(PRODUCTS, before, strict=True):
+                kind.fp32_precision = "none"  # what it inherits
+                if kind.fp32_precision != precision:
+                    kind.fp32_precision = precision

@@ -68,6 +68,8 @@ def normalize(
     axis, epsilon, mask, moving, relu, _ = options
     several = mask is not None and by_channel(mask, axis)
     if several or not _takes(x, mask, gamma, beta, *(moving[:2] if moving else ())):
+        if moving is not None and moving.domain is not None:
+            _agree(gather(group)(torch.as_tensor(moving.domain, device=x.device).float().view(1)))
         return composite.normalize(x, gamma, beta, options, gather=gather(group))
     if mask is not None and axis % x.dim() != x.dim() - 1:
         last, mask = (values.movedim(axis, -1) for values in (x, mask))
@@ -134,8 +136,7 @@ def _backward(
     """The gradients of x, gamma and beta, as far as they are needed."""
     x, layout = passes._dense(x, ctx.plan.channel)  # Who keeps tensors may order them anew.
     plan = ctx.plan._replace(layout=layout)
-    if gradient.stride() != x.stride() or gradient.is_neg():
-        gradient = torch.empty_like(x).copy_(gradient)
+    gradient = passes._as_laid_out(gradient, x)
     own = ctx.halves.products(plan, gradient, x, gamma, beta, rows)
     d_x = None
     if needed[0]:
@@ -257,6 +258,8 @@ def _together(collective: Callable[..., Any], *tensors: Any, group: Any) -> None
     try:
         collective(*tensors, group=group)
     except RuntimeError as error:
+        if "No backend type" in str(error):  # none for this device, which says nothing of others
+            raise
         raise DistributedError(
             "Another process did not take part in synchronized BatchNormalization",
             expected=f"{distributed.get_world_size(group)} processes that call the layer, and its "

@@ -262,6 +262,7 @@ def test_without_any_backend_the_remedy_is_to_install_one(monkeypatch: pytest.Mo
     )
 
 
+@pytest.mark.long
 @pytest.mark.other_packages
 def test_keras_configuration_decides_in_a_fresh_process(file: Path, tmp_path: Path) -> None:
     other = {"jax": "torch", "tensorflow": "torch", "torch": "tensorflow"}[keras.backend.backend()]

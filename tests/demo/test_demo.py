@@ -28,7 +28,7 @@ REMEDY = (
     "names another folder."
 )
 
-pytestmark = pytest.mark.any_backend
+pytestmark = [pytest.mark.any_backend, pytest.mark.long]
 
 
 def fill(folder: Path, *names: str) -> None:

@@ -127,6 +127,7 @@ def test_forward_accumulators_and_vectorized_maps(relu: bool, masked: bool) -> N
     assert error(array(found[0]), reference.backward(upstream, X, mask=mask).x) < 1e-5
 
 
+@pytest.mark.long
 @on_tensorflow
 def test_a_saved_training_step_loads_where_the_layer_is_imported(tmp_path: Any) -> None:
     import tensorflow as tf

@@ -94,6 +94,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
     return here, there, folder
 
 
+@pytest.mark.long
 @on_tensorflow
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_saved_model_trains_where_truenorm_is_not(name: str, saved: Any) -> None:

@@ -137,6 +137,7 @@ def test_nor_are_the_compiled_passes_there(names: str, monkeypatch: pytest.Monke
         test_inference((names,), monkeypatch)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="about modules of TensorFlow")
 def test_modules_are_missing() -> None:
     program = (

@@ -39,6 +39,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_loaders_with_workers_run_after_the_layer_was_used(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(CODE)

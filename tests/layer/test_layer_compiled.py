@@ -272,6 +272,7 @@ def test_a_call_in_training_mode_is_exported_without_the_compiled_passes(
     np.testing.assert_allclose(np.asarray(loaded.serve(x)), expected, atol=1e-5)
 
 
+@pytest.mark.long
 def test_training_writes_nothing_of_ours_to_standard_error() -> None:
     """XLA and TensorFlow log what they dislike in an operation there, and go on."""
     program = (

@@ -16,9 +16,10 @@ from layer_cases import EPSILON, error
 
 from truenorm._kernels import reference
 
-pytestmark = pytest.mark.skipif(
-    keras.config.backend() != "torch", reason="processes of torch.distributed"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(keras.config.backend() != "torch", reason="processes of torch.distributed"),
+]
 PROGRAM = Path(__file__).parents[1] / "forked_replicas.py"
 
 

@@ -29,7 +29,11 @@ ARCHITECTURES = {
     "Xception": Expected(24, {"Add": 12, "MaxPooling2D": 4}),
 }
 LARGE = [pytest.param(name, marks=pytest.mark.long) for name in ("InceptionV3", "Xception")]
-pytestmark = [pytest.mark.any_backend, pytest.mark.parametrize("name", ["ResNet50", *LARGE])]
+pytestmark = [
+    pytest.mark.any_backend,
+    pytest.mark.long,
+    pytest.mark.parametrize("name", ["ResNet50", *LARGE]),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -72,6 +72,7 @@ def calls_of(run: Callable[[], Any]) -> int:
     return count
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("build", [healthy, faulty])
 @pytest.mark.parametrize("tool", TOOLS)
 def test_the_work_per_layer_is_the_same_in_a_larger_model(

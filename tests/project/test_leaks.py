@@ -45,6 +45,7 @@ def alive() -> list[int]:
     return [sum(issubclass(one, kind) for one in living) for kind in kinds]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tool", TOOLS)
 def test_nothing_of_ours_stays_after_a_call(tool: str) -> None:
     layers = [keras.Input((4,)), keras.layers.Dense(3), keras.layers.BatchNormalization()]

@@ -42,6 +42,7 @@ def test_the_installed_version_is_the_packages_own() -> None:
     assert importlib.metadata.version("truenorm") == tn.__version__
 
 
+@pytest.mark.long
 def test_public_modules_need_no_import_of_their_own() -> None:
     shown = output_of(
         "import truenorm as tn; print(tn.archive.load.__name__, tn.callbacks.Recalibrate.__name__,"
@@ -56,6 +57,7 @@ def test_importing_truenorm_does_not_import_keras_or_a_framework() -> None:
     assert output_of(f"import sys, truenorm; print({heavy} & set(sys.modules))") == "set()"
 
 
+@pytest.mark.long
 def test_no_framework_beyond_kerass_own_is_imported() -> None:
     frameworks = "{'jax', 'torch', 'tensorflow'}"
     code = (

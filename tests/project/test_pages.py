@@ -103,6 +103,7 @@ def pages() -> list[Any]:
     "ignore:.*_at_fork.*:pytest.PytestUnraisableExceptionWarning",  # JAX, where Ray is started
     "ignore:os.fork:RuntimeWarning",
 )
+@pytest.mark.long
 @pytest.mark.parametrize("page", pages())
 def test_the_code_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -51,6 +51,7 @@ def test_what_the_tools_return_names_no_place_of_this_machine(tmp_path: Path) ->
             assert [place for place in places if place in text] == [], type(record)
 
 
+@pytest.mark.long
 def test_no_telemetry_is_loaded(tmp_path: Path) -> None:
     model = models.shake(models.dense())
     archive.save(model, tmp_path / "model.keras")

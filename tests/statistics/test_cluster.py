@@ -14,7 +14,7 @@ from small_models import dense, shake
 import truenorm as tn
 from truenorm import cluster
 
-pytestmark = [pytest.mark.any_backend, ray_noise]
+pytestmark = [pytest.mark.any_backend, pytest.mark.long, ray_noise]
 X = np.random.default_rng(0).normal(3.0, 2.0, size=(64, 5)).astype("float32")
 
 

@@ -13,6 +13,7 @@ import pytest
 PROGRAM = Path(__file__).parents[1] / "mirrored.py"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="strategies are TensorFlow's")
 def test_two_replicas_find_what_one_model_finds() -> None:
     done = subprocess.run(

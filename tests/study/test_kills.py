@@ -23,7 +23,7 @@ from truenorm._study.folder import open_folder
 from truenorm._study.pool import Progress
 from truenorm._study.worker_output import MARK, complaints, epochs
 
-pytestmark = pytest.mark.any_backend
+pytestmark = [pytest.mark.any_backend, pytest.mark.long]
 
 MB = 1 << 20
 HERE = os.getpid()

@@ -15,7 +15,7 @@ from truenorm._study.folder import Spec
 from truenorm._study.plan import Plan
 from truenorm._study.variants import variants_of
 
-pytestmark = pytest.mark.any_backend
+pytestmark = [pytest.mark.any_backend, pytest.mark.long]
 
 PROGRAM = """
 import random, sys

@@ -289,6 +289,7 @@ def said(done: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
+@pytest.mark.long
 def test_the_command_runs_a_study_and_shows_it(tmp_path: Path) -> None:
     x, y = arrays()[0]
     np.savez(tmp_path / "data.npz", x=x, y=y)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import keras
+import pytest
 
 CODE = """
 import warnings

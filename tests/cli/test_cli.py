@@ -22,8 +22,8 @@ import truenorm as tn
 import truenorm._cli
 from truenorm import archive
 from truenorm._backends import Backend
+from truenorm._cli.backend_and_model import _backend_name
 from truenorm._cli.data import read_data
-from truenorm._cli.shell import _backend_name
 
 pytestmark = pytest.mark.any_backend
 

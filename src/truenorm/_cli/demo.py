@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from truenorm._cli.shell import OnBackend, choose_backend
+from truenorm._cli.backend_and_model import OnBackend, choose_backend
 
 
 class Data(StrEnum):

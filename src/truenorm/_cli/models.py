@@ -10,12 +10,7 @@ import typer
 
 import truenorm as tn
 from truenorm import archive
-from truenorm._cli.data import few_inputs, read_data
-from truenorm._cli.files import Out
-from truenorm._cli.labels import FromLogits, Loss, Metrics, check_loss, compiled, of_logits
-from truenorm._cli.output import AsJson, note, show, write
-from truenorm._cli.remedies import receipt_with_commands, with_commands
-from truenorm._cli.shell import (
+from truenorm._cli.backend_and_model import (
     BatchSize,
     File,
     Imports,
@@ -24,6 +19,11 @@ from truenorm._cli.shell import (
     choose_backend,
     model_of,
 )
+from truenorm._cli.data import few_inputs, read_data
+from truenorm._cli.files import Out
+from truenorm._cli.labels import FromLogits, Loss, Metrics, check_loss, compiled, of_logits
+from truenorm._cli.output import AsJson, note, show, write
+from truenorm._cli.remedies import receipt_with_commands, with_commands
 from truenorm.archive import MOST_PARAMETERS
 
 

@@ -426,7 +426,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         )
         if self.renorm:
             batch = kernel(inputs, None, None, options)
-            output = self._renormalize(batch, gamma, beta, self._renorm(weights))
+            output = self._renorm(weights).corrected(batch, gamma, beta, self.axis)
         else:
             batch = kernel(inputs, gamma, beta, options)
             output = batch.output
@@ -480,32 +480,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def _renorm(self, weights: Any) -> Renorm:
         return Renorm(
-            weights.renorm_mean,
-            weights.renorm_stddev,
-            weights.moving_stddev,
-            self.renorm_momentum,
-            self.renorm_clipping or {},
-            self.epsilon,
+            *(weights.renorm_mean, weights.renorm_stddev, weights.moving_stddev),
+            *(self.renorm_momentum, self.renorm_clipping or {}, self.epsilon),
         )
 
     def _kernel(self) -> kernels.Kernel:
         if self.virtual_batch_size is not None:
             return partial(kernels.normalize_ghosts, size=self.virtual_batch_size)
         return kernels.normalize_synchronized if self.synchronized else kernels.normalize
-
-    def _renormalize(
-        self, batch: Normalized, gamma: Vector | None, beta: Vector | None, renorm: Renorm
-    ) -> Tensor:
-        r"""Batch renormalization: :math:`\hat x (r \gamma) + (d \gamma + \beta)`."""
-        scale, offset = renorm.correction(batch)
-        if gamma is not None:
-            gamma = ops.cast(gamma, scale.dtype)
-            scale, offset = scale * gamma, offset * gamma
-        if beta is not None:
-            offset = offset + ops.cast(beta, offset.dtype)
-        shape = [1] * len(batch.output.shape)
-        shape[self.axis] = -1
-        return batch.output * ops.reshape(scale, shape) + ops.reshape(offset, shape)
 
     def _finished(self, output: Tensor, add: Tensor | None) -> Tensor:
         """What comes behind the normalisation."""

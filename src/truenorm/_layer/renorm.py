@@ -67,6 +67,23 @@ class Renorm:
         d = _clip(d, None if most is None else -most, most)
         return ops.where(batch.count > 0, r, 1.0), ops.where(batch.count > 0, d, 0.0)
 
+    def corrected(
+        self, batch: Normalized, gamma: Vector | None, beta: Vector | None, axis: int
+    ) -> Tensor:
+        r"""The output of a batch that was normalised alone.
+
+        .. math:: y = \hat x \, (r \gamma) + (d \gamma + \beta)
+        """
+        scale, offset = self.correction(batch)
+        if gamma is not None:
+            gamma = ops.cast(gamma, scale.dtype)
+            scale, offset = scale * gamma, offset * gamma
+        if beta is not None:
+            offset = offset + ops.cast(beta, offset.dtype)
+        shape = [1] * len(batch.output.shape)
+        shape[axis] = -1
+        return batch.output * ops.reshape(scale, shape) + ops.reshape(offset, shape)
+
 
 def _clip(values: Tensor, lowest: float | None, highest: float | None) -> Tensor:
     """Between the limits that there are; a NaN stays one."""

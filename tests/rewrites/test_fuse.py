@@ -428,11 +428,14 @@ def test_resnet50() -> None:
     stock = keras.models.clone_model(model)
     stock.set_weights(model.get_weights())
     x = images_for("ResNet50")
-    losses, _ = steps(stock, x, 1)
+    losses, of_stock = steps(stock, x, 2)
     apart, weights = steps(tn.replace(model).model, x, 2)
     own, own_weights = steps(rewrite.model, x, 2)
-    # So deep a model amplifies rounding: what differs from stock in the next step is not the sum.
-    np.testing.assert_allclose(own[:1], losses, rtol=1e-5)
+    np.testing.assert_allclose(own[0], losses[0], rtol=1e-5)
     np.testing.assert_allclose(own, apart, rtol=1e-5)
+    # So deep a model amplifies rounding, and XLA rounds otherwise where it joins other operations:
+    # by no more than the same layers, apart, differ from Keras's.
     for name, values in weights.items():
-        np.testing.assert_allclose(own_weights[name], values, atol=1e-4 * np.abs(values).max())
+        rounding = np.abs(values - of_stock[name]).max()
+        atol = max(rounding, 1e-4 * np.abs(values).max())
+        np.testing.assert_allclose(own_weights[name], values, atol=atol, err_msg=name)

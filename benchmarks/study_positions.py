@@ -6,8 +6,8 @@
     python benchmarks/study_positions.py draw docs/study_positions.json docs/study_positions.svg
 
 ``run`` goes on where it was stopped. The tasks, seeds, epochs and the margin were fixed in the
-commit that brought this file, before any of it was run; the second look at the convolutional
-network in a later commit, before that was run.
+commit that brought this file, before any of it was run; each second look (``again``) in a later
+commit, before that was run.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ TASKS: dict[str, tuple[str, str, int | range, int]] = {
     "residual-digits": ("resnet:8-16", "digits", 5, 8),
     # Planned after the four above had been run: new seeds, and the two positions only.
     "conv-digits-again": ("cnn:16-32", "digits", range(5, 25), 8),
+    # Planned after that, in the same way.
+    "residual-digits-again": ("resnet:8-16", "digits", range(5, 25), 8),
 }
 
 

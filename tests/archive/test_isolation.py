@@ -15,7 +15,7 @@ from altered_keras_files import layer_named, with_config
 
 import truenorm as tn
 from truenorm import archive
-from truenorm.archive import _isolation
+from truenorm.archive import _confinement, _isolation
 from truenorm.archive._isolation import confined
 
 pytestmark = pytest.mark.any_backend
@@ -70,9 +70,9 @@ def test_a_process_that_crashes_is_one_line() -> None:
 
 def test_memory_is_by_the_size_of_the_files(tmp_path: Path) -> None:
     (tmp_path / "small").write_bytes(bytes(1000))
-    base = _isolation.memory_for([])
-    assert _isolation.memory_for([tmp_path / "small", None, tmp_path / "none"]) == base + 16_000
-    assert 0 < base <= 4 * _isolation.GIB + 64 * 2**20 * (os.cpu_count() or 1)
+    base = _confinement.memory_for([])
+    assert _confinement.memory_for([tmp_path / "small", None, tmp_path / "none"]) == base + 16_000
+    assert 0 < base <= 4 * _confinement.GIB + 64 * 2**20 * (os.cpu_count() or 1)
 
 
 def test_what_loads_there_is_loaded_here(file: Path) -> None:

@@ -113,12 +113,12 @@ def enter(
 
 def _run_apart(options: Mapping[str, Any], max_memory: float | None) -> int:
     """Run the command of this process in a separate one; gives its exit code."""
-    from truenorm.archive import _isolation
+    from truenorm.archive import _confinement, _isolation
 
     file = str(options["file"])
-    memory = _isolation.memory_for([file, options.get("data")])
+    memory = _confinement.memory_for([file, options.get("data")])
     if max_memory is not None:
-        memory = int(max_memory * _isolation.GIB)
+        memory = int(max_memory * _confinement.GIB)
     shows = progress.is_shown(None)
     arguments = {"arguments": sys.argv[1:], "file": file, "memory": memory, "progress_shown": shows}
     line = progress.Line("truenorm")

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,25 +20,11 @@ from typing import IO, Any
 
 from truenorm._errors import ArchiveError
 from truenorm._records.files import owned_name, remove_abandoned
+from truenorm.archive._confinement import GIB, SECONDS
 
-GIB = 2**30
-MEMORY, FOR_EACH_PROCESSOR, FOR_EACH_BYTE = 3 * GIB, 64 * 2**20, 16
-"""What an isolated process may take: a framework with its compiler, its threads, and a multiple of
-what the files hold that it opens (weights as they are made, as they are read, their gradients…)."""
-SECONDS = 300.0
-"""How long loading may take. Running the model is not timed."""
 MOST_COMPLAINTS = 2**20
 
 _CONFINEMENT = Path(__file__).with_name("_confinement.py")
-
-
-def memory_for(files: Iterable[str | os.PathLike[str] | None]) -> int:
-    """How many bytes of private memory a process that opens these files may take."""
-    held = sum(Path(file).stat().st_size for file in files if file and Path(file).is_file())
-    wanted = MEMORY + FOR_EACH_PROCESSOR * (os.cpu_count() or 1) + FOR_EACH_BYTE * held
-    if not hasattr(os, "sysconf"):
-        return wanted
-    return min(wanted, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def _npz() -> bytes:
 
 @cache
 def _population() -> bytes:
-    file = Path(_folder()) / "population.npz"
+    file = Path(_FOLDER.name) / "population.npz"
     one = Moments.of(np.random.default_rng(0).normal(size=(8, 3)))
     tn.Population({"bn": one}, samples=8, batches=1, upstream="batch", passes=1).save(file)
     return file.read_bytes()
@@ -94,9 +94,7 @@ def _old() -> bytes:
     return file.getvalue()
 
 
-@cache
-def _folder() -> str:
-    return tempfile.mkdtemp(prefix="truenorm-fuzz-")
+_FOLDER = tempfile.TemporaryDirectory(prefix="truenorm-fuzz-")  # gone when the process ends
 
 
 SEEDS: dict[str, tuple[Callable[[], bytes], Callable[[Path], Any]]] = {
@@ -163,7 +161,7 @@ def one_clear_line() -> Iterator[None]:
 )
 def test_bytes_changed_anywhere(name: str, data: st.DataObject) -> None:
     make, read = SEEDS[name]
-    path = Path(_folder()) / name
+    path = Path(_FOLDER.name) / name
     path.write_bytes(data.draw(mutated(make())))
     with one_clear_line():
         read(path)
@@ -177,7 +175,7 @@ def test_bytes_changed_anywhere(name: str, data: st.DataObject) -> None:
 )
 def test_members_changed_under_right_checksums(data: st.DataObject) -> None:
     """Past the checksum: what is inside of the archive is made up."""
-    path = Path(_folder()) / "inner.keras"
+    path = Path(_FOLDER.name) / "inner.keras"
     variables = data.draw(st.one_of(st.none(), mutated(_variables())))
     config = data.draw(st.one_of(st.none(), mutated(json.dumps(CONFIG).encode())))
     path.write_bytes(_keras(variables, config))

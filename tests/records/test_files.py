@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 import truenorm as tn
 from truenorm._records import files
-from truenorm._records.files import owned_name, remove_abandoned, replacing
+from truenorm._records.files import owned_name, remove_abandoned, replacing, temporary_folder
 
 pytestmark = pytest.mark.any_backend
 
@@ -132,6 +133,26 @@ def test_what_killed_processes_left_is_removed_by_the_next_save(tmp_path: Path) 
     write(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, path.name])
     assert path.read_bytes() == b"new"
+
+
+def test_a_killed_process_leaves_its_temporary_folder_to_the_next_to_remove(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import os, signal\n"
+        "from truenorm._records.files import temporary_folder\n"
+        "with temporary_folder() as folder:\n"
+        "    (folder / 'trial.json').write_bytes(b'{}')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    here = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], check=False, env=here)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with temporary_folder() as folder:
+        assert list(tmp_path.iterdir()) == [folder]
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_another_machine_left_is_not_ours_to_judge(

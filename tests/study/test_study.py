@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ import pytest
 
 import truenorm
 from truenorm._errors import StudyError
-from truenorm._records.files import replacing
+from truenorm._records.files import owned_name, replacing
 from truenorm._records.study import Study
 from truenorm._study import trial as worker
 from truenorm._study.datasets import Parts
@@ -325,6 +326,20 @@ def forget(folder: Path, *names: str) -> None:
 
 
 @pytest.mark.any_backend
+def test_a_study_without_a_folder_works_in_one_that_can_be_found_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    machine, _, number = owned_name().split("-")
+    abandoned = tmp_path / f"truenorm-{machine}-999999999-{number}"
+    abandoned.mkdir()
+    seen = set[Path]()
+    run(None, seeds=1, epochs=1, runner="here", on_event=lambda _: seen.update(tmp_path.iterdir()))
+    (folder,) = seen  # the abandoned one is gone
+    assert re.fullmatch(rf"truenorm-[0-9a-f]+-{os.getpid()}-[0-9a-f]+", folder.name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_killed_worker_fails_its_trial_only(folder: Path) -> None:
     forget(folder, "after_activation-seed0")
 

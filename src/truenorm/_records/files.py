@@ -13,6 +13,7 @@ import shutil
 import stat
 import struct
 import sys
+import tempfile
 import tokenize
 import zipfile
 import zlib
@@ -79,6 +80,19 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path]:
     finally:
         with contextlib.suppress(OSError):  # it became the target, or could never be made
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Generator[Path]:
+    """A folder that is removed at the end; what killed processes left of them goes first."""
+    place = Path(tempfile.gettempdir())
+    remove_abandoned(place, "truenorm-")
+    folder = place / f"truenorm-{owned_name()}"
+    folder.mkdir(0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def owned_name() -> str:

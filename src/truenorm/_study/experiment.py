@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +15,7 @@ import keras
 from truenorm._checks import check_integer, known_options
 from truenorm._errors import OptionError, OutputError
 from truenorm._model.progress import Wanted
+from truenorm._records.files import temporary_folder
 from truenorm._records.study import Study, Trial
 from truenorm._rewrites.place import Position
 from truenorm._study import checks
@@ -240,8 +240,8 @@ or 'before_activation' or 'after_activation' or 'before_layer'. Received: 'behin
         "model": model_digest(model),
         **({} if callbacks is None else {"callbacks": code_digest(callbacks)}),
     }
-    with tempfile.TemporaryDirectory(prefix="truenorm-") as temporary:
-        folder = Path(temporary if directory is None else directory).resolve()
+    with temporary_folder() if directory is None else nullcontext(directory) as place:
+        folder = Path(place).resolve()
         specs = specs_of(settings, keep_models=directory is not None)
         with _opened(folder, settings):
             about: dict[str, Any] = {"name": name, "notes": list(notes), "command": _command()}

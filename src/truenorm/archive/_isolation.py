@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from truenorm._errors import ArchiveError
-from truenorm._records.files import owned_name, remove_abandoned
+from truenorm._records.files import temporary_folder
 from truenorm.archive._confinement import GIB, SECONDS
 
 MOST_COMPLAINTS = 2**20
@@ -97,7 +95,7 @@ def confined(
         output: Where its standard output goes; None for this process's.
         hear: Gets each line of its standard error at once; whether it is done with by that.
     """
-    with _folder() as folder:
+    with temporary_folder() as folder:
         job = {"folder": str(folder), "memory": memory, "seconds": SECONDS, "entry": entry,
                "arguments": arguments, "path": sys.path}  # fmt: skip
         process = subprocess.Popen(  # noqa: S603 (this Python, and a file of ours)
@@ -114,19 +112,6 @@ def confined(
             process.kill()
             process.wait()
         yield Ended(folder, process.returncode, complaints)
-
-
-@contextmanager
-def _folder() -> Generator[Path]:
-    """A folder that is removed at the end; what killed processes left of them goes first."""
-    place = Path(tempfile.gettempdir())
-    remove_abandoned(place, "truenorm-")
-    folder = place / f"truenorm-{owned_name()}"
-    folder.mkdir(0o700)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _beginning(stream: IO[bytes] | None, hear: Callable[[str], bool] | None) -> str:

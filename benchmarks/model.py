@@ -188,6 +188,9 @@ class Clock(keras.callbacks.Callback):
         self.steps.append(now - self._before)
         self._before = now
 
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Nothing; but for a callback that has this, Keras on JAX waits until the step ends."""
+
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Of an epoch with all that is done at its end."""
         self.on_train_batch_begin(0)

@@ -63,7 +63,7 @@ def run(folder: Path, tasks: list[str]) -> None:
 
 def collect(folder: Path) -> None:
     """Print what the studies found as one JSON document."""
-    from truenorm._study.stored import load
+    from truenorm._study.load_and_merge import load
 
     found: dict[str, Any] = {"margin": MARGIN, "studies": {}}
     for task in TASKS:

@@ -22,9 +22,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-from truenorm._statistics.collector import Collector, Seen, Use
 
 import truenorm as tn
+from truenorm._statistics.collect import Collection, runner_of
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -34,7 +34,7 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def first_layer_error(model: Any, x: np.ndarray, found: Seen) -> tuple[float, float]:
+def first_layer_error(model: Any, x: np.ndarray, found: tn.Population) -> tuple[float, float]:
     """Of the mean in standard deviations and of the variance relative to it."""
     layer = next(k for k in model.layers if isinstance(k, keras.layers.BatchNormalization))
     before = keras.Model(model.inputs, layer.input)
@@ -69,14 +69,10 @@ def main() -> None:
     def predict() -> None:
         model.predict(x, batch_size=given.batch, verbose=0)
 
-    # One collector, as one compiled predict: the compilation is before the clock for both.
-    layers = {k: k.name for k in model.layers if isinstance(k, keras.layers.BatchNormalization)}
-    collector = Collector(model, layers)
-    own = Use.own(collector.channels)
+    runner = runner_of(model)  # as one compiled predict: compiled before the clock
 
-    def collect() -> Seen:
-        batches = (x[i : i + given.batch] for i in range(0, len(x), given.batch))
-        return collector.one_pass(batches, own)
+    def collect() -> tn.Population:
+        return Collection(runner, x, batch_size=given.batch).population()
 
     first = seconds(collect)
     seconds(predict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import importlib.metadata
@@ -50,6 +51,33 @@ def test_public_modules_need_no_import_of_their_own() -> None:
         " print(fold.__name__, archive.__name__)"
     )
     assert shown == "load Recalibrate collect save\nfold truenorm.archive"
+
+
+@pytest.mark.any_backend
+def test_what_scripts_import_of_truenorm_exists() -> None:
+    missing: list[str] = []
+    for folder in ("benchmarks", "examples", "tools", "tests"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if not isinstance(node, ast.ImportFrom) or node.level or not node.module:
+                    continue
+                if node.module.split(".")[0] == "truenorm":
+                    wanted = [f"{node.module}.{alias.name}" for alias in node.names]
+                    missing += [f"{path.name}: {one}" for one in wanted if not _exists(one)]
+    assert not missing
+
+
+def _exists(name: str) -> bool:
+    """Whether a dotted name is an attribute of a module, or one."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return hasattr(importlib.import_module(module), attribute) or bool(
+            importlib.import_module(name)
+        )
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("truenorm"):
+            raise  # a package that is not installed
+        return False
 
 
 def test_importing_truenorm_does_not_import_keras_or_a_framework() -> None:

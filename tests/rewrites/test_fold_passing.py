@@ -250,6 +250,13 @@ def stays(model: Any, reason: str) -> None:
         ("product", IMAGE, lambda x: ends(conv(x) * conv(x)), "Multiply"),
         ("kernel", SEQUENCE,
          lambda x: ends(L.EinsumDense("abc,cd->abd", (6, 4))(x), 1), "EinsumDense"),
+        ("wider", ROW, lambda x: ends(L.Dense(1)(x) + np.arange(3.0, dtype="float32")), "Add"),
+        ("longer", ROW,
+         lambda x: ends(K.multiply(np.ones(3, "float32"), L.Dense(1)(x))), "Multiply"),
+        ("initial", SEQUENCE,
+         lambda x: ends(K.max(L.Dense(4)(x), axis=1, initial=0.5)), "Max"),
+        ("initial behind", SEQUENCE,
+         lambda x: flat(K.min(L.BatchNormalization()(x), axis=1, initial=0.5)), "Min"),
     ],
 )  # fmt: skip
 def test_what_does_not_commute_is_left(

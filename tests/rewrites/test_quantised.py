@@ -64,6 +64,21 @@ def test_place_keeps_the_layer(model: Any) -> None:
         np.testing.assert_array_equal(kept, old, strict=True)
 
 
+@pytest.mark.parametrize("how", ["int8", "int4", "lora"])
+def test_removal_gives_it_no_bias(how: str) -> None:
+    first = L.Dense(6, use_bias=False, name="first")
+    model = keras.Sequential([keras.Input((8,)), first, L.BatchNormalization(), L.ReLU()])
+    first.enable_lora(2) if how == "lora" else first.quantize(how)
+    (changed,) = (done := tn.place(model, "none")).changed
+    assert changed.what == (
+        "removed; Dense first stays without bias: it is quantised or has LoRA enabled"
+    )
+    kept = done.model.get_layer("first")
+    assert of_its_kind(kept) == of_its_kind(first)
+    for old, new in zip(first.get_weights(), kept.get_weights(), strict=True):
+        np.testing.assert_array_equal(new, old, strict=True)
+
+
 def test_recalibrate_finds_the_moments_behind_it(model: Any) -> None:
     before = keras.Model(model.inputs, model.get_layer("first").output).predict(X, verbose=0)
     tn.recalibrate(model, X)

@@ -222,6 +222,30 @@ def test_a_diverged_trial_is_left_out_of_the_means_and_cannot_win() -> None:
     assert study.to_json()
 
 
+@pytest.mark.parametrize("metric", ["val_accuracy", "val_error"])
+def test_who_is_shown_to_be_worse_is_no_winner(metric: str) -> None:
+    """The other one diverged once, and is far better in every seed that both have."""
+    sign = -1 if lower_is_better(metric) else 1
+    steady, better = [0.8, 0.801, 0.802, 0.803], [math.nan, 0.9011, 0.9023, 0.9034]
+    rows = {B: steady, A: better}
+    study = judged(
+        trials_of(metric, **{p: [sign * v for v in row] for p, row in rows.items()}), (B, A)
+    )
+    assert study.comparisons[0].p_adjusted is not None
+    assert study.comparisons[0].p_adjusted < 1e-4
+    assert (study.best, study.winner) == (B, None)
+    assert " has the best mean validation " in study.verdict[0]
+    assert " of those that diverged least (" in study.verdict[0]
+    assert study.verdict[0].endswith("not shown to be better than every other position.")
+    assert study.verdict[1].startswith("after_activation is shown to be better than before_")
+
+
+def test_means_over_other_seeds_make_no_winner() -> None:
+    """Both lack one seed: over those that both have the one with the lower mean is better."""
+    rows = {B: [0.9, 0.5, 0.501, 0.503, math.nan], A: [math.nan, 0.6, 0.6012, 0.6031, 0.4]}
+    assert judged(trials_of(**rows), (B, A)).winner is None
+
+
 def test_every_trial_diverged() -> None:
     trials = [trial(p, s, val_loss=math.nan) for p in (B, A) for s in (0, 1)]
     study = judged(trials, (B, A))

@@ -95,6 +95,29 @@ def test_power_by_simulation() -> None:
         assert power_of_equivalence(1.3, 1.5, n, 0.05) == pytest.approx(same, abs=0.015)
 
 
+@pytest.mark.parametrize("n", [2, 3, 5, 30])
+@pytest.mark.parametrize("pairs", [1, 6, 45])
+@pytest.mark.parametrize("effect", [0.5, 2.0, 8.0, 50.0])
+def test_power_is_a_number_however_large_the_effect(n: int, pairs: int, effect: float) -> None:
+    """scipy's noncentral t gives NaN for some of these; here by simulation."""
+    level, rng = 0.05 / pairs, np.random.default_rng(1)
+    spread = np.sqrt(rng.chisquare(n - 1, 100_000) / (n - 1))
+    mean = rng.normal(effect * math.sqrt(n), 1.0, 100_000)
+    shown = np.mean(np.abs(mean) > stats.t.ppf(1 - level / 2, n - 1) * spread)
+    assert power_of_difference(effect, 1.0, n, level) == pytest.approx(shown, abs=0.006)
+
+
+@pytest.mark.parametrize(("n", "pairs"), [(2, 1), (2, 10), (3, 10), (4, 45)])
+def test_a_detectable_difference_is_detected_in_four_of_five_studies(n: int, pairs: int) -> None:
+    rng = np.random.default_rng(1)
+    found = detectable(1.5, n, 0.05 / pairs)
+    assert found is not None
+    differences = rng.normal(found, 1.5, (100_000, n))
+    t = differences.mean(axis=1) / (differences.std(axis=1, ddof=1) / math.sqrt(n))
+    shown = np.mean(np.abs(t) > stats.t.ppf(1 - 0.05 / pairs / 2, n - 1))
+    assert shown == pytest.approx(0.8, abs=0.006)
+
+
 def test_the_number_of_seeds_by_the_table() -> None:
     """Cohen's tables: 34 pairs for an effect of half a standard deviation; 15 for 0.8."""
     for effect, n in ((0.5, 34), (0.8, 15)):

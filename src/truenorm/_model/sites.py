@@ -73,6 +73,11 @@ def is_linear(call: Call | None) -> bool:
     return call is not None and isinstance(call.operation, LINEAR)
 
 
+def is_quantised(layer: Any) -> bool:
+    """Whether a convolution or dense layer is quantised or has LoRA: it has other variables."""
+    return layer.quantization_mode is not None or getattr(layer, "lora_enabled", False)
+
+
 def fused_activation(call: Call | None) -> str | None:
     """Name of the activation inside a convolution or dense layer; None if there is none."""
     if call is None or not is_linear(call):

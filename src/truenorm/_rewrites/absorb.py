@@ -13,7 +13,13 @@ import keras
 import numpy as np
 
 from truenorm._model.graph import Call, is_batch_normalization
-from truenorm._model.sites import LINEAR, channel_axis, channel_axis_of, is_own_class
+from truenorm._model.sites import (
+    LINEAR,
+    channel_axis,
+    channel_axis_of,
+    is_own_class,
+    is_quantised,
+)
 from truenorm._rewrites import einsum
 from truenorm._rewrites.affine import TRANSPOSED, Affine, affine_of
 from truenorm._rewrites.passing import (
@@ -192,7 +198,7 @@ def _taken(call: Call, affine: Affine, *, behind: bool) -> Affine:
         raise CannotBeAbsorbed(f"{call.label()} is called more than once")
     if in_training_mode(call) and normalizes_its_kernel(call.operation):
         raise CannotBeAbsorbed(f"{call.label()} is called with training=True")
-    if layer.quantization_mode is not None or getattr(layer, "lora_enabled", False):
+    if is_quantised(layer):
         raise CannotBeAbsorbed(f"{call.label()} is quantised or has LoRA enabled")
     if local is None or not _has_axis(seen, local.axis, behind=behind):
         raise CannotBeAbsorbed(f"its axis is not the channel axis of {call.label()}")

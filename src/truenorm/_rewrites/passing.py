@@ -101,11 +101,15 @@ def _passed(call: Call, seen: Inside, affine: Affine, *, back: bool) -> Affine |
         here, there = channels, 1 if short else channels
         here, there = (there, here) if back else (here, there)
         return affine.along(there) if affine.axis == here else None
+    if seen.output != seen.shapes[0]:  # stretched to the shape of a constant
+        return None
     return _scaled(call, affine, rank, back=back)
 
 
 def _reduced(layer: Any, affine: Affine, shape: Shape, *, back: bool) -> Affine | None:
     """Through a mean, a maximum, a minimum, or a sum, whose shift is that of all its terms."""
+    if getattr(layer, "initial", None) is not None:  # one more value, which is not mapped
+        return None
     rank = len(shape)
     given = range(rank) if layer.axis is None else np.atleast_1d(layer.axis)
     away = {int(axis) % rank for axis in given}

@@ -32,6 +32,7 @@ from truenorm._model.sites import (
     hidden,
     is_activation,
     is_linear,
+    is_quantised,
     is_sum,
     selector,
     with_kinds,
@@ -324,6 +325,9 @@ def _none(call: Call) -> Result:
         return "removed", edit
     if producer.only_consumer is not call or producer.shared or call.shared:
         return f"removed; {producer.label()} stays without bias: it is used elsewhere too", edit
+    if is_quantised(producer.operation):
+        why = "it is quantised or has LoRA enabled"
+        return f"removed; {producer.label()} stays without bias: {why}", edit
     source = producer.operation
     bias = np.zeros(call.operation.moving_mean.shape[-1], "float32")
     beta = call.operation.beta

@@ -75,6 +75,8 @@ def analyse(
     own = [c for c in deciding if best in (c.first, c.second)]
     sound = bool(np.isfinite(values[metric][best]).all())
     winner = best if sound and own and all(is_shown(c) for c in own) else None
+    if not all(_is_better(best, c, lower) for c in own):  # where others diverged more often
+        winner = None
     found = Study(
         name=name,
         settings=dict(settings),
@@ -128,6 +130,14 @@ def is_shown(comparison: Comparison) -> bool:
 def is_equivalent(comparison: Comparison) -> bool:
     """Whether the difference is shown to be smaller than the margin, after the correction."""
     return comparison.p_equivalent is not None and comparison.p_equivalent < LEVEL
+
+
+def _is_better(position: str, comparison: Comparison, lower: bool) -> bool:
+    """Whether this position has the better mean of the two."""
+    ahead = (
+        comparison.difference.mean if position == comparison.first else -comparison.difference.mean
+    )
+    return ahead < 0 if lower else ahead > 0
 
 
 def student(values: np.ndarray) -> tuple[Interval, float | None]:

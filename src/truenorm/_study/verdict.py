@@ -94,9 +94,11 @@ def _result(outcome: Outcome) -> list[str]:
         return [only]
     pairs = list(zip(outcome.comparisons, outcome.shown, outcome.equivalent, strict=True))
     if outcome.winner is None:
+        own = [shown for c, shown, _ in pairs if outcome.best in (c.first, c.second)]
         first = (
-            f"{best} has the best mean {outcome.noun} ({level}, {seeds}), but it is not "
-            f"shown to differ from every other {outcome.kind}."
+            f"{best} has the best mean {outcome.noun}{_of_these(outcome)} ({level}, {seeds}), but "
+            f"it is not shown to {'be better than' if all(own) else 'differ from'} every other "
+            f"{outcome.kind}."
         )
         return [first, *(_pair(outcome, *pair) for pair in pairs), *_flips(outcome)]
     own = [c for c in outcome.comparisons if outcome.winner in (c.first, c.second)]
@@ -122,6 +124,13 @@ def _result(outcome: Outcome) -> list[str]:
         *(_pair(outcome, *pair) for pair in pairs if pair[0] not in own),
         *_flips(outcome),
     ]
+
+
+def _of_these(outcome: Outcome) -> str:
+    """Among which the best mean is the best, where others diverged more often."""
+    mean, lower = outcome.means[outcome.best], outcome.lower_is_better
+    ahead = [m for m in outcome.means.values() if (m < mean if lower else m > mean)]
+    return " of those that diverged least" if ahead else ""
 
 
 def _lead(outcome: Outcome, comparison: Comparison, leader: str) -> str:

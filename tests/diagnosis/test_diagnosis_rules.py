@@ -348,6 +348,18 @@ def test_a_constant_column_of_the_data_is_seen() -> None:
     assert (finding.site, finding.evidence["constant"]) == ("bn1", 1)
 
 
+def test_one_epsilon_is_advised_for_all_layers_and_none_that_is_rounding() -> None:
+    names = ("large", "small", "nothing")
+    layers = [L.BatchNormalization(name=name) for name in names]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    for layer, variance in zip(layers, (2e-6, 2e-8, 2e-16), strict=True):
+        layer.moving_variance.assign([variance] * 4)
+    found = {f.site: f.remedy for f in tn.diagnose(model, select="TN202").findings}
+    smaller = "train with keras.layers.BatchNormalization(epsilon=1e-06)"
+    assert (found["large"], found["small"]) == (smaller, smaller)
+    assert found["nothing"].startswith("leave out the channels that never vary")
+
+
 def test_one_layer_shared_by_unlike_inputs() -> None:
     left, right = keras.Input((4,)), keras.Input((4,))
     shared = L.BatchNormalization(name="bn")

@@ -57,9 +57,9 @@ def replace(
     Args:
         model: Any built ``keras.Model``, subclassed ones and nested ones included.
         to: What every site shall have; see the table.
-        groups: With ``"group"``: how many groups; 32, as in the paper, unless given. It has to
-            divide the channels of every layer. 1 is layer normalization over channels and
-            positions together.
+        groups: With ``"group"``: how many groups; it has to divide the channels of every
+            layer. Not given: 32, as in the paper, or the largest smaller number that does. 1 is
+            layer normalization over channels and positions together.
         fuse: With ``"truenorm"``: whether each layer takes in the ReLU that follows it, and the
             addition of a residual block between the two:
 

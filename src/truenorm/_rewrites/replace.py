@@ -70,8 +70,9 @@ def replace(
             in, and where nothing could be, why. The layers taken in are gone from the model;
             :func:`truenorm.fold` puts them back where it folds a layer. Outputs are
             compared in training as well.
-        probe: Inputs to compare on; made from the input specification where none are given. What a
-            subclassed model takes is not known: without a probe each layer is compared by itself.
+        probe: Inputs to compare on, or data in batches, of which the first is taken; made from the
+            input specification where none are given. What a subclassed model takes is not known:
+            without a probe each layer is compared by itself.
         progress: Whether to show what is going on, on the standard error stream. None: on a
             terminal and in a notebook.
         **options: With ``"truenorm"`` and ``"keras"``: arguments of the layer's constructor that

@@ -19,6 +19,7 @@ Each message says the problem, the place, what was expected, what came, and the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -124,3 +125,16 @@ _OUT_OF_MEMORY = (
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is how Python or a framework says that there is no memory."""
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, on one line, without what Keras and TensorFlow put around it."""
+    if isinstance(error, TruenormError):
+        return str(error)
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).split("Arguments received by")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
+    if lines[0].startswith("Exception encountered when calling"):
+        lines = lines[1:] or lines
+    said = lines[-1 if lines[0].startswith("in user code:") else 0]
+    name = type(error).__name__
+    return said if said.startswith(f"{name}: ") else f"{name}: {said}"

@@ -16,6 +16,7 @@ from small_models import dense, shake, snapshot, subclassed
 import truenorm as tn
 from truenorm._demo.tasks import digits
 from truenorm._diagnosis.table import RULES
+from truenorm._records.diagnosis import Diagnosis, Finding
 
 PAGES = Path(__file__).parents[2] / "docs" / "findings"
 L = keras.layers
@@ -194,6 +195,23 @@ def test_the_record_prints_the_gravest_first_and_puts_like_sites_together() -> N
     assert table.notes[0] == "Remedy of TN105, TN101: tn.recalibrate(model, data)"
     assert "<table" in diagnosis._repr_html_()
     assert str(diagnosis.findings[0]).startswith("TN101: moving statistics never updated")
+
+
+def test_remedies_that_differ_in_their_site_only_share_a_line() -> None:
+    layers = [L.BatchNormalization(name=f"bn{i}", trainable=False) for i in range(4)]
+    model = keras.Sequential([keras.Input((4,)), *layers, L.Dense(1)], name="held")
+    (table,) = tn.diagnose(model, select="TN404").tables()
+    assert table.notes == (
+        "Remedy of TN404: tn.unfreeze(model, layers='bn0'), and so for each of the 4 sites",
+    )
+    found = tuple(
+        Finding("TN1", "note", "", name, {}, f"truenorm fold FILE --where {name} --out new.keras")
+        for name in ("a", "b/c")
+    )
+    assert Diagnosis("net", found, ("TN1",)).tables()[0].notes == (
+        "Remedy of TN1: truenorm fold FILE --where a --out new.keras, and so for each of the 2 "
+        "sites",
+    )
 
 
 def test_the_record_goes_to_json() -> None:

@@ -12,6 +12,7 @@ import pytest
 from small_models import dense, nested, residual, shake, subclassed, two_towers
 
 import truenorm as tn
+from truenorm._cli.remedies import in_commands
 from truenorm._diagnosis.table import RULES
 
 pytestmark = pytest.mark.any_backend
@@ -348,6 +349,18 @@ def test_a_constant_column_of_the_data_is_seen() -> None:
     assert (finding.site, finding.evidence["constant"]) == ("bn1", 1)
 
 
+def test_one_epsilon_is_advised_for_all_layers_and_none_that_is_rounding() -> None:
+    names = ("large", "small", "nothing")
+    layers = [L.BatchNormalization(name=name) for name in names]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    for layer, variance in zip(layers, (2e-6, 2e-8, 2e-16), strict=True):
+        layer.moving_variance.assign([variance] * 4)
+    found = {f.site: f.remedy for f in tn.diagnose(model, select="TN202").findings}
+    smaller = "train with keras.layers.BatchNormalization(epsilon=1e-06)"
+    assert (found["large"], found["small"]) == (smaller, smaller)
+    assert found["nothing"].startswith("leave out the channels that never vary")
+
+
 def test_one_layer_shared_by_unlike_inputs() -> None:
     left, right = keras.Input((4,)), keras.Input((4,))
     shared = L.BatchNormalization(name="bn")
@@ -355,6 +368,40 @@ def test_one_layer_shared_by_unlike_inputs() -> None:
     finding = only(tn.diagnose(model, [DATA, 3 * DATA + 9], select="TN307", batch_size=320))
     assert (finding.site, finding.evidence["calls"]) == ("bn", 2)
     assert not tn.diagnose(model, [DATA, DATA[::-1]], select="TN307", batch_size=320).findings
+
+
+def siamese(bn_last: bool) -> Any:
+    chain = [L.Conv2D(4, 3), L.ReLU(), L.BatchNormalization(name="bn"), L.Conv2D(2, 3)]
+    chain = [*chain, L.ReLU(), L.BatchNormalization(name="last")] if bn_last else chain
+    encoder = keras.Sequential([keras.Input((8, 8, 1)), *chain], name="encoder")
+    left, right = keras.Input((8, 8, 1)), keras.Input((8, 8, 1))
+    return keras.Model([left, right], L.Subtract()([encoder(left), encoder(right)]))
+
+
+def test_a_shared_encoder_is_folded_by_itself() -> None:
+    model = siamese(bn_last=True)
+    found = {f.site: f.remedy for f in tn.diagnose(model, select="TN501").findings}
+    alone = "tn.fold(model.get_layer('encoder')).model, and the model built with it"
+    none = "none for it; tn.fold(model) folds the others"
+    assert found == {
+        "encoder/bn": alone,
+        "encoder/bn#2": alone,
+        "encoder/last": none,
+        "encoder/last#2": none,
+    }
+    folded = tn.fold(model.get_layer("encoder")).model
+    assert not any(layer.name == "bn" for layer in folded.layers)
+    assert in_commands(alone) == alone  # no command folds a part of a model
+
+
+def test_what_place_leaves_is_not_to_be_placed() -> None:
+    """The activation before it goes to two layers."""
+    inputs = keras.Input((4,))
+    z = L.ReLU()(L.Dense(4)(inputs))
+    model = keras.Model(inputs, [L.BatchNormalization(name="bn")(z), L.Dense(2)(z)])
+    assert [left.path for left in tn.place(model, "before_activation").left] == ["bn"]
+    (finding,) = tn.diagnose(model, select="TN501").findings
+    assert finding.remedy == "none for it; tn.fold(model) folds the others"
 
 
 # --- modes -------------------------------------------------------------------------------------

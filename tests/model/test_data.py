@@ -263,6 +263,35 @@ def test_python_lists_are_refused_as_keras_refuses_them(model: Callable[[], Any]
         tn.collect(model(), X.tolist())
 
 
+@pytest.mark.parametrize("model", [dense, subclassed])
+def test_the_name_of_a_file_is_not_its_data(model: Callable[[], Any]) -> None:
+    for tool in (tn.collect, tn.inspect):
+        with pytest.raises(
+            tn.DataError, match=r"the name of a file.* Received: 'x\.npz'\. Remedy: "
+        ):
+            tool(model(), "x.npz")
+
+
+@pytest.mark.parametrize("data", [X, np.full((4, 3), "text")])
+def test_what_a_subclassed_model_does_not_take_is_told_in_a_line(data: Any) -> None:
+    with pytest.raises(
+        tn.DataError, match=r"^The model does not take this data .*\(at 'own'\)"
+    ) as e:
+        tn.collect(subclassed(), data)
+    assert "\n" not in str(e.value)
+    assert str(data[:, :1].shape[0]) in str(e.value)
+
+
+@pytest.mark.parametrize("model", [dense, subclassed])
+def test_one_batch_of_data_in_batches_is_inspected_and_compared(model: Callable[[], Any]) -> None:
+    made = model()
+    x = X[:, : made.layers[0].weights[0].shape[0]]
+    data = Loader(x, Y)
+    wanted, found = tn.inspect(made, x[:4]), tn.inspect(made, data)
+    assert (found.modes, found.not_run) == (wanted.modes, wanted.not_run)
+    assert tn.replace(made, to="truenorm", probe=data).max_abs_error is not None
+
+
 def test_arrays_of_different_lengths_are_refused() -> None:
     with pytest.raises(tn.DataError, match="different numbers of samples"):
         tn.collect(two_inputs(), [SMALL, LARGE[:9]])

@@ -145,7 +145,7 @@ def test_layers_inside_others_are_found() -> None:
         (residual, 3,
          "This number of groups does not divide the channels (at 'stem_bn'). Expected: a divisor "
          "of its 4 channels. Received: groups=3. Remedy: groups=2 divides those of every layer."),
-        (residual, None,
+        (residual, 32,
          "This number of groups does not divide the channels (at 'stem_bn'). Expected: a divisor "
          "of its 4 channels. Received: groups=32. Remedy: groups=4 divides those of every layer."),
         (dense, 6,
@@ -159,6 +159,16 @@ def test_groups_that_do_not_fit_are_refused(build: Any, groups: Any, message: st
     with pytest.raises(tn.OptionError) as caught:
         tn.replace(build(), to="group", groups=groups)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("build", "groups"), [(residual, 4), (dense, 3)])
+def test_without_a_number_there_are_as_many_groups_as_fit_all_layers(
+    build: Any, groups: int
+) -> None:
+    rewrite = tn.replace(build(), to="group")
+    made = [k for k in rewrite.model.layers if isinstance(k, L.GroupNormalization)]
+    assert {layer.groups for layer in made} == {groups}
+    assert rewrite.changed[0].what == f"now GroupNormalization of {groups} groups"
 
 
 def test_what_cannot_be_converted_is_left_with_its_reason() -> None:

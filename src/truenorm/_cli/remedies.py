@@ -83,8 +83,8 @@ def _calls(text: str) -> Iterator[tuple[ast.Call, int, int]]:
 def _command(call: ast.Call, file: str, data: Path | None) -> list[str] | None:
     """The words of the command; None if there is none for this call."""
     name = cast(Any, call.func).attr
-    if name not in _OPTIONS:
-        return None
+    if name not in _OPTIONS or not (call.args and isinstance(call.args[0], ast.Name)):
+        return None  # no command, or of a part of the model
     words = ["truenorm", name, file]
     if name == "place":
         words.append(ast.literal_eval(call.args[1]) if len(call.args) > 1 else "POSITION")

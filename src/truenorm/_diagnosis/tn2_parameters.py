@@ -16,6 +16,7 @@ from truenorm._keras_internals import decays
 from truenorm._layer.protocol import BatchNormalizationLike
 from truenorm._model.sites import fused_activation, is_linear
 from truenorm._model.values import as_float64
+from truenorm._records.diagnosis import Evidence
 from truenorm._records.moments import Array
 
 DEAD = 1e-2
@@ -30,6 +31,9 @@ deviation is then less than a tenth of gamma."""
 
 MANY = 0.05
 """Share of constant channels from which a layer loses width that anyone would notice."""
+
+LEAST_EPSILON = 1e-8
+"""Below it no epsilon helps: it is next to the rounding of float32, and so is such a channel."""
 
 LARGEST_SCALE = 100.0
 """gamma / sqrt(moving_variance + epsilon): at the stock epsilon of 1e-3 a constant channel with
@@ -60,6 +64,7 @@ def is_dead(layer: BatchNormalizationLike) -> NDArray[np.bool_]:
 
 def constant_input(facts: Facts) -> Iterator[Fault]:
     """TN202."""
+    faults: list[tuple[str, Evidence, float]] = []
     population = None if facts.lacks("data") else facts.seen.training
     for layer, path in facts.layers.items():
         variance = facts.variances.get(path, as_float64(layer.moving_variance))
@@ -73,7 +78,14 @@ def constant_input(facts: Facts) -> Iterator[Fault]:
                 "largest_std_of_these": float(np.sqrt(variance[constant].max())),
                 "epsilon": float(layer.epsilon),
             }
-            yield Fault(path, evidence, _against_epsilon(variance[constant]))
+            faults.append((path, evidence, _largest_epsilon(variance[constant])))
+    enough = min((e for _, _, e in faults if e >= LEAST_EPSILON), default=0.0)
+    for path, evidence, epsilon in faults:
+        smaller = f"train with keras.layers.BatchNormalization(epsilon={enough:.0e})"
+        yield Fault(path, evidence, smaller if epsilon >= LEAST_EPSILON else _NEVER_VARY)
+
+
+_NEVER_VARY = "leave out the channels that never vary: columns of the data, filters before it"
 
 
 def is_constant(layer: BatchNormalizationLike, variance: Array) -> NDArray[np.bool_]:
@@ -82,12 +94,10 @@ def is_constant(layer: BatchNormalizationLike, variance: Array) -> NDArray[np.bo
         return (variance >= 0) & (variance / (variance + layer.epsilon) < CONSTANT)
 
 
-def _against_epsilon(variance: Array) -> str:
-    """An epsilon below all variances; there is none for a channel that does not vary at all."""
-    if not variance.all():
-        return "leave out the channels that never vary: columns of the data, filters before it"
-    epsilon = 10.0 ** np.floor(np.log10(variance.min() * (1 - CONSTANT) / CONSTANT))
-    return f"train with keras.layers.BatchNormalization(epsilon={epsilon:.0e})"
+def _largest_epsilon(variance: Array) -> float:
+    """The largest power of ten with which none of these channels is constant."""
+    least = variance.min() * (1 - CONSTANT) / CONSTANT
+    return float(10.0 ** np.floor(np.log10(least))) if least > 0 else 0.0
 
 
 def exploding_scale(facts: Facts) -> Iterator[Fault]:

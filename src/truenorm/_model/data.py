@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
 from typing import Any, cast
 
 import keras
@@ -20,6 +21,19 @@ def input_batches(model: Any, data: Any, batch_size: int) -> Iterator[Any]:
     """The model's inputs, batch by batch; labels and sample weights are dropped."""
     for inputs, _ in labelled_batches(model, data, batch_size):
         yield inputs
+
+
+def one_batch(model: Any, data: Any) -> Any:
+    """Arrays as they are, or the first batch of what comes in batches; labels are dropped."""
+    leaves = keras.tree.flatten(data)
+    arrays = _arrays(model, data)
+    if not _inputs(model) and leaves and all(map(_is_array, leaves)):
+        arrays = data  # a subclassed model does not say which of them it takes
+    if arrays is not None:
+        return check(model, arrays)
+    for inputs in input_batches(model, data, 1):
+        return inputs
+    raise DataError("There is no data", where="data", expected="at least one batch")
 
 
 def size_of(inputs: Any) -> int:
@@ -96,6 +110,14 @@ def labelled_batches(
             where="y",
             expected="arrays as data, or batches of (x, y)",
             received=f"data of type {type(data).__name__}",
+        )
+    if isinstance(data, str | PathLike):
+        raise DataError(
+            "This is the name of a file, and not its data",
+            where="data",
+            expected="arrays, a PyDataset, or an iterable of batches",
+            received=repr(data),
+            remedy="read it first, with numpy.load or with what wrote it",
         )
     if not isinstance(data, Iterable):
         raise DataError(

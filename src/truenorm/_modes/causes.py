@@ -168,8 +168,8 @@ def _written(case: _Case) -> Iterator[tuple[str, str]]:
         yield (
             "baked_false_ignored",
             f"training=False is written into the model {where}, but fit overrides it (Keras "
-            f"{keras.__version__}): the moving statistics change after all. To keep them, "
-            "truenorm's freeze",
+            f"{keras.__version__}): the moving statistics change after all. "
+            "truenorm.freeze(model) keeps them",
         )
     elif not value:
         yield "baked_false", f"training=False is written into the model {where}, and fit obeys it"

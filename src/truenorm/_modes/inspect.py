@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -16,11 +15,11 @@ from truenorm._errors import (
     DataError,
     KerasVersionError,
     ModelError,
-    TruenormError,
+    in_one_line,
     is_out_of_memory,
 )
 from truenorm._keras_internals import STEPS, compile_arguments, is_compiled, layers_in
-from truenorm._model.data import check
+from truenorm._model.data import one_batch
 from truenorm._model.graph import graph_of
 from truenorm._model.probe import make_inputs
 from truenorm._model.progress import Line, Wanted, shown
@@ -57,7 +56,8 @@ def inspect(model: Any, x: Any = None, y: Any = None, *, progress: Wanted = None
 
     Args:
         model: Any built ``keras.Model``, nested ones included. It is unchanged afterwards.
-        x: Inputs of one batch; made from the input specification where none are given. A
+        x: Inputs of one batch, or data in batches (a ``PyDataset``, ``tf.data``, a ``DataLoader``),
+            of which the first is taken; made from the input specification where none are given. A
             subclassed model has no such specification.
         y: Targets. Where given, the model's own loss is used; else one made for the purpose.
         progress: Whether to show what is going on, on the standard error stream. None: on a
@@ -86,7 +86,7 @@ def inspect(model: Any, x: Any = None, y: Any = None, *, progress: Wanted = None
             where=model.name,
             remedy="give inspect a batch: inspect(model, x)",
         )
-    inputs = check(model, make_inputs(model) if x is None else x)
+    inputs = make_inputs(model) if x is None else one_batch(model, x)
     with shown(progress, "inspecting") as line, same_randomness(), _disposable(model) as copy:
         if y is not None and not is_compiled(copy):  # one with metrics of unknown class is not
             raise DataError(
@@ -150,7 +150,7 @@ def _run_all(
         except Exception as error:  # a step, a loss or a call of the user's own may do anything
             if is_out_of_memory(error):
                 raise  # TensorFlow waits for memory ten seconds at every attempt
-            not_run[entry] = _reason(error)
+            not_run[entry] = in_one_line(error)
         for variable, value in saved:
             variable.assign(value)
     if not modes:
@@ -161,19 +161,6 @@ def _run_all(
             remedy="give inspect data that the model takes: inspect(model, x, y)",
         )
     return modes, not_run
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, on one line, without what Keras and TensorFlow put around it."""
-    if isinstance(error, TruenormError):
-        return str(error)
-    text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).split("Arguments received by")[0]
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
-    if lines[0].startswith("Exception encountered when calling"):
-        lines = lines[1:] or lines
-    said = lines[-1 if lines[0].startswith("in user code:") else 0]
-    name = type(error).__name__
-    return said if said.startswith(f"{name}: ") else f"{name}: {said}"
 
 
 def _prepare(model: Any, inputs: Any, y: Any) -> Any:

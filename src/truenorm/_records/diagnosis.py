@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -128,11 +129,10 @@ class Diagnosis(Record, Drawn):
 def _table(title: str, findings: Sequence[Finding], notes: tuple[str, ...] = ()) -> Table:
     """Findings of one code with the same words as evidence share a row, and codes a remedy."""
     alike: dict[tuple[object, ...], list[Finding]] = {}
-    remedies: dict[str, dict[str, None]] = {}
-    for finding in sorted(findings, key=lambda f: -SEVERITIES.index(f.severity)):
+    graves = sorted(findings, key=lambda f: -SEVERITIES.index(f.severity))
+    for finding in graves:
         words = tuple(v for v in finding.evidence.values() if isinstance(v, str))
         alike.setdefault((finding.code, tuple(finding.evidence), words), []).append(finding)
-        remedies.setdefault(finding.remedy, {})[finding.code] = None
     rows = tuple(
         (
             f"{group[0].code} {group[0].severity}",
@@ -143,9 +143,22 @@ def _table(title: str, findings: Sequence[Finding], notes: tuple[str, ...] = ())
         for group in alike.values()
     )
     columns = ("code", "problem", "site", "evidence") if rows else ()
-    mending = (f"Remedy of {', '.join(codes)}: {remedy}" for remedy, codes in remedies.items())
     severities = tuple(group[0].severity for group in alike.values())
-    return Table(title, columns, rows, (*mending, *notes), severities)
+    return Table(title, columns, rows, (*_mending(graves), *notes), severities)
+
+
+def _mending(findings: Iterable[Finding]) -> Iterator[str]:
+    """A line per remedy; remedies that differ in their site only are told by the first of them."""
+    alike: dict[str, list[Finding]] = {}
+    for finding in findings:
+        path = re.escape(finding.site.partition("#")[0])
+        kind = re.sub(rf"(?<=['\" ]){path}(?=['\" ]|$)", "…", finding.remedy)
+        alike.setdefault(kind, []).append(finding)
+    for group in alike.values():
+        codes = ", ".join(dict.fromkeys(finding.code for finding in group))
+        sites = len({finding.remedy for finding in group})
+        others = f", and so for each of the {sites} sites" if sites > 1 else ""
+        yield f"Remedy of {codes}: {group[0].remedy}{others}"
 
 
 def _measured(evidence: Sequence[Evidence]) -> str:

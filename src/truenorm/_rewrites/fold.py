@@ -93,8 +93,8 @@ def fold(
             :class:`truenorm.Site`, or None for all. So some can be removed from a model that goes
             on training, which keeps its function; every BatchNormalization that stays is left as
             it is.
-        probe: Inputs to verify on, as the model takes them; made from the input specification
-            (standard normal) where none are given.
+        probe: Inputs to verify on, as the model takes them, or data in batches, of which the first
+            is taken; made from the input specification (standard normal) where none are given.
         progress: Whether to show what is going on, on the standard error stream. None: on a
             terminal and in a notebook.
         domain: Of a model whose layers have several (:func:`truenorm.domain`): the one that the new

@@ -359,3 +359,8 @@ _RULES = {
     "after_activation": _after,
     "before_layer": _before_layer,
 }
+
+
+def can_be_placed(call: Call, position: Position) -> bool:
+    """Whether a site can be moved there."""
+    return not isinstance(_RULES[position](call), str)

@@ -57,9 +57,9 @@ def replace(
     Args:
         model: Any built ``keras.Model``, subclassed ones and nested ones included.
         to: What every site shall have; see the table.
-        groups: With ``"group"``: how many groups; 32, as in the paper, unless given. It has to
-            divide the channels of every layer. 1 is layer normalization over channels and
-            positions together.
+        groups: With ``"group"``: how many groups; it has to divide the channels of every
+            layer. Not given: 32, as in the paper, or the largest smaller number that does. 1 is
+            layer normalization over channels and positions together.
         fuse: With ``"truenorm"``: whether each layer takes in the ReLU that follows it, and the
             addition of a residual block between the two:
 
@@ -70,8 +70,9 @@ def replace(
             in, and where nothing could be, why. The layers taken in are gone from the model;
             :func:`truenorm.fold` puts them back where it folds a layer. Outputs are
             compared in training as well.
-        probe: Inputs to compare on; made from the input specification where none are given. What a
-            subclassed model takes is not known: without a probe each layer is compared by itself.
+        probe: Inputs to compare on, or data in batches, of which the first is taken; made from the
+            input specification where none are given. What a subclassed model takes is not known:
+            without a probe each layer is compared by itself.
         progress: Whether to show what is going on, on the standard error stream. None: on a
             terminal and in a notebook.
         **options: With ``"truenorm"`` and ``"keras"``: arguments of the layer's constructor that

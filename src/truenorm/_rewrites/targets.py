@@ -20,6 +20,7 @@ from truenorm._model.edit import Piece, from_config
 from truenorm._model.rebuild import build_like
 from truenorm._model.sites import Spot, batch_normalizations, channel_axis, is_own_class
 from truenorm._model.values import as_float64, numbers
+from truenorm._records.tables import counted
 
 To = Literal["truenorm", "keras", "group", "layer", "affine"]
 
@@ -97,9 +98,10 @@ def target_of(
         what = "now a frozen scale and shift, made of its moving statistics, gamma and beta"
         return Target(to, what, why_left, _affine)
     if to == "group":
-        groups = _check_groups(model, GROUPS if groups is None else groups)
-        within = f"within {groups} groups of channels, over all positions"
-        name, what = f"group, groups={groups}", f"now GroupNormalization of {groups} groups"
+        groups = _check_groups(model, groups)
+        of = counted(groups, "group")
+        within = f"within {of} of channels, over all positions"
+        name, what = f"group, groups={groups}", f"now GroupNormalization of {of}"
         piece, note = partial(_converted, to, groups=groups), _WITHIN_A_SAMPLE.format(within)
         return Target(name, what, why_left, piece, note)
     note = _WITHIN_A_SAMPLE.format("over the channels, each position by itself")
@@ -256,25 +258,27 @@ def _affine(layer: Any) -> Piece:
 
 
 def _check_groups(model: Any, groups: Any) -> int:
-    """Refuse a number of groups that some layer's channels cannot be divided into."""
-    groups = check_integer("groups", groups)
+    """Refuse a number of groups that some layer's channels cannot be divided into.
+
+    Where none is given it is the largest that does it for all layers, up to the paper's.
+    """
+    most = GROUPS if groups is None else check_integer("groups", groups)
     layers = batch_normalizations(model)
     sizes = {layer: int(layer.moving_mean.shape[0]) for layer in layers}
-    for layer, path in layers.items():
-        alone = layer.input_spec.ndim == 2 and sizes[layer] == groups
-        if sizes[layer] % groups or alone:
-            common = math.gcd(*sizes.values())
-            flat = min((n for k, n in sizes.items() if k.input_spec.ndim == 2), default=None)
-            fits = [n for n in range(1, groups + 1) if common % n == 0 and n != flat]
-            remedy = f"groups={fits[-1]} divides those of every layer" if fits else None
-            raise OptionError(
-                "A group of one value has nothing to be normalised with"
-                if alone
-                else "This number of groups does not divide the channels",
-                where=path,
-                expected=f"a divisor of its {sizes[layer]} channels"
-                + (", and a smaller one: its input has no other axis" if alone else ""),
-                received=f"groups={groups}",
-                remedy=remedy,
-            )
-    return groups
+    common = math.gcd(*sizes.values())
+    flat = {n for layer, n in sizes.items() if layer.input_spec.ndim == 2}
+    fits = [n for n in range(1, most + 1) if common % n == 0 and n not in flat]
+    if fits and groups in (None, fits[-1]):
+        return fits[-1]
+    layer = next(k for k, n in sizes.items() if n % most or (most == n and k.input_spec.ndim == 2))
+    alone = sizes[layer] % most == 0
+    raise OptionError(
+        "A group of one value has nothing to be normalised with"
+        if alone
+        else "This number of groups does not divide the channels",
+        where=layers[layer],
+        expected=f"a divisor of its {sizes[layer]} channels"
+        + (", and a smaller one: its input has no other axis" if alone else ""),
+        received=f"groups={most}",
+        remedy=f"groups={fits[-1]} divides those of every layer" if fits else None,
+    )

@@ -10,7 +10,7 @@ import numpy as np
 
 from truenorm._errors import DataError, VerificationError
 from truenorm._kernels import run_time
-from truenorm._model.data import check
+from truenorm._model.data import one_batch
 from truenorm._model.edit import Edit
 from truenorm._model.graph import Call, Graph, graph_of, layer_paths
 from truenorm._model.hooks import intercepted
@@ -81,7 +81,7 @@ def verify(
         site_error = _verify_places(places, rounding, what)
         if probe is None and graph_of(old) is None:
             return Proof(None, None, site_error, (_NOT_KNOWN + _BY_ITSELF,))
-        inputs = make_inputs(old) if probe is None else check(old, probe)
+        inputs = make_inputs(old) if probe is None else one_batch(old, probe)
         line.step("comparing the outputs")
         try:
             before = outputs(old, inputs)

@@ -24,11 +24,12 @@ import keras
 import numpy as np
 
 from truenorm import _kernels as kernels
-from truenorm._errors import ModelError
+from truenorm._errors import DataError, ModelError, TruenormError, in_one_line
 from truenorm._keras_internals import in_symbolic_scope, layers_in, stateless_scope
 from truenorm._kernels import sums as collecting
 from truenorm._kernels.masks import silent
 from truenorm._model.data import size_of
+from truenorm._model.graph import graph_of
 from truenorm._model.hooks import Wrapper, intercepted, patched, wrapped
 from truenorm._records.moments import Array
 from truenorm._records.population import Population
@@ -191,8 +192,21 @@ class Runner:
                 self._refused = _out_of_sight(self._hidden, f"{type(error).__name__}: {error}")
             if self._refused is not None:
                 raise self._refused from error
+            if isinstance(error, ValueError | TypeError) and graph_of(self.model) is None:
+                self._refuse(inputs, error)  # others say what they take, and were asked before
             raise
         return found
+
+    def _refuse(self, inputs: Any, error: Exception) -> None:
+        if isinstance(error, TruenormError):
+            return
+        shapes = keras.tree.map_structure(lambda x: f"{tuple(x.shape)} {x.dtype}", inputs)
+        raise DataError(
+            "The model does not take this data",
+            where=self.model.name,
+            received=f"{shapes}; {in_one_line(error).rstrip('.')}",
+            remedy="give what model(x) takes",
+        ) from error
 
     def _forward(self, state: Any, table: Any, inputs: Any) -> dict[str, Any]:
         order: dict[str, None] = {}

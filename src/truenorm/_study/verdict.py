@@ -213,7 +213,9 @@ def _more_seeds(outcome: Outcome, comparison: Comparison) -> str:
     """What this number of seeds can show, and which number would be enough."""
     n = comparison.difference.n
     can = ""
-    if comparison.detectable is not None:
+    if comparison.detectable is not None and outcome.in_points and comparison.detectable > 1:
+        can = f"with {n} seeds no difference is large enough to be shown in 4 of 5 studies; "
+    elif comparison.detectable is not None:
         can = (
             f"with {n} seeds a true difference must be {outcome.amount(comparison.detectable)}"
             f"{outcome.unit} or more to be shown in 4 of 5 studies; "

@@ -6,8 +6,8 @@ of Zig, which is a package. Without the library truenorm works by the frameworks
 
 ``TRUENORM_NATIVE=0`` leaves it out. For developers: with ``TRUENORM_STRICT=1`` a warning is an
 error, and so is a failed build; ``TRUENORM_SANITIZE`` names sanitizers of the compiler. With
-``TRUENORM_TARGET`` Zig compiles for another system of the same processor: ``x86_64-linux-gnu.2.17``
-is for any Linux with a glibc from 2012 on, which is what a wheel for others needs.
+``TRUENORM_TARGET`` Zig compiles for another Linux: ``x86_64-linux-gnu.2.17`` is any with a glibc
+from 2012 on, which is what a wheel for others needs, and ``aarch64-linux-gnu.2.17`` that on ARM.
 """
 
 import functools
@@ -25,11 +25,15 @@ from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("src/truenorm/_kernels/native")
 FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+TARGET = os.environ.get("TRUENORM_TARGET")
+HOST = platform.machine().lower()
+MACHINE = (
+    TARGET.split("-")[0] if TARGET else {"amd64": "x86_64", "arm64": "aarch64"}.get(HOST, HOST)
+)
 # Levels of the processor; which one is used is decided when the library is loaded.
 LEVELS = {"v1": []}
-if platform.machine().lower() in ("x86_64", "amd64"):
+if MACHINE == "x86_64":
     LEVELS["v3"] = ["-mavx2", "-mfma", "-mf16c"]
-TARGET = os.environ.get("TRUENORM_TARGET")
 STRICT = os.environ.get("TRUENORM_STRICT") == "1"
 if STRICT:
     FLAGS += ["-Wall", "-Wextra", "-Werror"]
@@ -63,8 +67,7 @@ def zig() -> list[str]:
     """Zig's C compiler, for any processor of this kind; else it would be for this very one."""
     system = "macos" if sys.platform == "darwin" else "linux"
     library = {"linux": "-gnu" if platform.libc_ver()[0] == "glibc" else "-musl"}.get(system, "")
-    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-    target = TARGET or f"{machine}-{system}{library}"
+    target = TARGET or f"{MACHINE}-{system}{library}"
     return [sys.executable, "-m", "ziglang", "cc", "-target", target]
 
 
@@ -113,6 +116,8 @@ class PlatformWheel(bdist_wheel):
 
     def finalize_options(self) -> None:
         """Windows has no passes and still a wheel of its own, which no other system will take."""
+        if TARGET and self.plat_name is None:
+            self.plat_name = f"linux-{MACHINE}"
         super().finalize_options()
         self.root_is_pure = self.root_is_pure and sys.platform != "win32"
 

@@ -59,12 +59,19 @@ long: $(VENV)/test.stamp
 sbom: $(VENV)/test.stamp
 	$(BIN)/python tools/sbom.py sbom.json
 
-# 1,000 kills of each writer, 200 of studies at work, 20,000 damaged files, every class of Keras with huge numbers.
+# 1,000 kills of each writer, 200 of studies at work, 20,000 damaged files, every class of Keras with
+# huge numbers: two at a time.
+TORTURES := studies hostile kills fuzz
 torture: $(VENV)/test.stamp
-	KERAS_BACKEND=torch OMP_NUM_THREADS=1 nice $(BIN)/python tests/torture/kills.py
-	KERAS_BACKEND=torch OMP_NUM_THREADS=1 nice $(BIN)/python tests/torture/studies.py
-	KERAS_BACKEND=torch nice $(BIN)/python -m pytest --hypothesis-profile fuzz tests/fuzz
-	KERAS_BACKEND=torch OMP_NUM_THREADS=1 nice $(BIN)/python tests/torture/hostile.py
+	$(MAKE) -j $(JOBS) $(addprefix torture-,$(TORTURES))
+
+.PHONY: $(addprefix torture-,$(TORTURES))
+$(addprefix torture-,$(TORTURES)): export KERAS_BACKEND := torch
+$(addprefix torture-,$(TORTURES)): export OMP_NUM_THREADS := 1
+torture-studies torture-hostile torture-kills: torture-%:
+	nice $(BIN)/python tests/torture/$*.py
+torture-fuzz:
+	nice $(BIN)/python -m pytest --hypothesis-profile fuzz tests/fuzz
 
 # README's install lines and its code, in a fresh environment for each backend.
 fresh: $(addprefix fresh-,$(BACKENDS))

@@ -29,7 +29,6 @@ What each framework has besides ``centred_sums``:
 * ``joined(parts)``: counts and sums of all calls side by side, so that one array goes to the host:
   rows of count, shift, S and Q in float64.
 * ``processes()``, ``gather(vector)``: several processes that run the same code.
-* ``in_replica()``: whether this is a thread that a framework has started for a replica.
 
 Only the files named after a framework import one, and only that of the backend in use is loaded.
 """
@@ -49,7 +48,6 @@ if keras.config.backend() == "jax":
         centred_sums,
         compiled,
         gather,
-        in_replica,
         is_mapped,
         joined,
         processes,
@@ -63,7 +61,6 @@ elif keras.config.backend() == "tensorflow":
         centred_sums,
         compiled,
         gather,
-        in_replica,
         is_mapped,
         joined,
         processes,
@@ -77,7 +74,6 @@ else:
         centred_sums,
         compiled,
         gather,
-        in_replica,
         is_mapped,
         joined,
         processes,
@@ -91,7 +87,6 @@ __all__ = [
     "batch_sums",
     "compiled",
     "gather",
-    "in_replica",
     "is_mapped",
     "joined",
     "processes",

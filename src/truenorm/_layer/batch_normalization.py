@@ -11,7 +11,7 @@ import keras
 from truenorm import _kernels as kernels
 from truenorm._checks import check_integer
 from truenorm._keras_internals import keras_mask
-from truenorm._kernels import Normalized, Options, Tensor, Vector
+from truenorm._kernels import Normalized, Options, Tensor, Vector, replicas
 from truenorm._kernels.masks import aligned
 from truenorm._layer import domains as by_domain
 from truenorm._layer.accumulation import ROWS, Accumulation
@@ -245,7 +245,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.domains = domains
         self.domain_affine = domain_affine
         if domains is not None:
-            by_domain.current()  # While a program is traced it could not be made.
+            by_domain.prepare()
         self.batches_seen: Any = None
         self.gathered: Any = None
         self._policy: FreezePolicy = "none" if freeze == "all" else freeze
@@ -447,8 +447,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
         An accumulation that has begun otherwise goes on, over the end of an epoch and in a saved
         model, as that of Keras's optimizers does. Nothing where none has begun.
         """
-        if self.gathered is None:
-            return
+        if self.gathered is not None:
+            replicas.each(self.gathered, self._end_accumulation)
+
+    def _end_accumulation(self) -> None:
         for index in range(self.domains or 1):
             weights = self if self.domains is None else by_domain.Weights(self, index)
             self._moving_statistics(weights).step(self._accumulation(weights).end())

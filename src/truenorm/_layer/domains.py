@@ -27,7 +27,7 @@ import numpy as np
 
 from truenorm._checks import check_integer
 from truenorm._errors import DataError, OptionError
-from truenorm._kernels import Tensor, Variable, Vector, run_time, statistics_dtype
+from truenorm._kernels import Tensor, Variable, Vector, replicas, run_time, statistics_dtype
 
 ops: Any = keras.ops
 
@@ -40,21 +40,34 @@ _entered: list[int] = []
 """The domains of the contexts that are open, the innermost last."""
 
 
-_current: list[Variable] = []
-"""The one of :func:`current`, once it is made. (In a cache ``torch.compile`` would not find it.)"""
+_current: dict[Any, Variable] = {}
+"""Those of :func:`current`, by strategy. (In a cache ``torch.compile`` would not find them.)"""
+
+
+def prepare() -> None:
+    """Make the variable of this strategy: while a program is traced it could not be made.
+
+    Each strategy has one of its own, with a part for each replica: replicas are traced in turns,
+    and of a part that they shared each would put back what another one had set.
+    """
+    where = replicas.strategy()
+    if where not in _current:
+        now = float(_entered[-1]) if _entered else 0.0
+        with run_time.constants():
+            made = keras.Variable(now, trainable=False, dtype="float32", name="domain")
+        _current[where] = made
 
 
 def current() -> Variable:
-    """The domain of the calls that name none: one variable for all layers.
+    """The domain of the calls that name none: one variable for all layers of a strategy.
 
     As a variable it is read by compiled programs each time that they run. It is a float, because
     TensorFlow keeps the variables that are integers away from the device.
     """
     if not _current:
-        with run_time.constants():
-            made = keras.Variable(0.0, trainable=False, dtype="float32", name="domain")
-        _current.append(made)
-    return _current[0]
+        prepare()
+    where = replicas.strategy()
+    return _current[where] if where in _current else next(iter(_current.values()))
 
 
 @contextmanager
@@ -90,17 +103,27 @@ def domain(index: int) -> Generator[None]:
         does) holds all variables as they are when it is traced, and so the domain.
     """
     check_integer("domain", index, least=0)
-    variable = current()
-    before = ops.copy(variable.value)  # PyTorch's changes in place.
+    variables = _of_here()
+    before = [ops.copy(variable.value) for variable in variables]  # PyTorch's changes in place.
     with run_time.constants():
         value = ops.convert_to_tensor(float(index), dtype="float32")
-    variable.assign(value)
+    for variable in variables:
+        variable.assign(value)
     _entered.append(index)
     try:
         yield
     finally:
         _entered.pop()
-        variable.assign(before)
+        variables = _of_here()
+        before += before[:1] * (len(variables) - len(before))  # Some were made inside.
+        for variable, old in zip(variables, before, strict=True):
+            variable.assign(old)
+
+
+def _of_here() -> list[Variable]:
+    """The variables that a context sets: in a replica its strategy's, elsewhere those of all."""
+    own = current()
+    return [own] if replicas.in_replica() else [*_current.values()]
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from truenorm._checks import check_integer
 from truenorm._errors import ModelError, OptionError
+from truenorm._kernels import replicas
 from truenorm._layer.domains import current, has_rows
 from truenorm._model.edit import Piece, from_config
 from truenorm._model.rebuild import rebuild
 from truenorm._model.sites import batch_normalizations
-from truenorm._model.values import numbers
+from truenorm._model.values import kept, numbers
 
 
 def require_one_domain(layers: Mapping[Any, str]) -> None:
@@ -75,18 +74,19 @@ def put_back(model: Any, single: Any, domain: int) -> Callable[[], None]:
         for layer, path in batch_normalizations(model).items()
         for old, new in zip(_weights(layer), _weights(paths[path]), strict=True)
     ]
-    kept = [(old, numbers(old)) for old, _ in pairs]
+    before = [kept(old) for old, _ in pairs]
 
     def undo() -> None:
-        for variable, values in kept:
-            variable.assign(values)
+        for restore in before:
+            restore()
 
     try:
-        for (old, new), (_, values) in zip(pairs, kept, strict=True):
-            values = np.array(values)
-            row = domain if len(values.shape) > len(new.shape) else ...
-            values[row] = numbers(new)
-            old.assign(values)
+        for old, new in pairs:
+            row = domain if len(old.shape) > len(new.shape) else ...
+            for part in replicas.parts(old):  # whose rows of other domains may differ
+                values = numbers(part)
+                values[row] = numbers(new)
+                part.assign(values)
     except BaseException:  # Ctrl-C included: all or nothing
         undo()
         raise

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from truenorm._kernels.sums import in_replica
+from truenorm._kernels.replicas import in_replica
 
 Handler = Callable[..., Any]
 """``handler(layer, original, inputs, **arguments)`` gives the output of the call."""

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from truenorm._kernels.run_time import is_value
-from truenorm._model.values import numbers
+from truenorm._model.values import kept
 
 
 def remember(objects: Iterable[Any], variables: Iterable[Any] = ()) -> Callable[[], None]:
@@ -29,17 +29,17 @@ def remember(objects: Iterable[Any], variables: Iterable[Any] = ()) -> Callable[
     variables = [*variables, *(v for one in optimizers for v in one.variables)]
     # Buffers of torch's own modules; Keras's variables are not among them.
     buffers = [(b, b.clone()) for one in owners for b in getattr(one, "buffers", list)()]
-    values = [(variable, numbers(variable)) for variable in variables]
+    values = [kept(variable) for variable in variables]
     # Only torch keeps a gradient on the variable itself.
-    gradients = [(v.value, v.value.grad) for v, _ in values if hasattr(v.value, "grad")]
+    gradients = [(v.value, v.value.grad) for v in variables if hasattr(v.value, "grad")]
 
     def restore() -> None:
         for container, elements in containers:
             _refill(container, elements)
         for namespace, attributes in namespaces:
             _refill(namespace, attributes)
-        for variable, value in values:
-            variable.assign(value)
+        for put_back in values:
+            put_back()
         for tensor, gradient in gradients:
             tensor.grad = gradient
         for buffer, value in buffers:

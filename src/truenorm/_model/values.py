@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
+
+from truenorm._kernels import replicas
 
 
 def numbers(variable: Any) -> np.ndarray[Any, Any]:
@@ -15,6 +18,22 @@ def numbers(variable: Any) -> np.ndarray[Any, Any]:
     variable's buffer away in a training step.
     """
     return np.array(keras.ops.convert_to_numpy(variable))
+
+
+def kept(variable: Any) -> Callable[[], None]:
+    """What gives a variable back the numbers that it has now, each replica's its own."""
+    held = [(part, numbers(part)) for part in replicas.parts(variable)]
+
+    def restore() -> None:
+        for part, value in held:
+            part.assign(value)
+
+    return restore
+
+
+def of_replicas(variable: Any) -> np.ndarray[Any, Any]:
+    """A variable in float64, with a row for each replica in this process."""
+    return np.stack([as_float64(part) for part in replicas.parts(variable)])
 
 
 def as_float64(tensor: Any) -> np.ndarray[Any, Any]:

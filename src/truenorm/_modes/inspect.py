@@ -27,7 +27,7 @@ from truenorm._model.rebuild import rebuild
 from truenorm._model.sites import describe_spot, spots
 from truenorm._model.snapshot import lasting, remember, same_randomness
 from truenorm._model.trainer import variables_of
-from truenorm._model.values import numbers
+from truenorm._model.values import kept, numbers
 from truenorm._modes.causes import surprises
 from truenorm._modes.observe import watched
 from truenorm._records.inspection import ENTRY_POINTS, Inspection
@@ -137,7 +137,7 @@ def _run_all(
     modes: dict[str, tuple[Mode, ...]] = {}
     not_run: dict[str, str] = {}
     model.run_eagerly = _RUNS_EAGERLY
-    saved = [(v, numbers(v)) for v in model.variables]
+    saved = [kept(variable) for variable in model.variables]
     for entry, run in zip(ENTRY_POINTS, runs, strict=True):
         line.step(f"running {entry}")
         try:
@@ -151,8 +151,8 @@ def _run_all(
             if is_out_of_memory(error):
                 raise  # TensorFlow waits for memory ten seconds at every attempt
             not_run[entry] = in_one_line(error)
-        for variable, value in saved:
-            variable.assign(value)
+        for restore in saved:
+            restore()
     if not modes:
         raise ModelError(
             "The model could not be run in any way",

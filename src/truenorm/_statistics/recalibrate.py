@@ -10,10 +10,11 @@ import numpy as np
 
 from truenorm._checks import check_options
 from truenorm._errors import DataError
+from truenorm._kernels import replicas
 from truenorm._layer.protocol import BatchNormalizationLike
 from truenorm._model.domains import of_domain, put_back, require_one_domain
 from truenorm._model.sites import batch_normalizations
-from truenorm._model.values import as_float64, numbers
+from truenorm._model.values import as_float64, numbers, of_replicas
 from truenorm._records.moments import Moments
 from truenorm._records.population import Population
 from truenorm._records.recalibration import Gap, Recalibration
@@ -114,14 +115,14 @@ def on_domain(model: Any, domain: int, work: Callable[[Any], Recalibration]) -> 
 
 
 def gaps(model: Any, population: Population) -> tuple[Gap, ...]:
-    """How far each layer's moving statistics are from a population."""
+    """How far each layer's moving statistics are from a population; those of the worst replica."""
     found: list[Gap] = []
     for layer, path in _meant(model, population).items():
         moments = population.sites[path]
         variance = moments.variance + layer.epsilon
         with np.errstate(invalid="ignore", divide="ignore"):  # stored variances may be anything
-            shift = np.abs(as_float64(layer.moving_mean) - moments.mean) / np.sqrt(variance)
-            ratio = (as_float64(layer.moving_variance) + layer.epsilon) / variance
+            shift = np.abs(of_replicas(layer.moving_mean) - moments.mean) / np.sqrt(variance)
+            ratio = (of_replicas(layer.moving_variance) + layer.epsilon) / variance
             scale = np.abs(np.log2(ratio)) / 2
         found.append(Gap(path, float(shift.max(initial=0)), float(scale.max(initial=0))))
     return tuple(found)
@@ -146,16 +147,20 @@ def _meant(model: Any, population: Population) -> dict[Any, str]:
 
 
 def _assignments(layer: BatchNormalizationLike, moments: Moments) -> Iterator[tuple[Any, Any]]:
-    """Which variables get which values; a channel without enough values keeps what it has."""
+    """Which variables get which values; a channel without enough values keeps what it has.
+
+    The replicas in this process have a variable each.
+    """
     some, enough = moments.count > 0, moments.count > 1
 
-    def kept_unless(known: Any, variable: Any, value: Any) -> tuple[Any, Any]:
-        return variable, np.where(known, value, as_float64(variable))
+    def kept_unless(known: Any, variable: Any, value: Any) -> Iterator[tuple[Any, Any]]:
+        for part in replicas.parts(variable):
+            yield part, np.where(known, value, as_float64(part))
 
-    yield kept_unless(some, layer.moving_mean, moments.mean)
-    yield kept_unless(enough, layer.moving_variance, moments.variance)
+    yield from kept_unless(some, layer.moving_mean, moments.mean)
+    yield from kept_unless(enough, layer.moving_variance, moments.variance)
     if layer.renorm:  # Keras derives moving_variance from moving_stddev
         deviation = np.sqrt(moments.variance + layer.epsilon)
-        yield kept_unless(enough, layer.moving_stddev, deviation)
-        yield kept_unless(some, layer.renorm_mean, moments.mean)
-        yield kept_unless(enough, layer.renorm_stddev, deviation)
+        yield from kept_unless(enough, layer.moving_stddev, deviation)
+        yield from kept_unless(some, layer.renorm_mean, moments.mean)
+        yield from kept_unless(enough, layer.renorm_stddev, deviation)

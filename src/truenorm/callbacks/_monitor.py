@@ -40,10 +40,11 @@ class Monitor(keras.callbacks.Callback):
     .. math:: \mu_B = m_0 + \frac{m_1 - m_0}{1 - \alpha} ,
 
     so the numbers are those of the training's own batches and modes, on every backend, and cost
-    three reads of the statistics and no pass of the model. Nothing of the training changes. By
-    default it looks at the last two steps of each epoch. At the end of an epoch the rules of
-    :func:`truenorm.diagnose` about statistics, parameters and modes are checked (``TN1``, ``TN2``,
-    ``TN4``); each finding above a note is a Python warning, once.
+    three reads of the statistics and no pass of the model. Nothing of the training changes. (Of the
+    devices of ``tf.distribute.MirroredStrategy`` it reads the first.) By default it looks at the
+    last two steps of each epoch. At the end of an epoch the rules of :func:`truenorm.diagnose`
+    about statistics, parameters and modes are checked (``TN1``, ``TN2``, ``TN4``); each finding
+    above a note is a Python warning, once.
 
     ``logs`` get one number of each kind over all layers, so that ``History``, ``CSVLogger``,
     ``TensorBoard`` and others, *listed after this callback*, have them: ``bn_distance``,

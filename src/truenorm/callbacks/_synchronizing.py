@@ -1,4 +1,4 @@
-"""Moving statistics that stay the same in all processes of a training."""
+"""Moving statistics that stay the same in all replicas of a training."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from truenorm.callbacks._before_validation import BeforeValidation
 
 
 class SyncStatistics(BeforeValidation):
-    """Give all processes of a training the same moving statistics, before each validation.
+    """Give all replicas of a training the same moving statistics, before each validation.
 
-    For training in several processes whose layers normalise by themselves (no
-    ``synchronized=True``): without it every process validates, and saves, with statistics of its
-    own part of the data. :func:`truenorm.sync_statistics` has the formula. Where ``fit`` runs in
-    one process it does nothing.
+    For training in several processes, or on the devices of ``tf.distribute.MirroredStrategy``,
+    whose layers normalise by themselves (no ``synchronized=True``): without it every replica
+    validates with statistics of its own part of the data, and a file holds those of one.
+    :func:`truenorm.sync_statistics` has the formula. Where there is one replica it does nothing.
 
     Args:
         every: In every so many epochs (before validation, or at the epoch's end where there is
             none), and when the training ends if any were trained since. The same in all processes.
         count: What this process's statistics count for, as in :func:`truenorm.sync_statistics`.
-            None: the training steps that it has made since the last time.
+            None: the training steps that it has made since the last time, each replica as many.
         layers: As in :func:`truenorm.freeze`; None for every BatchNormalization.
 
     Attributes:

@@ -104,11 +104,6 @@ def is_mapped(x: Any) -> bool:
     return False
 
 
-def in_replica() -> bool:
-    """JAX has no threads for replicas."""
-    return False
-
-
 def processes() -> tuple[int, int]:
     """Number of this process, and how many there are."""
     return jax.process_index(), jax.process_count()

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow  # noqa: ICN001 - its types are wrong: it becomes Any
 
 from truenorm._kernels.contract import Tensor, Vector
+from truenorm._kernels.tensorflow.replicas import together
 
 tf: Any = tensorflow
 GROUP = 32
@@ -101,11 +102,6 @@ def is_mapped(x: Any) -> bool:
     return any(part.startswith("loop_body") for part in tf.get_current_name_scope().split("/"))
 
 
-def in_replica() -> bool:
-    """Whether a strategy runs this thread for one of its replicas."""
-    return tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
-
-
 def processes() -> tuple[int, int]:
     """Number of this process, and how many there are: inside a multi-worker strategy's scope."""
     resolver = tf.distribute.get_strategy().cluster_resolver
@@ -118,6 +114,7 @@ def processes() -> tuple[int, int]:
 def gather(vector: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
     """The float64 vectors of all workers; every worker must call it."""
     strategy = tf.distribute.get_strategy()
-    gathered = strategy.gather(strategy.run(lambda: tf.constant(vector)[None]), axis=0)
     replicas = strategy.num_replicas_in_sync // processes()[1]
-    return list(gathered.numpy()[::replicas])
+    with together("the exchange of statistics"):
+        gathered = strategy.gather(strategy.run(lambda: tf.constant(vector)[None]), axis=0)
+        return list(gathered.numpy()[::replicas])

@@ -25,6 +25,7 @@ from truenorm._kernels.contract import Scalar, Tensor, Vector
 from truenorm._kernels.tensorflow import plain
 from truenorm._kernels.tensorflow.plain import ROWS
 from truenorm._kernels.tensorflow.portable import portable
+from truenorm._kernels.tensorflow.replicas import together
 
 tf: Any = tensorflow
 
@@ -61,7 +62,8 @@ def gather(replica: Any) -> Callable[[Vector], Tensor]:
 
 
 def _sum(replica: Any, values: Tensor) -> Tensor:
-    return replica.all_reduce(tf.distribute.ReduceOp.SUM, values)
+    with together("synchronized BatchNormalization"):
+        return replica.all_reduce(tf.distribute.ReduceOp.SUM, values)
 
 
 def normalize(

@@ -85,11 +85,6 @@ def is_mapped(x: Any) -> bool:
     return False
 
 
-def in_replica() -> bool:
-    """PyTorch's replicas are processes."""
-    return False
-
-
 def processes() -> tuple[int, int]:
     """Number of this process, and how many there are."""
     if not (distributed.is_available() and distributed.is_initialized()):

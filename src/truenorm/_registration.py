@@ -12,7 +12,6 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from threading import Lock
 from types import ModuleType
@@ -31,7 +30,7 @@ def register_layer() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds modules where the other finders do, and sees Keras's import and truenorm's own.
 
     The layer is registered once Keras is imported, and not while a module of truenorm is: that

@@ -95,6 +95,14 @@ def test_reading_finds_what_the_model_has(build: Callable[[], Any], tmp_path: Pa
             variance.min(), variance.max())  # fmt: skip
 
 
+def test_a_compressed_archive_reads_as_a_plain_one(file: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed.keras"
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert archive.read(packed) == archive.read(file)
+
+
 def test_a_layer_in_two_models_is_stored_with_the_first(tmp_path: Path) -> None:
     archive.save(twice(), tmp_path / "twice.keras")
     read = archive.read(tmp_path / "twice.keras")

@@ -86,12 +86,12 @@ def test_help_names_the_commands_without_importing_keras() -> None:
         "import sys; sys.argv = ['truenorm', '--help']\n"
         "from truenorm._cli import main\n"
         "try: main()\n"
-        "except SystemExit: print('keras' in sys.modules)"
+        "except SystemExit: print({'keras', 'numpy', 'h5py'} & set(sys.modules))"
     )
     shown = output_of(code)
     for name in ("inspect", "diagnose", "place", "fold", "replace", "recalibrate", "demo"):
         assert name in shown
-    assert shown.endswith("False")
+    assert shown.endswith("set()")
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ def test_a_file_is_read_without_keras_or_a_framework(evil: Path) -> None:
         "import sys; from truenorm._cli import main\n"
         "try: main()\n"
         "except SystemExit as stop:\n"
-        "    heavy = {'keras', 'jax', 'torch', 'tensorflow'} & set(sys.modules)\n"
-        "    print(stop.code, heavy, file=sys.stderr)"
+        "    heavy = {'keras', 'jax', 'torch', 'tensorflow', 'typer', 'numpy', 'h5py'}\n"
+        "    print(stop.code, heavy & set(sys.modules), file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "inspect", str(evil), "--static"],
@@ -171,6 +171,32 @@ def test_a_file_is_read_without_keras_or_a_framework(evil: Path) -> None:
     assert "BatchNormalization in the file of 'sequential" in done.stdout
     assert EVIL_SHOWN in done.stdout
     assert "\x1b" not in done.stdout
+
+
+def test_the_separate_process_of_a_static_reading_imports_what_reads_a_file(
+    file: Path, tmp_path: Path
+) -> None:
+    shown = output_of(
+        "import sys; from truenorm._cli.static import enter\n"
+        f"enter({str(tmp_path)!r}, file={str(file)!r}, as_json=False, memory=0)\n"
+        "heavy = {'keras', 'jax', 'torch', 'tensorflow', 'typer', 'scipy', 'matplotlib'}\n"
+        "print(heavy & set(sys.modules))"
+    )
+    assert "BatchNormalization in the file of" in shown
+    assert shown.splitlines()[-1] == "set()"
+
+
+def test_a_static_reading_is_the_same_whatever_reads_the_command_line(file: Path) -> None:
+    past_typer = truenorm_command("inspect", str(file), "--json", "--static")
+    through_it = truenorm_command("inspect", str(file), "--static", "--isolate", "--json")
+    assert (past_typer.returncode, past_typer.stderr) == (0, "")
+    assert (through_it.returncode, through_it.stdout) == (0, past_typer.stdout)
+    lacking = [
+        truenorm_command("inspect", "none.keras", "--static", *more) for more in ([], ["--isolate"])
+    ]
+    assert {one.returncode for one in lacking} == {2}
+    assert lacking[0].stderr == lacking[1].stderr
+    assert lacking[0].stderr.startswith("truenorm: There is no such .keras file (at 'none.keras'")
 
 
 def test_a_model_is_inspected_in_each_mode(command: Command, file: Path) -> None:

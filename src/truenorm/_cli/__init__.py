@@ -4,6 +4,18 @@ Nothing heavy is imported before a command needs it, so that ``--help`` and ``in
 answer at once; and the backend is chosen before Keras is imported, which fixes it.
 """
 
-from truenorm._cli.app import main
 
-__all__ = ["main"]
+def main() -> None:
+    """Run the command; a static reading without Typer."""
+    import sys
+
+    from truenorm._cli import static
+    from truenorm._cli.refusing import refusing
+
+    file = static.plain(sys.argv[1:])
+    if file is not None:
+        with refusing():
+            sys.exit(static.read_apart(file, as_json="--json" in sys.argv))
+    from truenorm._cli.app import run
+
+    run()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 from truenorm._checks import meant
-from truenorm._errors import TruenormError
-from truenorm._records.tables import printable
-from truenorm._records.terminal import NARROW, terminal_width
+from truenorm._records.width import NARROW, terminal_width
 
 try:
     import typer
@@ -21,9 +19,9 @@ except ImportError:
 import truenorm as tn
 from truenorm._cli.demo import demo
 from truenorm._cli.examples import example
-from truenorm._cli.isolation import is_apart, isolated
+from truenorm._cli.isolation import isolated
 from truenorm._cli.models import diagnose, fold, inspect, place, recalibrate, replace
-from truenorm._cli.remedies import in_commands
+from truenorm._cli.refusing import refuse, refusing
 from truenorm._cli.study import study
 
 app = typer.Typer(
@@ -65,30 +63,15 @@ REFUSED: type[Exception] = next(
 """What Typer raises about arguments; it has no public name."""
 
 
-def main() -> None:
+def run() -> None:
     """Run the command; an error becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:
-        sys.exit(app(standalone_mode=False, prog_name="truenorm") or 0)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stdout = None  # nothing is flushed at exit
-        sys.exit(1)
-    except MemoryError:
-        if is_apart():
-            raise  # it says which limit was reached
-        _refuse("There is not enough memory to run this model.")
-    except TruenormError as error:
-        _refuse(in_commands(str(error)))
+        with refusing():
+            sys.exit(app(standalone_mode=False, prog_name="truenorm") or 0)
     except REFUSED as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # the help was shown
             sys.exit(2)
-        _refuse(_in_our_form(error))
-
-
-def _refuse(message: str) -> NoReturn:
-    print(f"truenorm: {printable(message)}", file=sys.stderr)
-    sys.exit(2)
+        refuse(_in_our_form(error))
 
 
 def _in_our_form(error: Any) -> str:

@@ -12,10 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from truenorm._backends import Backend
-from truenorm._cli import isolation
+from truenorm._cli import apart
 from truenorm._errors import MissingDependencyError
-from truenorm.archive import load
-from truenorm.archive._loading import load_here
 
 File = Annotated[Path, typer.Argument(help="A .keras file, or an old .h5 one.", show_default=False)]
 OnBackend = Annotated[
@@ -36,6 +34,7 @@ Imports = Annotated[
         show_default=False,
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 BatchSize = Annotated[
     int, typer.Option(min=1, help="Samples per batch; best the size used in training.")
 ]
@@ -99,10 +98,12 @@ def model_of(
     file: Path, backend: Backend | None, max_parameters: int, imports: list[str] | None
 ) -> Any:
     """The model in a file, loaded with checks and limits on the chosen backend."""
+    from truenorm.archive._loading import load, load_here
+
     choose_backend(backend)
     if imports:
         sys.path.append(str(Path.cwd()))  # a module of the user's is most often there
-    opening = load_here if isolation.is_apart() else load
+    opening = load_here if apart.is_apart() else load
     model = opening(file, max_parameters=max_parameters, imports=imports or ())
-    isolation.loaded()
+    apart.loaded()
     return model

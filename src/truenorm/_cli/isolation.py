@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,8 +16,11 @@ from typing import Annotated, Any
 
 import typer
 
+from truenorm._cli import apart
+from truenorm._cli.apart import MADE, is_apart
 from truenorm._cli.files import Force, check_free
-from truenorm._errors import is_out_of_memory
+from truenorm._cli.refusing import within
+from truenorm._cli.static import read_apart
 from truenorm._model import progress
 from truenorm._records.files import replacing
 from truenorm._records.tables import printable
@@ -39,10 +41,6 @@ MaxMemory = Annotated[
         show_default=False,
     ),
 ]
-MADE = "made.keras"
-
-_handover: Path | None = None
-"""In the separate process: where files are left."""
 
 
 def isolated(command: Callable[..., None]) -> Callable[..., None]:
@@ -53,9 +51,9 @@ def isolated(command: Callable[..., None]) -> Callable[..., None]:
     def run(
         *, isolate: bool, max_memory: float | None, force: bool = False, **options: Any
     ) -> None:
-        if "out" in options and _handover is None:
+        if "out" in options and not is_apart():
             check_free(options["out"], force=force, ending=".keras")
-        if isolate and _handover is None:
+        if isolate and not is_apart():
             raise typer.Exit(_run_apart(options, max_memory))
         command(**options)
 
@@ -73,42 +71,18 @@ def isolated(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def handed_over() -> Path | None:
-    """Where to save instead, if this is the separate process: the other one puts it in place."""
-    return None if _handover is None else _handover / MADE
-
-
-def is_apart() -> bool:
-    """Whether this is the separate process."""
-    return _handover is not None
-
-
-def loaded() -> None:
-    """Loading, which is timed in the separate process, is over."""
-    if _handover is not None and hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
 def enter(
     folder: str, *, arguments: list[str], file: str, memory: int, progress_shown: bool
 ) -> None:
     """In the separate process: run the command."""
-    global _handover
-    from truenorm._cli import main
-    from truenorm.archive import _isolation
+    from truenorm._cli.app import run
 
-    _handover = Path(folder)
+    apart.begin(folder)
     sys.argv = ["truenorm", *arguments]
     if progress_shown:
         progress.tell_another_process()
-    try:
-        main()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        refusal = _isolation.too_much_memory(file, memory)
-        print(f"truenorm: {printable(str(refusal))}", file=sys.stderr)
-        sys.exit(2)
+    with within(file, memory):
+        run()
 
 
 def _run_apart(options: Mapping[str, Any], max_memory: float | None) -> int:
@@ -116,9 +90,10 @@ def _run_apart(options: Mapping[str, Any], max_memory: float | None) -> int:
     from truenorm.archive import _confinement, _isolation
 
     file = str(options["file"])
-    memory = _confinement.memory_for([file, options.get("data")])
-    if max_memory is not None:
-        memory = int(max_memory * _confinement.GIB)
+    given = None if max_memory is None else int(max_memory * _confinement.GIB)
+    if options.get("static"):
+        return read_apart(file, as_json=options["as_json"], max_memory=given)
+    memory = given or _confinement.memory_for([file, options.get("data")])
     shows = progress.is_shown(None)
     arguments = {"arguments": sys.argv[1:], "file": file, "memory": memory, "progress_shown": shows}
     line = progress.Line("truenorm")

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 import truenorm as tn
-from truenorm import archive
 from truenorm._cli.backend_and_model import (
+    AsJson,
     BatchSize,
     File,
     Imports,
@@ -19,12 +19,11 @@ from truenorm._cli.backend_and_model import (
     choose_backend,
     model_of,
 )
-from truenorm._cli.data import few_inputs, read_data
 from truenorm._cli.files import Out
 from truenorm._cli.labels import FromLogits, Loss, Metrics, check_loss, compiled, of_logits
-from truenorm._cli.output import AsJson, note, show, write
+from truenorm._cli.output import note, show, write
 from truenorm._cli.remedies import receipt_with_commands, with_commands
-from truenorm.archive import MOST_PARAMETERS
+from truenorm.archive._limits import MOST_PARAMETERS
 
 
 class Position(StrEnum):
@@ -79,9 +78,9 @@ def inspect(
 ) -> None:
     """Show every BatchNormalization of a model: where it is, and what it does in each mode."""
     if static:
-        show(archive.read(file), as_json=as_json)
+        show(tn.archive.read(file), as_json=as_json)
     else:
-        inputs = None if data is None else few_inputs(read_data(data))
+        inputs = _probe(data)
         model = model_of(file, backend, max_parameters, imports)
         show(tn.inspect(model, inputs), as_json=as_json)
 
@@ -112,7 +111,7 @@ def diagnose(
     imports: Imports = None,
 ) -> None:
     """Find what is wrong with BatchNormalization; exit code 1 if there are warnings or errors."""
-    arrays = None if data is None else read_data(data)
+    arrays = None if data is None else _arrays(data)
     choose_backend(backend)
     from truenorm._diagnosis.diagnose import selection
 
@@ -160,7 +159,7 @@ def fold(
     imports: Imports = None,
 ) -> None:
     """Fold every BatchNormalization into the layers around it, for inference."""
-    probe = None if data is None else few_inputs(read_data(data))
+    probe = _probe(data)
     model = model_of(file, backend, max_parameters, imports)
     _finish(tn.fold(model, where=where, probe=probe), out, as_json=as_json)
 
@@ -180,7 +179,7 @@ def replace(
     imports: Imports = None,
 ) -> None:
     """Replace every BatchNormalization by truenorm's or Keras's, keeping weights and outputs."""
-    probe = None if data is None else few_inputs(read_data(data))
+    probe = _probe(data)
     model = model_of(file, backend, max_parameters, imports)
     _finish(tn.replace(model, to=to.value, fuse=fuse, probe=probe), out, as_json=as_json)
 
@@ -208,13 +207,28 @@ def recalibrate(
     imports: Imports = None,
 ) -> None:
     """Set the moving statistics to the mean and variance of a whole data set."""
-    arrays = read_data(data)
+    arrays = _arrays(data)
     model = model_of(file, backend, max_parameters, imports)
     done = tn.recalibrate(
         model, arrays, upstream=upstream.value, batch_size=batch_size, layers=layers or None
     )
     show(done, as_json=as_json)
     write(model, out, as_json=as_json)
+
+
+def _arrays(data: Path) -> Any:
+    from truenorm._cli.data import read_data  # here: it imports NumPy
+
+    return read_data(data)
+
+
+def _probe(data: Path | None) -> Any:
+    """A few of the inputs, if there are any."""
+    if data is None:
+        return None
+    from truenorm._cli.data import few_inputs
+
+    return few_inputs(_arrays(data))
 
 
 def _finish(rewrite: tn.Rewrite, out: Path, *, as_json: bool) -> None:

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from truenorm._cli import isolation
+from truenorm._cli.apart import handed_over
 from truenorm._records.tables import Record, printable
-from truenorm._records.terminal import terminal_width
-from truenorm.archive import save
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+from truenorm._records.width import terminal_width
 
 
 def show(record: Record, *, as_json: bool) -> None:
@@ -34,7 +29,9 @@ def note(text: str) -> None:
 
 def write(model: Any, out: Path, *, as_json: bool) -> None:
     """Save a model, and say so if the output is for people."""
-    elsewhere = isolation.handed_over()
+    from truenorm.archive import save
+
+    elsewhere = handed_over()
     save(model, elsewhere or out)
     if not as_json and elsewhere is None:
         print(f"Saved as {printable(str(out))}")

@@ -8,10 +8,11 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from truenorm._records.diagnosis import Diagnosis
-from truenorm._records.rewrite import Rewrite
+if TYPE_CHECKING:
+    from truenorm._records.diagnosis import Diagnosis
+    from truenorm._records.rewrite import Rewrite
 
 _CALL = re.compile(r"(?:model = )?((?:tn|truenorm)\.\w+\()")
 _NEW = ("--out", "new.keras")

@@ -11,10 +11,10 @@ import typer
 from typer.core import TyperGroup
 
 from truenorm._checks import meant
-from truenorm._cli.backend_and_model import Imports, OnBackend, choose_backend
+from truenorm._cli.backend_and_model import AsJson, Imports, OnBackend, choose_backend
 from truenorm._cli.examples import example
 from truenorm._cli.files import Force, check_free
-from truenorm._cli.output import AsJson, show
+from truenorm._cli.output import show
 from truenorm._errors import OptionError
 from truenorm._records.tables import printable
 

@@ -14,11 +14,22 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
-
-import numpy as np
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from truenorm._errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 R = TypeVar("R")
 
@@ -39,12 +50,11 @@ def as_plain(value: Any) -> Any:
         }
     if isinstance(value, Mapping):
         return {str(k): as_plain(v) for k, v in cast(Mapping[Any, Any], value).items()}
-    if isinstance(value, np.ndarray):
-        return as_plain(value.tolist())
     if isinstance(value, list | tuple):
         return [as_plain(v) for v in cast(Sequence[Any], value)]
-    if isinstance(value, np.generic):
-        return as_plain(value.item())
+    as_list = getattr(value, "tolist", None)  # of an array, or a number of NumPy's
+    if as_list is not None:
+        return as_plain(as_list())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -104,7 +114,7 @@ def _made(kind: Any, value: Any, where: str) -> Any:
     if origin is not None and issubclass(origin, Mapping):
         items = _checked(dict, value, where).items()
         return {key: _made(arguments[1], part, _below(where, key)) for key, part in items}
-    if origin is np.ndarray:
+    if origin is not None:
         return _array(_checked(list, value, where), where)
     if kind is float:
         return math.nan if value is None else float(_checked((int, float), value, where))
@@ -112,6 +122,8 @@ def _made(kind: Any, value: Any, where: str) -> Any:
 
 
 def _array(rows: Any, where: str) -> np.ndarray[Any, Any]:
+    import numpy as np  # here, so that a command that only reads a file's text does not wait
+
     def numbers(part: Any) -> Any:
         if isinstance(part, list):
             return [numbers(one) for one in cast(list[Any], part)]

@@ -8,7 +8,6 @@ words in them, and fills lines up with blanks.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING
@@ -19,17 +18,12 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from truenorm._records.tables import printable
+from truenorm._records.width import NARROW
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from truenorm._records.tables import Table
-
-DEFAULT_WIDTH = 120
-"""Columns of a pipe or a file, unless the variable COLUMNS says how many."""
-
-NARROW = 100
-"""Below so many columns a table has its cells on one line each, or is stacked."""
 
 CALL = re.compile(r"(?<![\w.])(?:\w+ = )?(?:\w+\.)+\w+\(")  # from where a word begins
 _WORD = r"(?:'[^']*'|[^\s;:,]+)"
@@ -40,11 +34,6 @@ COMMAND = re.compile(
 """Code in a note: where a call of Python begins, and a command."""
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
-
-
-def terminal_width() -> int:
-    """The variable COLUMNS, else the terminal's width, else the default."""
-    return shutil.get_terminal_size((DEFAULT_WIDTH, 24)).columns
 
 
 def drawn(table: Table, width: int, *, beyond: bool) -> Iterator[RenderableType]:

@@ -10,9 +10,7 @@ import json
 import math
 import os
 import re
-import shutil
 import stat
-import tempfile
 import zipfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -23,10 +21,10 @@ import h5py
 
 from truenorm._errors import ArchiveError
 from truenorm._records.files import UNREADABLE
+from truenorm.archive._member import MIB, checked
 
 CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
 
-MIB = 2**20
 MOST_MEMBERS = 10_000
 MOST_JSON = 64 * MIB
 MOST_DEPTH = 200
@@ -109,13 +107,11 @@ def numbers(archive: zipfile.ZipFile) -> int:
 
 @contextmanager
 def _variables(archive: zipfile.ZipFile) -> Generator[h5py.File]:
-    info = _member(archive, WEIGHTS)
-    with tempfile.SpooledTemporaryFile(max_size=64 * MIB) as copy:
-        with archive.open(info) as member:  # to its end, so that its checksum is verified
-            shutil.copyfileobj(member, copy, MIB)
-        copy.seek(0)
-        with h5py.File(copy, "r") as file:
-            yield file
+    with (
+        checked(archive, _member(archive, WEIGHTS)) as member,
+        h5py.File(member, "r") as file,
+    ):
+        yield file
 
 
 @contextmanager

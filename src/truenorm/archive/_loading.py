@@ -42,10 +42,8 @@ from truenorm.archive._isolated_loading import checked
 from truenorm.archive._isolation import not_enough_memory
 from truenorm.archive._keras2 import single, translated
 from truenorm.archive._legacy import config_of, copied, is_legacy, opened_h5, text_attribute
+from truenorm.archive._limits import MOST_PARAMETERS
 
-MOST_PARAMETERS = 200_000_000
-"""What a model may have unless more is allowed: more than any model with BatchNormalization that
-Keras brings along."""
 OURS = "truenorm>BatchNormalization"
 """What our layer is registered as."""
 

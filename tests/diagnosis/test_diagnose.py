@@ -241,6 +241,17 @@ def test_the_record_knows_all_sites_in_their_order_and_draws_its_findings_there(
     assert tn.diagnose(subclassed(), select="TN105").sites
 
 
+def test_a_finding_at_another_layer_is_named_and_not_drawn_along_the_whole_model() -> None:
+    found = (
+        Finding("TN110", "warning", "does otherwise", "net", {}, "-"),
+        Finding("TN301", "note", "has none", "up", {}, "-"),
+        Finding("TN301", "note", "has none", "b", {}, "-"),
+    )
+    drawing = Diagnosis("net", found, ("TN110", "TN301"), sites=("a", "b")).drawing()
+    assert drawing.rows == {"TN110": "does otherwise", "TN301": "has none: up"}
+    assert [(mark.row, mark.place) for mark in drawing.marks] == [("TN110", "net"), ("TN301", "b")]
+
+
 # --- the pages ---------------------------------------------------------------------------------
 
 

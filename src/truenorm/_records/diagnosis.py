@@ -114,15 +114,23 @@ class Diagnosis(Record, Drawn):
         graves = sorted(self.findings, key=lambda f: -SEVERITIES.index(f.severity))
         codes = {finding.code: finding.problem for finding in graves}
         sites = {code: [f.site for f in graves if f.code == code] for code in codes}
+        drawn = [f for f in graves if f.site in (*places, self.model)]
+        others = {
+            code: [site for site in sites[code] if site not in (*places, self.model)]
+            for code in codes
+        }
         return Marks(
             title=title,
             alt=". ".join(f"{code}, {codes[code]}: {joined(sites[code])}" for code in codes),
             notes=("A finding about the whole model is a line along all of it.",)
-            if any(f.site not in places for f in graves)
+            if any(f.site not in places for f in drawn)
             else (),
             places=places,
-            rows=codes,
-            marks=[Mark(f.code, f.site, f.severity) for f in graves],
+            rows={
+                code: ": ".join(filter(None, (words, joined(others[code]))))
+                for code, words in codes.items()
+            },
+            marks=[Mark(f.code, f.site, f.severity) for f in drawn],
         )
 
 

@@ -190,6 +190,23 @@ def test_recalibration_changes_the_statistics_only_and_can_be_undone() -> None:
     assert snapshot(model) == bits
 
 
+def test_of_a_population_only_the_layers_that_are_meant_are_written() -> None:
+    model = stack()
+    population = tn.collect(model, np.random.default_rng(0).normal(size=(9, 4)))
+    first, *others = [layer for layer in model.layers if hasattr(layer, "moving_mean")]
+    before = [weights(layer) for layer in others]
+    done = tn.recalibrate(model, population, layers=first.name)
+    assert [gap.path for gap in done.before] == [*done.population.standard_errors()] == [first.name]
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(first.moving_mean), population.sites[first.name].mean, rtol=1e-6
+    )
+    for layer, values in zip(others, before, strict=True):
+        for now, old in zip(weights(layer), values, strict=True):
+            np.testing.assert_array_equal(now, old)
+    with pytest.raises(tn.OptionError, match=r"^No BatchNormalization of the model is"):
+        tn.recalibrate(model, population, layers="other")
+
+
 def test_renorm_statistics_are_all_written() -> None:
     layer = keras.layers.BatchNormalization(renorm=True, name="bn")
     model = keras.Sequential([keras.Input((2,)), layer])

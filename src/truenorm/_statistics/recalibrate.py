@@ -13,7 +13,7 @@ from truenorm._errors import DataError
 from truenorm._kernels import replicas
 from truenorm._layer.protocol import BatchNormalizationLike
 from truenorm._model.domains import of_domain, put_back, require_one_domain
-from truenorm._model.sites import batch_normalizations
+from truenorm._model.sites import Layers, batch_normalizations, chosen_layers
 from truenorm._model.values import as_float64, numbers, of_replicas
 from truenorm._records.moments import Moments
 from truenorm._records.population import Population
@@ -72,7 +72,7 @@ def recalibrate(
         options |= {"upstream": upstream, "batch_size": batch_size}
         return on_domain(model, domain, lambda single: recalibrate(single, data, **options))
     if isinstance(data, Population):
-        population = data
+        population = _part(model, data, options.get("layers"))
     else:
         population = collect(model, data, upstream=upstream, batch_size=batch_size, **options)
     layers = known(_meant(model, population))
@@ -105,6 +105,17 @@ def recalibrate(
         undo()
         raise
     return Recalibration(population, before, after, undo)
+
+
+def _part(model: Any, population: Population, layers: Layers) -> Population:
+    """What a population has of the layers that are meant."""
+    _meant(model, population)  # which refuses one of another model
+    chosen = {*chosen_layers(model, layers).values()}
+    sites, spread = (
+        {path: value for path, value in of_all.items() if path in chosen}
+        for of_all in (population.sites, population.spread)
+    )
+    return replace(population, sites=sites, spread=spread)
 
 
 def on_domain(model: Any, domain: int, work: Callable[[Any], Recalibration]) -> Recalibration:

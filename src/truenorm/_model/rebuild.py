@@ -18,6 +18,7 @@ import keras
 
 from truenorm._errors import ModelError
 from truenorm._keras_internals import (
+    compile_arguments,
     constructed_like,
     functional_class,
     layers_in,
@@ -109,7 +110,23 @@ class _Builder:
     def _functional(self, old: Any) -> Any:
         inputs = keras.tree.map_structure(self._new_input, old.input)
         outputs = run_through_graph(old, inputs, operation_fn=self._called, call_fn=self._call)
+        if old is self.root and _tells_outputs_by_name(old):
+            outputs = self._named_like(old, outputs)
         return self._of_class(old, functional_class(), inputs, outputs)
+
+    def _named_like(self, old: Any, outputs: Any) -> Any:
+        """The outputs under their old names, those of the layers that an edit may have removed."""
+        named: dict[Any, Any] = {}
+        found: list[Any] = []
+        for tensor, new in zip(old.outputs, keras.tree.flatten(outputs), strict=True):
+            maker = operation_of(tensor)
+            kept = {piece.layer.name for piece in self.edit.get(maker, ())}
+            if maker in self.edit and maker.name not in kept:
+                if maker not in named:
+                    named[maker] = keras.layers.Identity(name=maker.name, dtype=new.dtype)
+                new = named[maker](new)
+            found.append(new)
+        return keras.tree.pack_sequence_as(outputs, found)
 
     def _sequential(self, old: Any) -> Any:
         chain = [self._new_input(old.inputs[0])]
@@ -205,6 +222,12 @@ def _parts(model: Any) -> set[Any]:
     layers = layers_in(model)
     graphs = [graph_of(layer) for layer in layers if graph_of(layer) is not None]
     return {*layers, *(node.operation for graph in graphs for node in nodes(graph))}
+
+
+def _tells_outputs_by_name(model: Any) -> bool:
+    """Whether losses, metrics and targets may be told by the names of the outputs."""
+    told = (compile_arguments(model) or {}).values()
+    return len(model.outputs) > 1 or any(isinstance(value, dict) for value in told)
 
 
 def _has_kerass_constructor(model: Any) -> bool:

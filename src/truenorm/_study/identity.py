@@ -7,66 +7,129 @@ the functions and classes of the same module that it names do.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
+import itertools
+import pickle
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any, cast
 
+import keras
 import numpy as np
 
+from truenorm._model.values import in_memory
+
+_HAS_DOCSTRING = 0x4000000
+"""A flag of compiled code, from Python 3.14 on."""
+
 _PLAIN = (str, bytes, int, float, complex, bool, type(None))
+
+
+Seen = dict[int, tuple[int, Any]]
+"""What was met, by its id, with its number."""
+
+_MEMBERS = (types.FunctionType, int, float, str)
+_VALUES = (list, tuple, dict, set, frozenset, bytes, functools.partial, np.ndarray)
+"""What counts of a class: of Python's own attributes of it, as its annotations, only the first."""
 
 
 def code_digest(value: Any) -> str:
     """SHA-256 of a function, class or value, and of what it refers to in its own module."""
     made = hashlib.sha256()
-    for part in _parts(value, set()):
+    for part in _parts(value, {}):
         made.update(part)
         made.update(b"\0")
     return made.hexdigest()
 
 
-def _parts(value: Any, seen: set[int]) -> Iterator[bytes]:
+def _parts(value: Any, seen: Seen) -> Iterator[bytes]:
     if isinstance(value, _PLAIN):
         yield f"{type(value).__name__} {value!r}".encode()
         return
     if id(value) in seen:
-        yield b"again"
+        yield f"again {seen[id(value)][0]}".encode()
         return
-    seen.add(id(value))
-    if isinstance(value, np.ndarray):
-        yield f"{value.dtype.str}{value.shape}".encode()
-        yield np.ascontiguousarray(value).tobytes()
+    seen[id(value)] = (len(seen), value)  # held, so that nothing else can get its id
+    items = _items(value)
+    if items is not None:
+        yield f"{type(value).__name__} {len(items)}".encode()
+        for item in items:
+            yield from _parts(item, seen)
+    elif _is_array(value):
+        yield from _array(in_memory(value), seen)
     elif isinstance(value, types.CodeType):
         yield from _code(value, seen)
     elif isinstance(value, types.FunctionType):
         yield from _function(value, seen)
-    elif isinstance(value, types.MethodType):
-        yield from _parts(value.__func__, seen)
-        yield from _parts(value.__self__, seen)
     elif isinstance(value, type):
         yield from _class(cast(type[Any], value), seen)
-    elif isinstance(value, dict | list | tuple | set | frozenset):
-        yield type(value).__name__.encode()
-        yield from _items(value, seen)
     else:
         yield _name(type(value)).encode()
         if not is_of_a_library(type(value)):
             yield from _class(type(value), seen)
-        yield from _parts(getattr(value, "__dict__", None), seen)
+        yield from _parts(_state(value), seen)
 
 
-def _code(code: types.CodeType, seen: set[int]) -> Iterator[bytes]:
+def _items(value: Any) -> tuple[Any, ...] | None:
+    """The values that a container is, a partial function or a method; None for all else."""
+    if isinstance(value, dict):
+        return tuple(itertools.chain.from_iterable(cast(dict[Any, Any], value).items()))
+    if isinstance(value, set | frozenset):
+        return tuple(sorted(code_digest(item) for item in cast(set[Any], value)))
+    if isinstance(value, list | tuple):
+        return tuple(cast(list[Any], value))
+    if isinstance(value, functools.partial):
+        given = cast(functools.partial[Any], value)
+        return given.func, given.args, given.keywords
+    return (value.__func__, value.__self__) if isinstance(value, types.MethodType) else None
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is an array, a number of NumPy's, or a tensor or variable of any framework."""
+    if isinstance(value, type | keras.KerasTensor) or not hasattr(value, "__array__"):
+        return False
+    return hasattr(value, "dtype") and hasattr(value, "shape")
+
+
+def _array(array: np.ndarray[Any, Any], seen: Seen) -> Iterator[bytes]:
+    yield f"{array.dtype.str}{array.shape}".encode()
+    if array.dtype.hasobject:  # whose bytes are addresses
+        yield from _parts(array.tolist(), seen)
+    else:
+        yield np.ascontiguousarray(array).tobytes()
+
+
+def _state(value: Any) -> Any:
+    """What an object holds; of one without attributes, as a path or a range, what makes it."""
+    if isinstance(value, types.ModuleType):
+        return value.__name__
+    if hasattr(value, "__dict__"):
+        return value.__dict__
+    try:
+        made: Any = value.__reduce_ex__(2)
+    except (TypeError, ValueError, AttributeError, RuntimeError, pickle.PicklingError):
+        return None  # a lock, a file, a generator: there is nothing to compare
+    return made if isinstance(made, str) else [*made[1:3], *map(list, filter(None, made[3:5]))]
+
+
+def _code(code: types.CodeType, seen: Seen) -> Iterator[bytes]:
     yield code.co_code
     yield " ".join((*code.co_names, *code.co_varnames, *code.co_freevars)).encode()
-    for constant in code.co_consts:
-        if not isinstance(constant, types.CodeType) and code.co_consts[0] is constant:
-            continue  # the docstring, where there is one
+    for constant in code.co_consts[_has_docstring(code) :]:
         yield from _parts(constant, seen)
 
 
-def _function(function: types.FunctionType, seen: set[int]) -> Iterator[bytes]:
+def _has_docstring(code: types.CodeType) -> bool:
+    """Whether the first constant is a docstring, or None in the place of one."""
+    if sys.version_info >= (3, 14):
+        return bool(code.co_flags & _HAS_DOCSTRING)
+    return not code.co_name.startswith("<")  # as a list comprehension's, which never has one
+
+
+def _function(function: types.FunctionType, seen: Seen) -> Iterator[bytes]:
     if is_of_a_library(function):
         yield _name(function).encode()
         return
@@ -79,11 +142,7 @@ def _function(function: types.FunctionType, seen: set[int]) -> Iterator[bytes]:
         except ValueError:  # a name that is not bound yet
             yield b"unbound"
     for name in sorted(_names(function.__code__) & function.__globals__.keys()):
-        named = function.__globals__[name]
-        if isinstance(named, types.ModuleType):
-            yield f"module {named.__name__}".encode()
-        else:
-            yield from _parts(named, seen)
+        yield from _parts(function.__globals__[name], seen)
 
 
 def _names(code: types.CodeType) -> set[str]:
@@ -95,30 +154,19 @@ def _names(code: types.CodeType) -> set[str]:
     return found
 
 
-def _class(kind: type[Any], seen: set[int]) -> Iterator[bytes]:
+def _class(kind: type[Any], seen: Seen) -> Iterator[bytes]:
     yield _name(kind).encode()
     if is_of_a_library(kind):
         return
     for base in kind.__bases__:
         yield from _parts(base, seen)
     for name, member in sorted(vars(kind).items()):
-        function = getattr(member, "__func__", member)
-        if isinstance(function, types.FunctionType | int | float | str):
+        function = getattr(member, "__func__", getattr(member, "fget", member))
+        kinds = _MEMBERS if name.startswith("__") else _MEMBERS + _VALUES
+        if isinstance(function, kinds):
             yield name.encode() if not name.startswith("__") or callable(function) else b""
             if name not in ("__module__", "__doc__", "__firstlineno__", "__qualname__"):
                 yield from _parts(function, seen)
-
-
-def _items(value: Any, seen: set[int]) -> Iterator[bytes]:
-    if isinstance(value, dict):
-        for key, item in cast(dict[Any, Any], value).items():
-            yield from _parts(key, seen)
-            yield from _parts(item, seen)
-    elif isinstance(value, set | frozenset):
-        yield "".join(sorted(code_digest(item) for item in cast(set[Any], value))).encode()
-    else:
-        for item in cast(list[Any], value):
-            yield from _parts(item, seen)
 
 
 def is_of_a_library(thing: Any) -> bool:

@@ -35,7 +35,19 @@ from truenorm._registration import register_layer
 
 __version__ = "0.1.0"
 
-__getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_load, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> object:
+    """A public name, loaded now; one that is misspelt is answered with the one that was meant."""
+    if name in __all__:
+        return _load(name)
+    from truenorm._checks import meant
+
+    remedy = meant(name, __all__)
+    raise AttributeError(
+        f"truenorm has no attribute '{name}'." + (f" Remedy: {remedy}." if remedy else "")
+    )
 
 
 def __dir__() -> list[str]:

@@ -155,6 +155,17 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+@pytest.mark.parametrize("of", [[], ["study"]])
+def test_the_list_of_commands_is_not_cut_at_80_columns(of: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "truenorm", *of, "--help"],
+        capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "80"},
+    )  # fmt: skip
+    listed = done.stdout.partition("Commands:")[2].partition("Example:")[0]
+    assert len(listed.strip().splitlines()) > 2
+    assert "..." not in listed
+
+
 def test_a_file_is_read_without_keras_or_a_framework(evil: Path) -> None:
     code = (
         "import sys; from truenorm._cli import main\n"

@@ -356,6 +356,20 @@ def test_metrics_of_the_model_do_not_matter_and_a_call_may_demand_training(data:
     assert inspection.surprises == ()
 
 
+def test_a_model_that_keeps_its_metrics_by_itself_is_run() -> None:
+    """As those with a train_step of their own do: nobody updates the metrics of compile."""
+
+    class Tracking(Forgetful):
+        def compute_metrics(self, *data: Any, **_: Any) -> Any:
+            self.seen.update_state(keras.ops.mean(data[2]))
+            return {"seen": self.seen.result()}
+
+    model = Tracking()
+    model.compile("adam", "mse")
+    model.fit(X, X[:, :1], verbose=0)
+    assert tn.inspect(model, X).not_run == {}
+
+
 def test_a_training_step_that_wants_other_data_costs_its_column_only() -> None:
     model = unusual(own_step=True)
     before = snapshot(model)[:5]

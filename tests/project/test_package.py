@@ -228,6 +228,13 @@ def test_a_misspelt_option_is_answered_with_the_right_one(
     assert refused.value.remedy == f"write {remedy}"
 
 
+def test_a_misspelt_name_is_answered_with_the_right_one() -> None:
+    with pytest.raises(AttributeError, match=r"'diagnos'\. Remedy: write diagnose\.$"):
+        getattr(tn, "diagnos")  # noqa: B009
+    with pytest.raises(AttributeError, match=r"^truenorm has no attribute 'xyzzy'\.$"):
+        getattr(tn, "xyzzy")  # noqa: B009
+
+
 @pytest.mark.parametrize(
     ("call", "problem"),
     [

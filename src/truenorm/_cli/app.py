@@ -35,10 +35,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-for command in (inspect, diagnose, place, fold, replace, recalibrate):
-    app.command(epilog=example(command.__name__))(isolated(command))
-app.command(epilog=example("demo"))(demo)
-app.add_typer(study, name="study")
+for command, short in (
+    (inspect, "Where every BatchNormalization is, and what it does."),
+    (diagnose, "Find what is wrong; exit code 1 if anything is."),
+    (place, "Move them before or after the activation, or remove them."),
+    (fold, "Fold them into the layers around them, for inference."),
+    (replace, "Replace them by truenorm's or Keras's layer."),
+    (recalibrate, "Set their moving statistics to those of a data set."),
+):
+    app.command(epilog=example(command.__name__), short_help=short)(isolated(command))
+app.command(epilog=example("demo"), short_help="All of it on real data, with a report.")(demo)
+app.add_typer(study, name="study", short_help="Train versions of a model, and say which is better.")
 
 
 def _version(wanted: bool) -> None:

@@ -45,7 +45,9 @@ Report = Annotated[
 ]
 
 
-@study.command(epilog=example("study run"))
+@study.command(
+    epilog=example("study run"), short_help="Run a study, or go on with one that was stopped."
+)
 def run(
     model: Annotated[
         str,

@@ -175,11 +175,14 @@ def _prepare(model: Any, inputs: Any, y: Any) -> Any:
         losses = keras.tree.map_structure(lambda _: "mean_squared_error", made)
     else:
         targets, losses = y, arguments["loss"]
+    # None would leave those of an earlier compile, which may not take these targets; none at all is
+    # what a train_step with metrics of its own may count on: it need not update others.
+    earlier = any(metric.name == "compile_metrics" for metric in model.metrics)
     keras.Model.compile(
         model,
         keras.optimizers.SGD(1e-2),
         losses,
-        metrics=[],  # else those of an earlier compile stay, which may not take these targets
+        metrics=[] if earlier else None,
         auto_scale_loss=False,  # under mixed_float16 it would skip the one step that is looked at
         run_eagerly=_RUNS_EAGERLY,
     )

@@ -103,7 +103,8 @@ class Classes:
                 where=f"{self.path}: {where}",
                 expected="layers of Keras or truenorm that are described by their settings",
                 received=name,
-                remedy="'truenorm inspect --static' reads the file without running it",
+                remedy="'truenorm inspect --static' reads the file without running it; one that "
+                "you made yourself loads in Python: keras.models.load_model(file, safe_mode=False)",
             )
         custom = {one: registered[one] for one in (name, *others) if one in registered}
         looked_up = others[1] if name == "function" else others[0] or name

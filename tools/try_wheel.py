@@ -1,7 +1,7 @@
 """Does the installed truenorm work? ``KERAS_BACKEND=jax python tools/try_wheel.py``, in any folder.
 
-The compiled passes are loaded where the system has them, unless ``TRUENORM_NATIVE=0`` says that they
-are not wanted; a network learns, its statistics are made true, and it folds.
+The compiled passes are loaded where the system has them, unless ``TRUENORM_NATIVE=0`` says that
+they are not wanted; a network learns, its statistics are made true, and it folds.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ wheel: $(VENV)/wheel.stamp
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
 	$(BIN)/auditwheel show dist/*.whl
 	mv build/wheel/*.tar.gz dist
-	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PYTHON=$(PYTHON) .ci/wheel dist/*.whl
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PYTHON=$(PYTHON) .ci/wheel dist/*.whl dist/*.tar.gz
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check

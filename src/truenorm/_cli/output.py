@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from truenorm._records.width import terminal_width
 def show(record: Record, *, as_json: bool) -> None:
     """Print a record, and flush: if the reader has closed the pipe, the error is raised here."""
     if as_json:
-        print(record.to_json())
+        text = record.to_json()
+        if (sys.stdout.encoding or "utf-8").lower() != "utf-8":  # JSON is UTF-8; so is ASCII
+            text = json.dumps(json.loads(text), indent=2)
+        print(text)
     else:
         from rich.console import Console
 

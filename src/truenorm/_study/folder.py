@@ -71,7 +71,8 @@ class Spec:
     def file(self, ending: str) -> str:
         """File of this trial with that ending."""
         name = self.position
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):  # a variant may have any name, a file may not
+        # A variant may have any name; a file may not, and on Windows and macOS "a" and "A" are one.
+        if not re.fullmatch(r"[a-z0-9_-]+", name):
             name = f"{re.sub(r'[^A-Za-z0-9_-]+', '_', name)[:40]}-{digest(name)[:8]}"
         return f"trials/{name}-seed{self.seed}{ending}"
 

@@ -34,7 +34,7 @@ _THREADS = (
 
 def _environment(folder: Path, backend: str, *, threads: int, shared: bool) -> dict[str, str]:
     """The workers' environment; what the user has set stays."""
-    wanted = {"TF_CPP_MIN_LOG_LEVEL": "2"}
+    wanted = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONIOENCODING": "utf-8"}  # as it is read here
     if backend == "jax":  # the trials of a position compile once
         wanted |= {
             "JAX_COMPILATION_CACHE_DIR": str(folder / "jax_cache"),
@@ -180,7 +180,7 @@ class Local:
 
 def _end_children(worker: subprocess.Popen[str]) -> None:
     """End what a worker started: loaders of its data, for example."""
-    if os.name == "posix":
+    if hasattr(os, "killpg"):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(worker.pid, signal.SIGKILL)  # the worker leads a group of its own
 

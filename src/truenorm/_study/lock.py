@@ -10,6 +10,8 @@ from pathlib import Path
 from truenorm._errors import StudyError
 
 LOCK = ".lock"
+_BEYOND = 2**20
+"""Where Windows locks a byte: what is locked cannot be read, and the file's text is to be read."""
 
 
 @contextmanager
@@ -42,11 +44,12 @@ def only_driver(folder: Path) -> Generator[None]:
 
 
 def _lock(descriptor: int) -> None:
-    if os.name == "nt":
+    try:
+        import fcntl
+    except ImportError:  # Windows, which locks bytes from the file's position on
         import msvcrt
 
+        os.lseek(descriptor, _BEYOND, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
     else:
-        import fcntl
-
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

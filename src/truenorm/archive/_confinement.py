@@ -7,9 +7,10 @@ and the frameworks start theirs when they are imported.
 What holds on Linux, for any user: a limit on private memory (``RLIMIT_DATA``) and on the size of
 files written; no core dump; an alarm; no new rights by setuid programs; no file written, made,
 renamed or removed outside of one folder and a few devices (Landlock, from 5.13 on); no sockets
-(seccomp, on x86-64 and ARM64), no signals to processes outside (Landlock, from 6.12 on). Elsewhere
-there are a separate process, the alarm, and the limits that the system knows. Reading files is not
-prevented: what was read can only leave through what the command prints or writes.
+(seccomp, on x86-64 and ARM64), no signals to processes outside (Landlock, from 6.12 on). On macOS
+there are a separate process, the alarm, and the limits that the system knows; on Windows a separate
+process. Reading files is not prevented: what was read can only leave through what the command
+prints or writes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import contextlib
 import ctypes
 import errno
 import importlib
+import io
 import json
 import os
 import platform
@@ -139,6 +141,8 @@ def _no_sockets(system: Any) -> None:
 
 def main() -> None:
     """Confine this process and call the function of the job."""
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(encoding="utf-8")  # as the other process reads it
     job = json.loads(sys.argv[1])
     confine(job["folder"], job["memory"], job["seconds"])
     sys.path[:] = job["path"]

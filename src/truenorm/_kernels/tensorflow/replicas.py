@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow  # noqa: ICN001 - its types are wrong: it becomes Any
-
-from truenorm._errors import DistributedError
 
 tf: Any = tensorflow
 
@@ -35,18 +32,3 @@ def in_replica() -> bool:
 def strategy() -> Any:
     """The one whose scope is open, also in its replicas."""
     return tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
-
-
-@contextmanager
-def together(doing: str) -> Generator[None]:
-    """What waits for all workers; in a graph it is TensorFlow itself that says if one is lost."""
-    try:
-        yield
-    except tf.errors.OpError as error:
-        raise DistributedError(
-            f"Another worker did not take part in {doing}",
-            expected="workers that do the same, equally often and in one order",
-            received=str(error).strip().splitlines()[0],
-            remedy="look at what the other workers say; how long they are waited for is "
-            "communication_options= of tf.distribute.MultiWorkerMirroredStrategy",
-        ) from error

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import tensorflow  # noqa: ICN001 - its types are wrong: it becomes Any
 
+from truenorm._errors import DistributedError
 from truenorm._kernels.contract import Tensor, Vector
-from truenorm._kernels.tensorflow.replicas import together
 
 tf: Any = tensorflow
 GROUP = 32
@@ -115,6 +115,14 @@ def gather(vector: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
     """The float64 vectors of all workers; every worker must call it."""
     strategy = tf.distribute.get_strategy()
     replicas = strategy.num_replicas_in_sync // processes()[1]
-    with together("the exchange of statistics"):
+    try:
         gathered = strategy.gather(strategy.run(lambda: tf.constant(vector)[None]), axis=0)
         return list(gathered.numpy()[::replicas])
+    except tf.errors.OpError as error:
+        raise DistributedError(
+            "Another worker did not take part in the exchange of statistics",
+            expected="workers that do the same, equally often and in one order",
+            received=str(error).strip().splitlines()[0],
+            remedy="look at what the other workers say; how long they are waited for is "
+            "communication_options= of tf.distribute.MultiWorkerMirroredStrategy",
+        ) from error

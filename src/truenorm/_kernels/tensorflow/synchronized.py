@@ -25,7 +25,6 @@ from truenorm._kernels.contract import Scalar, Tensor, Vector
 from truenorm._kernels.tensorflow import plain
 from truenorm._kernels.tensorflow.plain import ROWS
 from truenorm._kernels.tensorflow.portable import portable
-from truenorm._kernels.tensorflow.replicas import together
 
 tf: Any = tensorflow
 
@@ -62,8 +61,7 @@ def gather(replica: Any) -> Callable[[Vector], Tensor]:
 
 
 def _sum(replica: Any, values: Tensor) -> Tensor:
-    with together("synchronized BatchNormalization"):
-        return replica.all_reduce(tf.distribute.ReduceOp.SUM, values)
+    return replica.all_reduce(tf.distribute.ReduceOp.SUM, values)
 
 
 def normalize(

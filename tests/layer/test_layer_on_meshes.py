@@ -1,6 +1,6 @@
 """JAX: arrays that lie over devices by their type, and programs that are mapped over several axes.
 
-Each test is a program of its own, of four devices.
+What needs several devices is a program of its own, with four of them.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from fresh_process import output_of
 from layer_cases import EPSILON, error
 
+from truenorm import BatchNormalization
 from truenorm._kernels import reference
 
 pytestmark = pytest.mark.skipif(keras.config.backend() != "jax", reason="meshes of JAX")
@@ -155,3 +157,26 @@ def test_of_several_axes_the_user_chooses() -> None:
         "Synchronized BatchNormalization is told of an axis that there is not. Expected: names "
         "among 'batch', 'model'. Received: synchronized=('bacth',)."
     )
+
+
+@pytest.mark.parametrize("since", ["0.9", "0.10"])
+def test_an_axis_of_vmap_counts_if_it_is_named(since: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with the sum that JAX 0.9 needs in the place of a gathering."""
+    import jax
+
+    if since == "0.9":
+        refused = mock.Mock(side_effect=ValueError)
+        monkeypatch.setattr(jax.lax, "all_gather", refused)
+    x = np.random.default_rng(0).normal(3, 2, (2, 5, 3)).astype("float32")
+    layer = BatchNormalization(momentum=0.0, synchronized="part")
+    layer.build((None, 3))
+    weights = [[v.value for v in layer.trainable_variables],
+               [v.value for v in layer.non_trainable_variables]]  # fmt: skip
+
+    def call(x: Any) -> Any:
+        return layer.stateless_call(*weights, x, training=True)
+
+    output, (mean, _) = jax.vmap(call, axis_name="part")(x)
+    forward = reference.forward(x.reshape(10, 3).astype(float), epsilon=EPSILON)
+    assert error(np.asarray(output).reshape(10, 3), forward.output) < 1e-6
+    assert error(np.asarray(mean), np.stack([forward.mean] * 2)) < 1e-6

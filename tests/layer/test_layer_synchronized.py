@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from layer_cases import EPSILON, array, error, tensor
 
-from truenorm import BatchNormalization
+from truenorm import BatchNormalization, OptionError
 from truenorm._kernels import reference
 
 BACKEND = keras.config.backend()
@@ -288,3 +288,23 @@ def test_alone_it_is_the_plain_layer() -> None:
     np.testing.assert_array_equal(ours, plain)
     again = BatchNormalization.from_config(layers[0].get_config())
     assert again.synchronized is True
+
+
+def test_names_of_axes_are_kept_and_mean_nothing_alone() -> None:
+    x = np.random.default_rng(0).normal(3, 2, (8, 3))
+    named = BatchNormalization(synchronized=["batch", "model"])
+    ours, plain = (array(one(tensor(x), training=True)) for one in (named, BatchNormalization()))
+    np.testing.assert_array_equal(ours, plain)
+    saved = json.loads(json.dumps(keras.saving.serialize_keras_object(named)))
+    assert keras.saving.deserialize_keras_object(saved).synchronized == ("batch", "model")
+    assert BatchNormalization(synchronized="batch").synchronized == ("batch",)
+
+
+@pytest.mark.parametrize("given", ["", (), ["batch", 3], 7, None], ids=repr)
+def test_what_is_neither_a_choice_nor_a_name_is_refused(given: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        BatchNormalization(synchronized=given)
+    assert str(caught.value) == (
+        "`synchronized` says whether the replicas of BatchNormalization go together. Expected: "
+        f"True, False, or names of axes of devices, as 'batch'. Received: {given!r}."
+    )

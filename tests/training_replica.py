@@ -3,7 +3,8 @@
 ``python training_replica.py RANK INPUTS...`` reads from each file ``x``, ``gradient``, ``gamma``,
 ``beta``, ``split``, the layer's ``options`` in JSON, and perhaps ``mask``, gives the first
 ``split`` samples to one replica and the others to the second. It writes output, gradients and
-moving statistics, and the collectives that each way took, with their bytes.
+moving statistics, and the collectives that each way took, with their bytes. On JAX ``mapped`` says
+how else than by ``jax.jit`` the program is divided, and ``devices`` among how many.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 if os.environ["KERAS_BACKEND"] == "jax":
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 import keras
 import numpy as np
@@ -32,7 +33,8 @@ Arrays = dict[str, Any]
 
 
 def build(given: Arrays) -> Any:
-    layer = BatchNormalization(synchronized=True, momentum=0.0, **json.loads(str(given["options"])))
+    options = {"synchronized": True, "momentum": 0.0, **json.loads(str(given["options"]))}
+    layer = BatchNormalization(**options)
     layer.build((None, *given["x"].shape[1:]))
     layer.gamma.assign(given["gamma"])
     layer.beta.assign(given["beta"])
@@ -216,37 +218,103 @@ def fitted(strategy: Any, given: Arrays) -> Arrays:
 def on_jax(given: Arrays) -> Arrays:
     import jax
 
-    distribution = keras.distribution.distribution()
+    devices = keras.distribution.DataParallel(devices=["cpu:0", "cpu:1"])
+    keras.distribution.set_distribution(None if "mapped" in given else devices)
     layer = build(given)
-    spread = jax.sharding.NamedSharding(
-        distribution.device_mesh.backend_mesh, jax.sharding.PartitionSpec("batch")
-    )
-    x, gradient = (jax.device_put(given[name], spread) for name in ("x", "gradient"))
-    mask = jax.device_put(given["mask"], spread) if "mask" in given else None
     moving = [v.value for v in layer.non_trainable_variables]
+    weights = [v.value for v in layer.trainable_variables]
+    own = {name: given[name] for name in ("x", "gradient", "mask") if name in given}
 
-    @jax.jit
-    def step(x: Any, weights: Sequence[Any], gradient: Any) -> Any:
+    def step(own: Arrays, weights: Sequence[Any]) -> Any:
         def call(x: Any, weights: Sequence[Any]) -> Any:
+            mask = own.get("mask")
             return layer.stateless_call(weights, moving, x, training=True, mask=mask)
 
-        output, pull, moved = jax.vjp(call, x, weights, has_aux=True)
-        return output, *pull(gradient), moved
+        output, pull, moved = jax.vjp(call, own["x"], weights, has_aux=True)
+        found = {
+            "output": output,
+            **dict(zip(("x", "weights"), pull(own["gradient"]), strict=True)),
+        }
+        return found, moved
 
-    weights = [v.value for v in layer.trainable_variables]
-    output, d_x, gradients, moved = step(x, weights, gradient)
-    moved = {v.name: value for v, value in zip(layer.non_trainable_variables, moved, strict=True)}
-    assert len(output.sharding.device_set) == 2
-    program = step.lower(x, weights, gradient).compile().as_text()
-    return {
-        "output": output,
-        "x": d_x,
-        "moving_mean": moved["moving_mean"],
-        "moving_variance": moved["moving_variance"],
-        **{v.name: value for v, value in zip(layer.trainable_variables, gradients, strict=True)},
-        # A sum of several arrays is one, and XLA may have joined those of both ways.
-        "collectives": re.findall(r"^.*= (.*?) (all-\w+|collective-\w+)\(", program, re.M),
+    def second(own: Arrays, weights: Sequence[Any]) -> Any:
+        """The derivative of the sum of squares of the gradients of x and gamma."""
+
+        def loss(x: Any) -> Any:
+            found, _ = step({**own, "x": x}, weights)
+            return (found["x"] ** 2).sum() + (found["weights"][0] ** 2).sum()
+
+        return {"x": jax.grad(loss)(own["x"]), "weights": []}, []
+
+    run = functools.partial(mapped, given) if "mapped" in given else spread
+    found, moved, program = run(step, own, weights)
+    names = [v.name for v in layer.trainable_variables]
+    for name, value in zip(names, found.pop("weights"), strict=True):
+        found[name] = value
+    for variable, value in zip(layer.non_trainable_variables, moved, strict=True):
+        if variable.name.startswith("moving_"):
+            found[variable.name] = value
+    # A sum of several arrays is one, and XLA may have joined those of both ways.
+    collectives = r"^.*= (.*?) (all-\w+|reduce-\w+|collective-\w+)\("
+    found["collectives"] = re.findall(collectives, program, re.M)
+    if "second" in given:
+        found["second"] = run(second, own, weights)[0]["x"]
+    return found
+
+
+def spread(step: Any, own: Arrays, weights: Sequence[Any]) -> tuple[Arrays, Any, str]:
+    """What a program gives whose batch lies on all devices; the moving statistics; its text."""
+    import jax
+
+    mesh = keras.distribution.distribution().device_mesh.backend_mesh
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+    program, own = jax.jit(step), jax.device_put(own, rows)
+    found, moved = program(own, weights)
+    assert len(found["output"].sharding.device_set) == 2
+    return found, moved, program.lower(own, weights).compile().as_text()
+
+
+def mapped(
+    given: Arrays, step: Any, own: Arrays, weights: Sequence[Any]
+) -> tuple[Arrays, Any, str]:
+    """The same of a program for each device, that has its part of the batch."""
+    import jax
+    from jax.sharding import AxisType, PartitionSpec
+
+    how, devices = str(given["mapped"]), int(given["devices"])
+    if how == "pmap":
+        program = jax.pmap(step, "batch", devices=jax.devices()[:devices])
+        own = {k: v.reshape(devices, -1, *v.shape[1:]) for k, v in own.items()}
+        weights = [np.stack([value] * devices) for value in weights]
+    else:
+        mesh = jax.make_mesh((devices,), ("batch",), axis_types=(AxisType.Auto,))
+        rows, same = PartitionSpec("batch"), PartitionSpec()
+        checked = how == "shard_map"  # Then JAX sums the gradients of what all have.
+        made = {"output": rows, "x": rows, "weights": same if checked else rows}
+        if step.__name__ == "second":
+            del made["output"]
+        program = jax.jit(
+            jax.shard_map(
+                step,
+                mesh=mesh,
+                in_specs=(rows, same),
+                out_specs=(made, same if checked else rows),
+                check_vma=checked,
+            )
+        )
+    found, moved = program(own, weights)
+    text = program.lower(own, weights).compile().as_text()
+    found = {
+        name: value if name == "weights" else np.reshape(value, given["x"].shape)
+        for name, value in found.items()
     }
+    if how != "shard_map":
+        moved = [np.reshape(value, (devices, -1)) for value in moved]
+        assert all((value == value[0]).all() for value in moved)  # to the bit
+        moved = [value[0] for value in moved]
+        gradients = found.pop("weights")
+        found["weights"] = [np.reshape(value, (devices, -1)).sum(0) for value in gradients]
+    return found, moved, text
 
 
 def start(rank: int, folder: pathlib.Path) -> None:
@@ -262,9 +330,6 @@ def start(rank: int, folder: pathlib.Path) -> None:
         cpu = tf.config.list_physical_devices("CPU")[0]
         logical = [tf.config.LogicalDeviceConfiguration()] * 2
         tf.config.set_logical_device_configuration(cpu, logical)
-    else:
-        devices = ["cpu:0", "cpu:1"]
-        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
 
 
 def main(rank: str, *paths: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from layer_cases import EPSILON, array, error, tensor
 
-from truenorm import BatchNormalization
+from truenorm import BatchNormalization, OptionError
 from truenorm._kernels import reference
 
 BACKEND = keras.config.backend()
@@ -103,7 +103,20 @@ if BACKEND == "torch" and find_spec("triton") is not None:
     for name in ("plain", "channels first", "two strips", "relu", "half"):
         CASES[f"{name}, on a GPU"] = CASES[name] | {"triton": True}
     CASES["empty, on a GPU"] = case(split=8) | {"triton": True}
-if BACKEND != "jax":
+MAPPED = ("pmap", "shard_map", "shard_map, unchecked")
+"""How a program of JAX is one for each device; the last without a check of what varies."""
+if BACKEND == "jax":
+    for i, how in enumerate(MAPPED):
+        CASES |= {
+            f"{name}, {how}": CASES[name] | {"mapped": how, "devices": (2, 4)[(i + j) % 2]}
+            for j, name in enumerate(tuple(CASES)[:15])
+        }
+        CASES[f"second, {how}"] = case() | {"x": case()["x"] - 999, "second": True} | {
+            "mapped": how, "devices": 2,
+        }  # fmt: skip
+    named = case(synchronized=["batch"])
+    CASES["named, pmap"] = named | {"mapped": "pmap", "devices": 4}
+else:
     CASES["second"] = case() | {"x": case()["x"] - 999, "second": True}
     CASES["empty"] = case(split=8)
     CASES["nothing"] = case((0, 6, 3), split=0)
@@ -202,20 +215,46 @@ def test_devices_exchange_five_numbers_per_channel(
 ) -> None:
     """Mean, what rounding took from it and variance; and the gradients of gamma and beta."""
     given = found[name][0]["collectives"].tolist()
-    numbers = sum(math.prod(map(int, size.split(","))) for what, _ in given for size in sizes(what))
     assert {kind for _, kind in given} == {"all-reduce"}
     assert len(given) <= 3
-    assert numbers <= 5 * len(CASES[name]["gamma"]) + 1  # and the count of a mask
+    # and the count of a mask
+    assert sum(numbers(what) for what, _ in given) <= 5 * len(CASES[name]["gamma"]) + 1
 
 
-def sizes(what: str) -> list[str]:
-    """Those of the arrays that XLA names: f32[3]{0}."""
-    return [size or "1" for size in re.findall(r"[a-z]\w*\[([\d,]*)\]", what)]
+@pytest.mark.parametrize("name", [name for name in CASES if "mapped" in CASES[name]])
+def test_mapped_devices_gather_once_and_sum_once(
+    name: str, found: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Count, two of the mean and the variance; and the gradients of gamma and beta."""
+    given = CASES[name]
+    channels = len(given["gamma"])
+    counts = channels if name.startswith("masked by channel") else 1
+    forward, backward = [given["devices"] * (counts + 3 * channels)], [2 * channels]
+    if name.startswith(("frozen", "statistics")):
+        forward = backward = []
+    collectives = found[name][0]["collectives"].tolist()
+    exchanged = {
+        kind: [numbers(what) for what, its in collectives if its == kind] for _, kind in collectives
+    }
+    assert exchanged.pop("all-gather", []) == forward
+    if given["mapped"] == "shard_map":  # It sums the gradients of gamma and beta besides.
+        (summed,) = exchanged.pop("all-reduce", [0])
+        assert summed <= 4 * channels
+    assert exchanged.pop("all-reduce", []) == ([] if given["mapped"] == "shard_map" else backward)
+    assert exchanged == {}
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="there it is the layer's own: see test_kernels.py")
-def test_a_derivative_can_be_differentiated(found: dict[str, list[dict[str, Any]]]) -> None:
-    given, parts = CASES["second"], found["second"]
+def numbers(what: str) -> int:
+    """Of the arrays that XLA names together: f32[2,3]{0,1}."""
+    sizes = re.findall(r"[a-z]\w*\[([\d,]*)\]", what)
+    return sum(math.prod(map(int, (size or "1").split(","))) for size in sizes)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("second")])
+def test_a_derivative_can_be_differentiated(
+    name: str, found: dict[str, list[dict[str, Any]]]
+) -> None:
+    given, parts = CASES[name], found[name]
     x, gamma, gradient = (
         given[name].astype("float64").reshape(-1, 3) for name in ("x", "gamma", "gradient")
     )
@@ -226,6 +265,8 @@ def test_a_derivative_can_be_differentiated(found: dict[str, list[dict[str, Any]
         batch = reference.forward(x)
         normalized = gradient * batch.output
         own = [normalized[:first].sum(0), normalized[first:].sum(0)]
+        if name == "second, shard_map":  # There each has the gradient from all of them.
+            own = [normalized.sum(0)] * 2
         d_x = reference.backward(gradient, x, gamma[0]).x
         return np.square(d_x).sum() + np.square(own).sum()
 
@@ -247,3 +288,23 @@ def test_alone_it_is_the_plain_layer() -> None:
     np.testing.assert_array_equal(ours, plain)
     again = BatchNormalization.from_config(layers[0].get_config())
     assert again.synchronized is True
+
+
+def test_names_of_axes_are_kept_and_mean_nothing_alone() -> None:
+    x = np.random.default_rng(0).normal(3, 2, (8, 3))
+    named = BatchNormalization(synchronized=["batch", "model"])
+    ours, plain = (array(one(tensor(x), training=True)) for one in (named, BatchNormalization()))
+    np.testing.assert_array_equal(ours, plain)
+    saved = json.loads(json.dumps(keras.saving.serialize_keras_object(named)))
+    assert keras.saving.deserialize_keras_object(saved).synchronized == ("batch", "model")
+    assert BatchNormalization(synchronized="batch").synchronized == ("batch",)
+
+
+@pytest.mark.parametrize("given", ["", (), ["batch", 3], 7, None], ids=repr)
+def test_what_is_neither_a_choice_nor_a_name_is_refused(given: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        BatchNormalization(synchronized=given)
+    assert str(caught.value) == (
+        "`synchronized` says whether the replicas of BatchNormalization go together. Expected: "
+        f"True, False, or names of axes of devices, as 'batch'. Received: {given!r}."
+    )

@@ -5,7 +5,7 @@ returns as :class:`Normalized`. There are three:
 
 * ``normalize``, of one batch by itself;
 * ``normalize_synchronized``, whose statistics are of the batches of all replicas of a distributed
-  run together;
+  run together; on JAX it takes names of axes of devices besides, ``over``;
 * ``normalize_ghosts`` (``ghosts.py``), of parts of the batch by themselves; it takes their ``size``
   besides.
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import keras
 
@@ -41,7 +42,7 @@ from truenorm._kernels.contract import (
 )
 
 normalize: Kernel
-normalize_synchronized: Kernel
+normalize_synchronized: Callable[..., Normalized]
 normalize_ghosts: Callable[..., Normalized]
 infer: Callable[..., Tensor | None] | None = None
 brought: Callable[..., tuple[Tensor, Tensor | None]] | None = None
@@ -52,6 +53,11 @@ where: Callable[..., Tensor] = keras.ops.where
 def blend(old: Vector, value: Vector, momentum: Scalar) -> Vector:
     """One step of a moving average."""
     return old * momentum + value * (1.0 - momentum)
+
+
+def _without_replicas(*batch: Any, over: object = None) -> Normalized:
+    del over
+    return normalize(*batch)
 
 
 if keras.config.backend() == "jax":
@@ -77,7 +83,7 @@ elif keras.config.backend() == "torch":
 else:
     from truenorm._kernels.composite import normalize
 
-    normalize_synchronized = normalize
+    normalize_synchronized = _without_replicas
     normalize_ghosts = ghosts.normalize_ghosts
 
 

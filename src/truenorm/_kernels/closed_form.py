@@ -93,6 +93,7 @@ def backward(
     *,
     counts: Tensor | None = None,
     relu: bool = False,
+    everyones: Callable[[Vector, Vector], Any] | None = None,
 ) -> tuple[Tensor, Vector, Vector]:
     """The gradients of x, gamma and beta from that of the output.
 
@@ -107,11 +108,14 @@ def backward(
         share: One over the number of values that count.
         counts: Which values count in the statistics; None: all.
         relu: Whether a ReLU follows, whose derivative is found from the output, made once more.
+        everyones: From the gradients of gamma and beta to their sums over all parts of a batch of
+            which the values are one; None: they are all of it.
     """
     if relu:
         gradient = rectified(rows, gradient, deviations, delta, rstd, gamma, beta)
     d_gamma, d_beta = products(rows, gradient, deviations, delta, rstd)
-    means = (d_gamma * share, d_beta * share)
+    sums = (d_gamma, d_beta) if everyones is None else everyones(d_gamma, d_beta)
+    means = (sums[0] * share, sums[1] * share)
     d_x = gradient_of_values(rows, gradient, deviations, delta, rstd, gamma, *means, counts)
     return d_x, d_gamma, d_beta
 

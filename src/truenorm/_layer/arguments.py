@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
 import keras
+import numpy as np
 
 from truenorm._checks import check_integer, is_number, meant
 from truenorm._errors import DataError, OptionError
@@ -97,6 +98,22 @@ def activation_of(given: Any) -> Any:
     return None if found is keras.activations.linear else found
 
 
+def synchronized_of(given: Any) -> bool | tuple[str, ...]:
+    """Whether replicas go together, or over which axes of JAX's devices they do."""
+    if isinstance(given, bool | np.bool_):
+        return bool(given)
+    names: Any = [given] if isinstance(given, str) else given
+    if names and isinstance(names, list | tuple):
+        names = tuple(cast(Any, names))
+        if all(isinstance(name, str) and name for name in names):
+            return names
+    raise OptionError(
+        "`synchronized` says whether the replicas of BatchNormalization go together",
+        expected="True, False, or names of axes of devices, as 'batch'",
+        received=repr(given),
+    )
+
+
 def check_renorm(renorm: bool, clipping: Mapping[str, float | None] | None) -> None:
     """Refuse limits of the correction that are unknown or contradict each other."""
     if not renorm:
@@ -117,7 +134,7 @@ def check_renorm(renorm: bool, clipping: Mapping[str, float | None] | None) -> N
         )
 
 
-def check_ghosts(size: Any, others: Mapping[str, bool]) -> None:
+def check_ghosts(size: Any, others: Mapping[str, Any]) -> None:
     """Refuse a size that is no positive integer, and options that ghost batches exclude."""
     if size is None:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from truenorm._layer.arguments import (
     check_policy,
     check_renorm,
     check_samples,
+    synchronized_of,
 )
 from truenorm._layer.moving_average import MovingStatistics
 from truenorm._layer.recomputation import is_repeated, repeatable
@@ -94,9 +96,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
         renorm_clipping: Dict of ``rmin``, ``rmax``, ``dmax``; only with ``renorm``.
         renorm_momentum: Momentum of the renormalization's statistics; only with ``renorm``.
         synchronized: Whether a batch is that of all replicas together: of a ``tf.distribute``
-            strategy, of the processes of ``torch.distributed``; under ``keras.distribution`` on JAX
-            it is in any case. Each replica counts by its number of values. Nothing in a run that is
-            not distributed.
+            strategy, of the processes of ``torch.distributed``, of the devices of ``jax.pmap`` and
+            ``jax.shard_map``; under ``jax.jit`` and ``keras.distribution`` it is in any case. Each
+            replica counts by its number of values. Nothing in a run that is not distributed. Names
+            of axes, one or several, in the place of True: on JAX, over the devices of these alone.
         freeze: What does not learn in training: ``"none"`` of it; ``"all"``, which is
             ``trainable=False``; ``"statistics"``: the moving statistics normalise and stay, gamma
             and beta learn; ``"affine"``: the batch's statistics normalise and move the moving ones,
@@ -139,6 +142,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         OptionError: A constructor argument has an impossible value, or does not go with another.
         DataError: The mask, or what is to be added, does not fit the input.
         DistributedError: With ``synchronized`` on PyTorch: another process does not take part.
+            On JAX: the devices are divided in several ways, and which counts was not said.
 
     Example:
         >>> import keras
@@ -189,7 +193,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         renorm: bool = False,
         renorm_clipping: dict[str, float | None] | None = None,
         renorm_momentum: float = 0.99,
-        synchronized: bool = False,
+        synchronized: bool | str | Sequence[str] = False,
         freeze: FreezePolicy = "none",
         virtual_batch_size: int | None = None,
         bessel_correction: bool = False,
@@ -237,7 +241,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         )
         if momentum is None:
             self.momentum = None
-        self.synchronized = synchronized  # Keras's constructor takes it on TensorFlow only.
+        self.synchronized = synchronized_of(synchronized)  # Keras's takes it on TensorFlow only.
         self.virtual_batch_size = virtual_batch_size
         self.bessel_correction = bessel_correction
         self.activation = activation_of(activation)
@@ -489,7 +493,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _kernel(self) -> kernels.Kernel:
         if self.virtual_batch_size is not None:
             return partial(kernels.normalize_ghosts, size=self.virtual_batch_size)
-        return kernels.normalize_synchronized if self.synchronized else kernels.normalize
+        if isinstance(self.synchronized, bool):
+            return kernels.normalize_synchronized if self.synchronized else kernels.normalize
+        return partial(kernels.normalize_synchronized, over=self.synchronized)
 
     def _finished(self, output: Tensor, add: Tensor | None) -> Tensor:
         """What comes behind the normalisation."""

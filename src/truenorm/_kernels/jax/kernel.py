@@ -11,13 +11,14 @@ everywhere, JAX differentiates the forward pass, around the moments, whose rule 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
 import jax
 from jax import numpy as jnp
 
-from truenorm._kernels import closed_form
+from truenorm._kernels import closed_form, composite
 from truenorm._kernels.contract import (
     Moving,
     Normalized,
@@ -27,14 +28,20 @@ from truenorm._kernels.contract import (
     Vector,
     statistics_dtype,
 )
-from truenorm._kernels.jax import native
+from truenorm._kernels.jax import native, synchronized
+from truenorm._kernels.jax.synchronized import Axes
 from truenorm._kernels.masks import by_channel, silent
 
 
-def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options) -> Normalized:
-    """See :mod:`truenorm._kernels`."""
+def normalize(
+    x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options, *, axes: Axes = ()
+) -> Normalized:
+    """See :mod:`truenorm._kernels`; with ``axes``, of the batches of all devices together."""
     _, epsilon, mask, moving, relu, add = options
     channel = options.axis % x.ndim
+    if _is_spread_inside(x, channel):
+        gather = partial(synchronized.gathered, axes) if axes else None
+        return composite.normalize(x, gamma, beta, options, gather=gather)
     channels = x.shape[channel]
     before, after = math.prod(x.shape[:channel]), math.prod(x.shape[channel + 1 :])
     dtype = statistics_dtype(x.dtype)
@@ -43,16 +50,17 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     rows = x.reshape((before, channels, after) if after != 1 else (before, channels))
     add = None if add is None else add.reshape(rows.shape)
     if mask is None:
-        output, mean, variance = cast(Any, _normalize(epsilon, relu, rows, scale, offset, add))
-        count = jnp.asarray(before * after, dtype)
+        given = synchronized.alike(rows, scale, offset, add)
+        output, mean, variance = cast(Any, _normalize(epsilon, relu, axes, *given))
+        count = jnp.asarray(before * after * synchronized.parts(axes), dtype)
     else:
         width = channels if by_channel(mask, channel) else 1
         shape = (*x.shape[:channel], width, *x.shape[channel + 1 :])
         counts = jnp.broadcast_to(jnp.asarray(mask, bool), shape)
         counts = counts.reshape((before, width, after) if after != 1 else (before, width))
         given = (rows, scale, offset, add)
-        output, mean, variance = _masked(epsilon, relu, *given, counts, moving)
-        count = _count(counts, dtype) if width != 1 else _count(counts, dtype)[0]
+        output, mean, variance, count = _masked(epsilon, relu, axes, *given, counts, moving)
+        count = count if width != 1 else count[0]
     return Normalized(
         output.reshape(x.shape),
         jax.lax.stop_gradient(mean),
@@ -61,30 +69,62 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     )
 
 
-normalize_synchronized = normalize
-"""The same: a program that ``keras.distribution`` spreads over devices sees the whole batch.
+def _is_spread_inside(x: Tensor, channel: int) -> bool:
+    """Whether it lies over devices, by its type, so that it has no rows: JAX would not reshape it.
 
-XLA divides the sums: 3 numbers per channel forward (of the mean first, then of what rounding took
-from it and of the variance), 2 backward. Inside ``jax.pmap`` or ``jax.shard_map``, where a program
-sees one device's part, the statistics are that part's.
-"""
+    Of axes that become one, only the first may be divided.
+    """
+    spec = jax.typeof(x).sharding.spec
+    return any(spec[at] for at in range(1, x.ndim) if at not in (channel, channel + 1))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def normalize_synchronized(
+    x: Tensor,
+    gamma: Vector | None,
+    beta: Vector | None,
+    options: Options,
+    *,
+    over: Sequence[str] | None = None,
+) -> Normalized:
+    """See :mod:`truenorm._kernels`; over the axes of devices of these names.
+
+    A program that ``jax.jit`` spreads over devices, as under ``keras.distribution``, sees the whole
+    batch. XLA divides the sums: 3 numbers per channel forward (of the mean first, then of what
+    rounding took from it and of the variance), 2 backward.
+    """
+    return normalize(x, gamma, beta, options, axes=synchronized.axes(over))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _normalize(
-    epsilon: float, relu: bool, rows: Tensor, gamma: Vector, beta: Vector, add: Tensor | None
+    epsilon: float,
+    relu: bool,
+    axes: Axes,
+    rows: Tensor,
+    gamma: Vector,
+    beta: Vector,
+    add: Tensor | None,
 ) -> tuple[Tensor, Vector, Vector]:
-    return _forward(epsilon, relu, rows, gamma, beta, add)[0]
+    return _forward(epsilon, relu, axes, rows, gamma, beta, add)[0]
 
 
 def _forward(
-    epsilon: float, relu: bool, rows: Tensor, gamma: Vector, beta: Vector, add: Tensor | None
+    epsilon: float,
+    relu: bool,
+    axes: Axes,
+    rows: Tensor,
+    gamma: Vector,
+    beta: Vector,
+    add: Tensor | None,
 ) -> Any:
     values = rows.astype(gamma.dtype)
     if native.takes(rows):
         shift, delta, variance = _compiled_moments(values, jax.lax.stop_gradient(rows))
     else:
         shift, delta, variance = _moments_of_all(values, gamma.dtype)
+    if axes:
+        count = jnp.asarray(1.0 / _share(rows), gamma.dtype)
+        _, shift, delta, variance = synchronized.merged(axes, count, shift, delta, variance)
     rstd = jax.lax.rsqrt(variance + epsilon)
     deviations = values - _spread(shift, rows)
     output = closed_form.forward(_ROWS, deviations, delta, rstd, gamma, beta)
@@ -95,7 +135,7 @@ def _forward(
     return (output, shift + delta, variance), (rows, gamma, beta, passed, shift, delta, rstd)
 
 
-def _backward(epsilon: float, relu: bool, kept: Any, cotangents: Any) -> Any:
+def _backward(epsilon: float, relu: bool, axes: Axes, kept: Any, cotangents: Any) -> Any:
     del epsilon  # It is in rstd.
     rows, gamma, beta, passed, shift, delta, rstd = kept
     gradient = cotangents[0] if passed is None else jnp.where(passed, cotangents[0], 0)
@@ -103,8 +143,9 @@ def _backward(epsilon: float, relu: bool, kept: Any, cotangents: Any) -> Any:
         _ROWS,
         gradient.astype(gamma.dtype),
         rows.astype(gamma.dtype) - _spread(shift, rows),
-        *(delta, rstd, gamma, beta, _share(rows)),
+        *(delta, rstd, gamma, beta, _share(rows) / synchronized.parts(axes)),
         relu=relu and passed is None,
+        everyones=partial(synchronized.total, axes) if axes else None,
     )
     return d_rows.astype(rows.dtype), d_gamma, d_beta, None if passed is None else gradient
 
@@ -115,18 +156,21 @@ _normalize.defvjp(_forward, _backward)
 def _masked(
     epsilon: float,
     relu: bool,
+    axes: Axes,
     rows: Tensor,
     gamma: Vector,
     beta: Vector,
     add: Tensor | None,
     counts: Tensor,
     moving: Moving | None,
-) -> tuple[Tensor, Vector, Vector]:
+) -> tuple[Tensor, Vector, Vector, Vector]:
     """Ordinary code but for the moments, so that forward mode is defined."""
     # Cast once: what reaches the rows in several ways is added in the wider type.
     values = rows.astype(gamma.dtype)
-    shift, delta, variance = _masked_moments(values, jax.lax.stop_gradient(rows), counts)
     count = _count(counts, gamma.dtype)
+    shift, delta, variance = _masked_moments(values, jax.lax.stop_gradient(rows), counts, count)
+    if axes:
+        count, shift, delta, variance = synchronized.merged(axes, count, shift, delta, variance)
     if moving is not None:  # It normalises where nothing counts.
         delta = jnp.where(count > 0, delta, moving.mean.astype(gamma.dtype) - shift)
         variance = jnp.where(count > 0, variance, moving.variance.astype(gamma.dtype))
@@ -135,30 +179,36 @@ def _masked(
         rstd = jnp.where(silent(count, 0), 0, rstd)
     output = closed_form.forward(_ROWS, values - _spread(shift, rows), delta, rstd, gamma, beta)
     output = (output if add is None else output + add.astype(output.dtype)).astype(rows.dtype)
-    return jax.nn.relu(output) if relu else output, shift + delta, variance
+    return jax.nn.relu(output) if relu else output, shift + delta, variance, count
 
 
 @jax.custom_jvp
-def _masked_moments(values: Tensor, rows: Tensor, counts: Tensor) -> Any:
-    """Those of the values that count; the rows are the same in the dtype of the input."""
-    if counts.shape[1:] == (1,) and native.takes(rows):
-        return native.moments(rows, counts[:, 0], dtype=values.dtype, plain=_moments_of_counted)
-    return _moments_of_counted(values, counts, values.dtype)
+def _masked_moments(values: Tensor, rows: Tensor, counts: Tensor, count: Vector) -> Any:
+    """Those of the values that count; the rows are the same in the dtype of the input.
+
+    The count is given: it would be another sum over devices wherever it is made again.
+    """
+    # Inside a mapped program the mask may differ between devices where the rows do not.
+    if counts.shape[1:] == (1,) and native.takes(rows) and not synchronized.mapped():
+        return native.moments(rows, counts[:, 0], dtype=values.dtype, plain=_moments_of_rows)
+    return _moments_of_counted(values, counts, count)
 
 
-def _moments_of_counted(rows: Tensor, counts: Tensor, dtype: Any) -> Any:
-    counts = counts[:, None] if counts.ndim == 1 else counts
-    share = 1.0 / jnp.maximum(_count(counts, dtype), 1.0)
-    return tuple(closed_form.moments(_ROWS, rows.astype(dtype), share, counts))
+def _moments_of_rows(rows: Tensor, counts: Tensor, dtype: Any) -> Any:
+    counts = counts[:, None]
+    return _moments_of_counted(rows.astype(dtype), counts, _count(counts, dtype))
+
+
+def _moments_of_counted(values: Tensor, counts: Tensor, count: Vector) -> Any:
+    return tuple(closed_form.moments(_ROWS, values, 1.0 / jnp.maximum(count, 1.0), counts))
 
 
 @_masked_moments.defjvp
 def _moving_masked_values(at: Any, tangents: Any) -> Any:
-    values, rows, counts = at
+    values, _, counts, count = at
     change = jnp.where(counts, tangents[0], 0)
-    share = 1.0 / jnp.maximum(_count(counts, values.dtype), 1.0)
-    moments = _masked_moments(values, rows, counts)
-    return moments, _moments_move(values, change, moments, share, counts)
+    moments = _masked_moments(*at)
+    return moments, _moments_move(values, change, moments, 1.0 / jnp.maximum(count, 1.0), counts)
 
 
 @jax.custom_jvp

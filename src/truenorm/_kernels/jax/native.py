@@ -34,6 +34,7 @@ def takes(x: Tensor) -> bool:
     return (
         all(isinstance(size, int) for size in x.shape)
         and x.size > 0
+        and not any(jax.typeof(x).sharding.spec)
         and str(x.dtype) in library.DTYPES
         and jax.default_backend() == "cpu"
         and keras.distribution.distribution() is None
@@ -80,9 +81,15 @@ def _lower(context: Any, *arrays: Any, **options: Any) -> Any:
     """What the operation is in a program that may be for this processor."""
     module = context.module_context
     leaves = module.lowering_parameters.for_export or len(module.platforms) > 1
-    return mlir.lower_fun(_elsewhere if leaves else _here, multiple_results=False)(
-        context, *arrays, **options
-    )
+    which = _elsewhere if leaves or _is_divided(module.axis_context) else _here
+    return mlir.lower_fun(which, multiple_results=False)(context, *arrays, **options)
+
+
+def _is_divided(axes: Any) -> bool:
+    """Whether XLA divides the arrays of a program among devices."""
+    if hasattr(axes, "manual_axes"):  # Of these each device has its own.
+        return not axes.manual_axes.issuperset(axes.mesh.axis_names)
+    return getattr(axes, "num_devices", 1) > 1
 
 
 @cache

@@ -108,9 +108,15 @@ def normalize_ghosts(
 
 
 def normalize_synchronized(
-    x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options
+    x: Tensor,
+    gamma: Vector | None,
+    beta: Vector | None,
+    options: Options,
+    *,
+    over: object = None,
 ) -> Normalized:
     """See :mod:`truenorm._kernels`: over the replicas of the ``tf.distribute`` strategy."""
+    del over  # JAX's devices have names.
     if ragged.is_ragged(x):
         return ragged.of_values(normalize_synchronized, x, gamma, beta, options)
     replica = tf.distribute.get_replica_context()

@@ -235,9 +235,15 @@ def _grouped_backward(
 
 
 def normalize_synchronized(
-    x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options
+    x: Tensor,
+    gamma: Vector | None,
+    beta: Vector | None,
+    options: Options,
+    *,
+    over: object = None,
 ) -> Normalized:
     """See :mod:`truenorm._kernels`: over the processes of ``torch.distributed``."""
+    del over  # JAX's devices have names.
     group = synchronized.group_of(x)
     if group is None:
         return normalize(x, gamma, beta, options)

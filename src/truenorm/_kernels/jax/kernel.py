@@ -17,7 +17,7 @@ from typing import Any, cast
 import jax
 from jax import numpy as jnp
 
-from truenorm._kernels import closed_form
+from truenorm._kernels import closed_form, composite
 from truenorm._kernels.contract import (
     Moving,
     Normalized,
@@ -33,7 +33,9 @@ from truenorm._kernels.masks import by_channel, silent
 
 def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options) -> Normalized:
     """See :mod:`truenorm._kernels`."""
-    _, epsilon, mask, moving, relu, add = options
+    if options.correct is not None:  # XLA joins what is done value by value.
+        return composite.corrected(normalize, x, gamma, beta, options)
+    _, epsilon, mask, moving, relu, add, _ = options
     channel = options.axis % x.ndim
     channels = x.shape[channel]
     before, after = math.prod(x.shape[:channel]), math.prod(x.shape[channel + 1 :])

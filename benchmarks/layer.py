@@ -10,14 +10,15 @@ backward; the gradients of x, gamma and beta are outputs, so no compiler can dro
 ``--relu`` a ReLU follows (in truenorm's layer as ``activation="relu"``), with ``--inference`` a
 step is the output in inference mode; with ``--mask`` 7 of 10 rows count, with ``--ghosts 8`` each 8
 samples have statistics of their own in truenorm's layer (Keras's has no such thing, and is measured
-without). With ``--compile`` all that PyTorch runs is compiled by ``torch.compile`` (Inductor, which
-needs a C++ compiler), and the number of graphs that this makes is printed: more than one is a break
-in the graph. Warm-up and compilation come before the clock. The ratio is
-that of neighbours in time, with the quartiles of all pairs; the least times are what a busy machine
-distorts least; the last line is the geometric mean of the ratios over the inputs that are not
-small. Beside each timing: the largest error against float64, relative to the largest magnitude, of
-the output and of dx; and what is kept for the backward pass, in units of the input's bytes, where
-the framework tells (PyTorch and JAX).
+without), with ``--renorm`` both layers correct the batch's statistics toward moving ones (which
+stay what they were, so that there is a truth). With ``--compile`` all that PyTorch runs is compiled
+by ``torch.compile`` (Inductor, which needs a C++ compiler), and the number of graphs that this
+makes is printed: more than one is a break in the graph. Warm-up and compilation come before the
+clock. The ratio is that of neighbours in time, with the quartiles of all pairs; the least times are
+what a busy machine distorts least; the last line is the geometric mean of the ratios over the
+inputs that are not small. Beside each timing: the largest error against float64, relative to the
+largest magnitude, of the output and of dx; and what is kept for the backward pass, in units of the
+input's bytes, where the framework tells (PyTorch and JAX).
 """
 
 from __future__ import annotations
@@ -75,10 +76,12 @@ class Task:
     mask: np.ndarray | None = None
     ghosts: int | None = None
     compiled: bool = False
+    renorm: bool = False
 
     def layers(self) -> dict[str, Any]:
         """Keras's layer, and truenorm's for its kernel and for those instead of it; built."""
         options: dict[str, Any] = {"axis": self.axis, "dtype": policy(self.dtype)}
+        options |= {"renorm": True, "renorm_momentum": 1.0} if self.renorm else {}
         ours: dict[str, Any] = options | {"activation": "relu" if self.relu else None}
         ours["virtual_batch_size"] = self.ghosts
         found: dict[str, Any] = {
@@ -107,9 +110,13 @@ class Task:
         for part in (slice(k, None, groups) for k in range(groups)):
             how: dict[str, Any] = {"axis": self.axis}
             how["mask"] = None if self.mask is None else self.mask[part]
-            y[part] = reference.forward(self.x[part], **how).output
+            gamma, beta = None, None
+            if self.renorm:  # toward a mean of 0 and a deviation of 1
+                batch = reference.forward(self.x[part], **how)
+                gamma, beta = np.sqrt(batch.variance + 1e-3), batch.mean
+            y[part] = reference.forward(self.x[part], gamma, beta, **how).output
             dy = np.where(y[part] > 0, self.dy[part], 0) if self.relu else self.dy[part]
-            dx[part] = reference.backward(dy, self.x[part], **how).x
+            dx[part] = reference.backward(dy, self.x[part], gamma, **how).x
         return (np.maximum(y, 0) if self.relu else y), dx
 
 
@@ -168,7 +175,7 @@ def torch_steps(task: Task) -> tuple[dict[str, Step], dict[str, float]]:
         y = functional.relu(y, inplace=True) if task.relu else y
         return y.permute(0, *range(2, last + 1), 1) if last > 1 else y
 
-    if not (task.ghosts or task.mask is not None):
+    if not (task.ghosts or task.renorm or task.mask is not None):
         add("native", native, (gamma, beta))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     return steps, {} if task.inference else kept
@@ -267,7 +274,7 @@ def tensorflow_steps(task: Task) -> tuple[dict[str, Step], dict[str, float]]:
         for suffix, xla in (("", False), (" XLA", True)):
             step = of(partial(task.run, layer), weights, xla=xla)
             steps[name + suffix] = with_kernel(name, step)
-    if not (task.ghosts or task.mask is not None):
+    if not (task.ghosts or task.renorm or task.mask is not None):
         steps["native"] = of(fused, (gamma, beta))
     print(f"tensorflow {tf.__version__}, {os.cpu_count()} threads")
     return steps, {}
@@ -363,6 +370,7 @@ def main() -> None:
     parser.add_argument("--inference", action="store_true", help="inference mode, no gradients")
     parser.add_argument("--mask", action="store_true", help="a mask, where channels are last")
     parser.add_argument("--ghosts", type=int, help="samples of a ghost batch")
+    parser.add_argument("--renorm", action="store_true", help="batch renormalization")
     parser.add_argument("--compile", action="store_true", help="by torch.compile")
     parser.add_argument("--shape", help="one shape, as numbers with commas; default: a set")
     parser.add_argument("--axis", type=int, default=-1, help="the channel axis of that shape")
@@ -387,7 +395,7 @@ def all_of(inputs: Sequence[tuple[tuple[int, ...], int]], dtype: str, given: Any
         x = rng.normal(0.5, 1.5, shape).astype("float32")
         dy = rng.normal(size=shape).astype("float32")
         mask = rng.random(shape[:-1]) < 0.7 if given.mask else None
-        how = (given.relu, given.inference, mask, given.ghosts, given.compile)
+        how = (given.relu, given.inference, mask, given.ghosts, given.compile, given.renorm)
         task = Task(x, dy, axis, dtype, *how)
         for name, ratio in measure(task, given.pairs).items():
             if given.shape or shape not in SMALL:

@@ -75,8 +75,10 @@ elif keras.config.backend() == "torch":
         blend,
         brought,
         infer,
+        isfinite,
         normalize,
         normalize_synchronized,
+        where,
     )
 
     normalize_ghosts = partial(ghosts.normalize_ghosts, each=normalize)

@@ -22,12 +22,13 @@ are merged by the law of total variance around a common :math:`s`, with
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import keras
 
 from truenorm._kernels import blocks
 from truenorm._kernels.contract import (
+    Kernel,
     Normalized,
     Options,
     Tensor,
@@ -62,6 +63,24 @@ def normalize(
     )
 
 
+def corrected(
+    kernel: Kernel, x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options
+) -> Normalized:
+    """``options.correct`` behind a kernel that does not show statistics before the output."""
+    alone = options._replace(relu=False, add=None, correct=None)
+    batch = kernel(ops.cast(x, statistics_dtype(x.dtype)), None, None, alone)
+    shape = [1] * len(x.shape)
+    shape[options.axis] = -1
+    scale, offset = (
+        ops.reshape(weight, shape) for weight in cast(Any, options.correct)(batch, gamma, beta)
+    )
+    output = batch.output * scale + offset
+    if options.add is not None:
+        output = output + ops.cast(options.add, output.dtype)
+    output = ops.relu(output) if options.relu else output
+    return batch._replace(output=ops.cast(output, x.dtype))
+
+
 def added_to(batch: Normalized, options: Options) -> Normalized:
     """The sum and the ReLU behind a batch that was normalised without them."""
     output = batch.output + options.add
@@ -81,7 +100,7 @@ def normalize_apart(
 
     The statistics and their count come in shapes that stretch to that of ``x``.
     """
-    _, epsilon, valid, moving, relu, add = options
+    _, epsilon, valid, moving, relu, add, correct = options
     dtype = statistics_dtype(x.dtype)
     values = ops.cast(x, dtype)
     reduced = [a for a in range(len(x.shape)) if a not in kept]
@@ -116,6 +135,10 @@ def normalize_apart(
     scale = ops.rsqrt(variance + epsilon)
     if valid is not None and by_channel(valid, kept[-1]):
         scale = ops.where(silent(count, kept[-1]), 0.0, scale)
+    statistics = (ops.stop_gradient(shift + delta), ops.stop_gradient(variance), count)
+    if correct is not None:
+        vectors = (ops.reshape(values, [-1]) for values in statistics)
+        gamma, beta = correct(Normalized(None, *vectors), gamma, beta)
     if gamma is not None:
         scale = scale * ops.reshape(ops.cast(gamma, dtype), broadcast)
     output = (deviations - blocks.spread(delta, values)) * blocks.spread(scale, values)
@@ -124,12 +147,7 @@ def normalize_apart(
         output = output + blocks.spread(offset, values)
     if add is not None:
         output = output + ops.cast(add, dtype)
-    return Normalized(
-        ops.cast(ops.relu(output) if relu else output, x.dtype),
-        ops.stop_gradient(shift + delta),
-        ops.stop_gradient(variance),
-        count,
-    )
+    return Normalized(ops.cast(ops.relu(output) if relu else output, x.dtype), *statistics)
 
 
 def _counted(

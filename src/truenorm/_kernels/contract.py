@@ -6,6 +6,7 @@ the second order at least, with respect to ``x``, ``gamma``, ``beta`` and ``opti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from keras import backend
@@ -57,6 +58,9 @@ class Options(NamedTuple):
         add: Added to the output before the ReLU, likewise: of the shape and dtype of ``x``, or
             None. (Where it takes another pass, 16-bit outputs are rounded before and after.) Only
             ``normalize`` takes it, not the kernels of ghost batches and of synchronized ones.
+        correct: Makes of the batch's statistics (its output is None, or not to be read), gamma and
+            beta those that take the place of gamma and beta, or None. The statistics are constants
+            there. The kernel of ghost batches does not take it.
     """
 
     axis: int
@@ -65,6 +69,9 @@ class Options(NamedTuple):
     moving: Moving | None = None
     relu: bool = False
     add: Tensor | None = None
+    correct: Callable[[Normalized, Vector | None, Vector | None], tuple[Vector, Vector]] | None = (
+        None
+    )
 
 
 class Normalized(NamedTuple):

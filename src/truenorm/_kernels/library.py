@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 
 DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 PATH = Path(__file__).parent / "native" / "libtruenorm.so"
-INTERFACE = 3
+INTERFACE = 4
 """``TN_INTERFACE`` of ``native/batchnorm.h``; to be raised there and here together."""
 
 

@@ -405,13 +405,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
     ) -> Tensor:
         """Training mode: called exactly when the batch's own statistics normalise."""
         dtype = keras.backend.standardize_dtype(inputs.dtype)
-        if self.renorm or not keras.backend.is_float_dtype(dtype):
+        if not keras.backend.is_float_dtype(dtype):
             dtype = kernels.statistics_dtype(dtype)
             inputs = ops.cast(inputs, dtype)
         kernel = self._kernel()
-        adds = kernel is kernels.normalize and not self.renorm
-        rectifies = self.activation is keras.activations.relu and not self.renorm
-        rectifies &= adds or add is None
+        adds = kernel is kernels.normalize
+        rectifies = self.activation is keras.activations.relu and (adds or add is None)
         gamma, beta, mean, variance = self._values(weights)
         if kernels.brought is not None:
             inputs, mask = kernels.brought(inputs, mask, mean)
@@ -427,15 +426,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
             moving=kernels.Moving(mean, variance, momentum, self.bessel_correction, domain),
             relu=rectifies,
             add=ops.cast(add, dtype) if adds and add is not None else None,
+            correct=self._renorm(weights).correct if self.renorm else None,
         )
-        if self.renorm:
-            batch = kernel(inputs, None, None, options)
-            output = self._renorm(weights).corrected(batch, gamma, beta, self.axis)
-        else:
-            batch = kernel(inputs, gamma, beta, options)
-            output = batch.output
+        batch = kernel(inputs, gamma, beta, options)
         if not repeated:
             self._step(batch, weights)
+        output = batch.output
         if dtype != self.compute_dtype:
             output = ops.cast(output, self.compute_dtype)
         return output if rectifies else self._finished(output, None if adds else add)

@@ -79,7 +79,7 @@ class MovingStatistics:
         move(self.renorm.deviation, deviation(batch.variance), self.renorm.momentum, enough)
         moved = move(self.renorm.moving_deviation, deviation(variance), of_variance, enough)
         derived = self.renorm.variance_of(moved)
-        self.variance.assign(ops.where(enough, derived, self.variance.value))
+        self.variance.assign(where(enough, derived, self.variance.value))
 
     def _momenta(self, some: Tensor, enough: Tensor) -> tuple[Scalar, Scalar]:
         """The weights of the old mean and variance in this step, whose batch is counted."""

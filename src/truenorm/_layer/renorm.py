@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from truenorm._kernels import Normalized, Tensor, Variable, Vector
+from truenorm._kernels import Normalized, Tensor, Variable, Vector, where
 
 ops: Any = keras.ops
 
@@ -44,7 +44,7 @@ class Renorm:
     def variance_of(self, deviation: Vector) -> Vector:
         """The variance that belongs to such an average."""
         derived = ops.square(deviation) - self.epsilon
-        return ops.where(derived > 0, derived, 0.0)
+        return where(derived > 0, derived, 0.0)
 
     def correction(self, batch: Normalized) -> tuple[Vector, Vector]:
         r"""Scale r and shift d, constants for the derivatives.
@@ -59,18 +59,21 @@ class Renorm:
             ops.cast(variable.value, batch.mean.dtype) for variable in (self.mean, self.deviation)
         )
         least = self.epsilon**0.5  # no division by zero early in training
-        deviation = ops.where(deviation < least, least, deviation)
+        deviation = where(deviation < least, least, deviation)
         r = self.deviation_of(batch.variance) / deviation
         d = (batch.mean - mean) / deviation
         r = _clip(r, self.clipping.get("rmin"), self.clipping.get("rmax"))
         most = self.clipping.get("dmax")
         d = _clip(d, None if most is None else -most, most)
-        return ops.where(batch.count > 0, r, 1.0), ops.where(batch.count > 0, d, 0.0)
+        some = batch.count > 0
+        if isinstance(some, bool):  # An empty batch has no output.
+            return r, d
+        return where(some, r, 1.0), where(some, d, 0.0)
 
-    def corrected(
-        self, batch: Normalized, gamma: Vector | None, beta: Vector | None, axis: int
-    ) -> Tensor:
-        r"""The output of a batch that was normalised alone.
+    def correct(
+        self, batch: Normalized, gamma: Vector | None, beta: Vector | None
+    ) -> tuple[Vector, Vector]:
+        r"""What takes the place of gamma and beta (``Options.correct``).
 
         .. math:: y = \hat x \, (r \gamma) + (d \gamma + \beta)
         """
@@ -80,13 +83,11 @@ class Renorm:
             scale, offset = scale * gamma, offset * gamma
         if beta is not None:
             offset = offset + ops.cast(beta, offset.dtype)
-        shape = [1] * len(batch.output.shape)
-        shape[axis] = -1
-        return batch.output * ops.reshape(scale, shape) + ops.reshape(offset, shape)
+        return scale, offset
 
 
 def _clip(values: Tensor, lowest: float | None, highest: float | None) -> Tensor:
     """Between the limits that there are; a NaN stays one."""
     if lowest is not None:
-        values = ops.where(values < lowest, lowest, values)
-    return values if highest is None else ops.where(values > highest, highest, values)
+        values = where(values < lowest, lowest, values)
+    return values if highest is None else where(values > highest, highest, values)

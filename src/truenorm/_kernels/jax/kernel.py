@@ -37,7 +37,9 @@ def normalize(
     x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options, *, axes: Axes = ()
 ) -> Normalized:
     """See :mod:`truenorm._kernels`; with ``axes``, of the batches of all devices together."""
-    _, epsilon, mask, moving, relu, add = options
+    if options.correct is not None:  # XLA joins what is done value by value.
+        return composite.corrected(partial(normalize, axes=axes), x, gamma, beta, options)
+    _, epsilon, mask, moving, relu, add, _ = options
     channel = options.axis % x.ndim
     if _is_spread_inside(x, channel):
         gather = partial(synchronized.gathered, axes) if axes else None

@@ -7,6 +7,11 @@
  *     moving ones after a step
  *   TruenormBackward: x, gamma, beta, these four, dy, mask, epsilon -> dx; dgamma, dbeta
  *
+ * And the halves of the first, where something comes between them:
+ *
+ *   TruenormMoments: the same -> an array of no values; the same
+ *   TruenormNormalize: x, gamma, beta, mean, variance, low, rstd -> y; a matrix of no numbers
+ *
  * The backward operation does not use epsilon; its derivative does.
  */
 #define _GNU_SOURCE
@@ -17,7 +22,8 @@
 
 /* The inputs of each operation, by their places. */
 enum { X, GAMMA, BETA, MEAN, VARIANCE, FORWARD_MASK, NUMBERS, FORWARD_INPUTS };
-enum { STATISTICS = 3, DY, BACKWARD_MASK, EPSILON, BACKWARD_INPUTS };
+enum { STATISTICS = 3, NORMALIZE_INPUTS };
+enum { DY = NORMALIZE_INPUTS, BACKWARD_MASK, EPSILON, BACKWARD_INPUTS };
 
 /* ---- An operation in a graph ---- */
 
@@ -100,10 +106,10 @@ static void take_inputs(execution *e, const options *asked, int count)
     e->width = e->call.dtype == TN_FLOAT64 ? 8 : 4;
 }
 
-static void allocate_outputs(execution *e, int64_t row_count)
+static void allocate_outputs(execution *e, int writes, int64_t row_count)
 {
     const tn_call *call = &e->call;
-    const int64_t shape[] = {call->outer, call->channels, call->inner};
+    const int64_t shape[] = {writes ? call->outer : 0, call->channels, call->inner};
     const int64_t matrix[] = {row_count, call->channels};
     const int type = tf.TensorType(e->inputs[X]), wide = e->width == 8 ? TF_DOUBLE : TF_FLOAT;
     const size_t size = type == TF_HALF || type == TF_BFLOAT16 ? 2 : e->width;
@@ -114,12 +120,13 @@ static void allocate_outputs(execution *e, int64_t row_count)
                                 (size_t)(matrix[0] * matrix[1]) * e->width, e->status);
 }
 
-static execution begin(void *context, const options *asked, int inputs, int64_t row_count)
+static execution begin(void *context, const options *asked, int inputs, int writes,
+                       int64_t row_count)
 {
     execution e = {.context = context, .status = tf.NewStatus()};
     take_inputs(&e, asked, inputs);
-    if (!has_failed(&e)) allocate_outputs(&e, row_count);
-    if (!has_failed(&e)) e.call.y = tf.TensorData(e.output);
+    if (!has_failed(&e)) allocate_outputs(&e, writes, row_count);
+    if (!has_failed(&e) && writes) e.call.y = tf.TensorData(e.output);
     return e;
 }
 
@@ -157,10 +164,9 @@ static void set_mask(execution *e, const void *mask)
     if (e->call.outer && tf.Dim(mask, 0) == e->call.outer) e->call.mask = tf.TensorData(mask);
 }
 
-static void forward(void *kernel, void *context)
+static void forward_pass(const options *asked, void *context, int writes)
 {
-    const options *asked = kernel;
-    execution e = begin(context, asked, FORWARD_INPUTS, asked->moves ? 6 : 4);
+    execution e = begin(context, asked, FORWARD_INPUTS, writes, asked->moves ? 6 : 4);
     if (!has_failed(&e)) {
         const double *numbers = tf.TensorData(e.inputs[NUMBERS]);
         e.call.epsilon = numbers[0], e.call.momentum = numbers[1];
@@ -176,9 +182,22 @@ static void forward(void *kernel, void *context)
     end(&e);
 }
 
+static void forward(void *kernel, void *context) { forward_pass(kernel, context, 1); }
+static void moments(void *kernel, void *context) { forward_pass(kernel, context, 0); }
+
+static void normalize(void *kernel, void *context)
+{
+    execution e = begin(context, kernel, NORMALIZE_INPUTS, 1, 0);
+    if (!has_failed(&e)) {
+        set_statistics(&e, e.inputs[STATISTICS]);
+        run(&e, tn_normalize);
+    }
+    end(&e);
+}
+
 static void backward(void *kernel, void *context)
 {
-    execution e = begin(context, kernel, BACKWARD_INPUTS, 2);
+    execution e = begin(context, kernel, BACKWARD_INPUTS, 1, 2);
     if (!has_failed(&e)) {
         e.call.dy = tf.TensorData(e.inputs[DY]);
         set_mask(&e, e.inputs[BACKWARD_MASK]);
@@ -251,13 +270,18 @@ __attribute__((constructor)) static void register_operations(void)
         "x: T",       "gamma: S",        "beta: S", "moving_mean: S", "moving_variance: S",
         "mask: bool", "numbers: double", NULL,
     };
+    static const char *const of_normalize[] = {"x: T", "gamma: S", "beta: S", "statistics: S",
+                                               NULL};
     static const char *const of_backward[] = {
         "x: T",  "gamma: S",   "beta: S",         "statistics: S",
         "dy: T", "mask: bool", "epsilon: double", NULL,
     };
     /* The Python code looks for TruenormForward, so that is the last: if it is there, all is. */
     (void)(find_tensorflow() && add_kernels("TruenormForward", forward) &&
+           add_kernels("TruenormMoments", moments) && add_kernels("TruenormNormalize", normalize) &&
            add_kernels("TruenormBackward", backward) &&
+           add_operation("TruenormMoments", of_forward, "y: T") &&
+           add_operation("TruenormNormalize", of_normalize, "y: T") &&
            add_operation("TruenormBackward", of_backward, "dx: T") &&
            add_operation("TruenormForward", of_forward, "y: T"));
 }

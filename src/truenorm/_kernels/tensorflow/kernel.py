@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow  # noqa: ICN001 - its types are wrong: it becomes Any
 
@@ -40,7 +40,7 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     """See :mod:`truenorm._kernels`. Masks take the compiled passes, or else the composite."""
     if ragged.is_ragged(x):
         return ragged.of_values(normalize, x, gamma, beta, options)
-    axis, epsilon, mask, moving, relu, add = options
+    axis, epsilon, mask, moving, relu, add, correct = options
     if add is not None:  # XLA makes one of what is done value by value.
         alone = normalize(x, gamma, beta, options._replace(relu=False, add=None))
         return composite.added_to(alone, options)
@@ -52,7 +52,8 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     takes_moving = compiled and _same(dtype, moving)
     if mask is not None and not (takes_moving and last and not by_channel(mask, channel)):
         return composite.normalize(x, gamma, beta, options)
-    scale, offset = _weights(channels, dtype, gamma, beta)
+    if correct is not None and tf.executing_eagerly():  # Forward accumulators see operations.
+        return composite.corrected(normalize, x, gamma, beta, options)
     rows, values = _as_rows(x, channel)
     others, step, moves = (), None, False
     if moving is not None and takes_moving:
@@ -61,23 +62,25 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     if mask is not None:
         mask = _mask_of_rows(mask, x)
         others = (*others, mask)
-    kernel = _kernel(
-        Plan(epsilon, relu, step, mask is not None),
-        *(x.dtype.name, dtype, len(rows.shape)),
-        compiled=compiled,
-        eager=tf.executing_eagerly(),
-    )
-    output, *statistics = kernel(rows, scale, offset, *others)
+    count = tf.cast(values if mask is None else tf.math.count_nonzero(mask), dtype)
+    kind = Kind(x.dtype.name, dtype, len(rows.shape), compiled, tf.executing_eagerly())
+    plan = Plan(epsilon, relu, step, mask is not None)
+    scale, offset = _weights(channels, dtype, gamma, beta)
+    if correct is not None:
+        plan = plan._replace(known=True)
+        (kept,) = _function("moments", plan, kind)(rows, scale, offset, *others)
+        found = tf.ensure_shape(tf.stop_gradient(kept[:2]), (2, channels))
+        mean, variance = tf.unstack(found)
+        weights = correct(Normalized(None, mean, variance, count), gamma, beta)
+        scale, offset = _weights(channels, dtype, *weights)
+        others = (kept, *others[2 if step else 0 :])
+    output, *statistics = _kernel(plan, kind)(rows, scale, offset, *others)
     output = tf.reshape(output, tf.shape(x))
     output.set_shape(x.shape)
     for vector in statistics:
         vector.set_shape((channels,))
     mean, variance, *moved = (tf.stop_gradient(vector) for vector in statistics)
-    count = values if mask is None else tf.math.count_nonzero(mask)
-    return Normalized(
-        *(output, mean, variance, tf.cast(count, dtype)),
-        moved=tuple(moved) if moves else None,
-    )
+    return Normalized(output, mean, variance, count, moved=tuple(moved) if moves else None)
 
 
 def _with_channels(
@@ -124,7 +127,7 @@ def normalize_synchronized(
     if replicas == 1:
         return normalize(x, gamma, beta, options)
 
-    axis, epsilon, mask, moving, relu, _ = options
+    axis, epsilon, mask, moving, relu, _, correct = options
     x = _with_channels(tf.convert_to_tensor(x), axis, gamma, beta, moving)
     channel = axis % len(x.shape)
     last = channel == len(x.shape) - 1
@@ -141,6 +144,7 @@ def normalize_synchronized(
         epsilon=epsilon,
         relu=relu,
         replica=replica,
+        correct=correct,
     )
     output = tf.reshape(output, tf.shape(x))
     output.set_shape(x.shape)
@@ -171,32 +175,52 @@ def _mask_of_rows(mask: Tensor, x: Tensor) -> Tensor:
     return tf.reshape(tf.broadcast_to(tf.squeeze(mask, -1), tf.shape(x)[:-1]), [-1])
 
 
+class Kind(NamedTuple):
+    """Of what tensors a kernel is, and where it runs.
+
+    Args:
+        x: The dtype of the rows.
+        dtype: That of their statistics.
+        rank: The rank of the rows.
+        compiled: Whether the compiled passes take them.
+        eager: Whether no graph is made.
+    """
+
+    x: str
+    dtype: str
+    rank: int
+    compiled: bool
+    eager: bool
+
+
 @lru_cache(maxsize=64)
-def _kernel(
-    plan: Plan, x_dtype: str, dtype: str, rank: int, *, compiled: bool, eager: bool
-) -> Callable[..., Any]:
-    """The kernel for one plan, and rows of one dtype and rank whose statistics have a dtype."""
-    passes = native if compiled else plain
-    forward, backward = partial(passes.forward, plan), partial(passes.backward, plan)
-    if not eager:
-        rows = tf.TensorSpec([None] * rank, x_dtype)
-        channels, kept = (
-            tf.TensorSpec(shape, dtype) for shape in ([None], [6 if plan.step else 4, None])
-        )
-        mask = [tf.TensorSpec([None], tf.bool)] * plan.masked
-        moving = [channels] * (2 if plan.step else 0)
-        for_forward = (rows, channels, channels, *moving, *mask)
-        for_backward = (rows, channels, channels, kept, rows, *mask)
-        if not compiled:
-            by_xla = partial(tf.function, jit_compile=True, autograph=False)
-            forward = by_xla(forward, input_signature=for_forward)
-            backward = by_xla(backward, input_signature=for_backward)
-        forward = portable(forward, partial(plain.forward, plan), for_forward)
-        backward = portable(backward, partial(plain.backward, plan), for_backward)
+def _function(name: str, plan: Plan, kind: Kind) -> Callable[..., Any]:
+    """One of the functions that ``native.py`` and ``plain.py`` have both."""
+    here = partial(getattr(native if kind.compiled else plain, name), plan)
+    if kind.eager:
+        return here
+    rows = tf.TensorSpec([None] * kind.rank, kind.x)
+    channels, kept = (
+        tf.TensorSpec(shape, kind.dtype) for shape in ([None], [6 if plan.step else 4, None])
+    )
+    mask = [tf.TensorSpec([None], tf.bool)] * plan.masked
+    moving = [channels] * (2 if plan.step else 0)
+    others = {"normalize": [kept], "backward": [kept, rows, *mask]}.get(name, [*moving, *mask])
+    signature = (rows, channels, channels, *others)
+    if not kind.compiled:
+        here = tf.function(here, jit_compile=True, autograph=False, input_signature=signature)
+    return portable(here, partial(getattr(plain, name), plan), signature)
+
+
+@lru_cache(maxsize=64)
+def _kernel(plan: Plan, kind: Kind) -> Callable[..., Any]:
+    """The kernel for one plan and kind."""
+    forward = _function("normalize" if plan.known else "forward", plan, kind)
+    backward = _function("backward", plan, kind)
 
     @tf.custom_gradient
     def differentiable_backward(*given: Tensor) -> Any:
-        if not eager:  # As tensors of this graph: that of the second derivative sees no others.
+        if not kind.eager:  # As tensors of this graph: the second derivative's sees no others.
             given = tuple(tf.identity(tensor) for tensor in given)
 
         def second(*cotangents: Any) -> Any:
@@ -207,7 +231,11 @@ def _kernel(
 
     @tf.custom_gradient
     def kernel(rows: Tensor, gamma: Vector, beta: Vector, *others: Tensor) -> Any:
-        output, kept = forward(rows, gamma, beta, *others)
+        if plan.known:
+            kept = others[0]
+            (output,) = forward(rows, gamma, beta, kept)
+        else:
+            output, kept = forward(rows, gamma, beta, *others)
 
         def first(gradient: Tensor, *_: Any) -> Any:
             mask = others[-1:] if plan.masked else ()

@@ -46,9 +46,25 @@ def forward(
     plan: Plan, rows: Tensor, gamma: Vector, beta: Vector, *others: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See ``plain.py``."""
+    given = (rows, gamma, beta, *others)
+    output, kept = _of_batch(_operations().truenorm_forward, plan, *given)
+    return tf.reshape(output, tf.shape(rows)), kept
+
+
+def moments(
+    plan: Plan, rows: Tensor, gamma: Vector, beta: Vector, *others: Tensor
+) -> tuple[Tensor]:
+    """See ``plain.py``."""
+    given = (rows, gamma, beta, *others)
+    return _of_batch(_operations().truenorm_moments, plan, *given)[1:]
+
+
+def _of_batch(
+    operation: Any, plan: Plan, rows: Tensor, gamma: Vector, beta: Vector, *others: Tensor
+) -> tuple[Tensor, Tensor]:
     moving = others[:2] if plan.step else [tf.zeros(0, gamma.dtype)] * 2
     step = plan.step or Step(1.0, False)
-    output, kept = _operations().truenorm_forward(
+    output, kept = operation(
         *(_with_inner(rows), gamma, beta, *moving, *_mask(plan, others)),
         tf.constant((plan.epsilon, step.momentum), tf.float64),
         relu=plan.relu,
@@ -56,7 +72,15 @@ def forward(
         moves=plan.step is not None,
         threads=_threads(),
     )
-    return tf.reshape(output, tf.shape(rows)), tf.ensure_shape(kept, (6 if plan.step else 4, None))
+    return output, tf.ensure_shape(kept, (6 if plan.step else 4, None))
+
+
+def normalize(plan: Plan, rows: Tensor, gamma: Vector, beta: Vector, kept: Tensor) -> tuple[Tensor]:
+    """See ``plain.py``."""
+    output, _ = _operations().truenorm_normalize(
+        *(_with_inner(rows), gamma, beta, kept), relu=plan.relu, threads=_threads()
+    )
+    return (tf.reshape(output, tf.shape(rows)),)
 
 
 def backward(

@@ -33,21 +33,32 @@ class Plan(NamedTuple):
         relu: Whether a ReLU follows.
         step: The step of the moving statistics; None: they are not among the tensors.
         masked: Whether a mask (outer,) is the last of the tensors.
+        known: Whether the statistics are among the tensors.
     """
 
     epsilon: float
     relu: bool
     step: Step | None
     masked: bool
+    known: bool = False
 
 
 def forward(
     plan: Plan, rows: Tensor, gamma: Vector, beta: Vector, *others: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Output, and in rows: mean, variance, what rounding takes from the mean, and rstd.
+    """Both halves: :func:`normalize` with the :func:`moments`."""
+    (kept,) = moments(plan, rows, gamma, beta, *others)
+    return *normalize(plan, rows, gamma, beta, kept), kept
+
+
+def moments(
+    plan: Plan, rows: Tensor, gamma: Vector, beta: Vector, *others: Tensor
+) -> tuple[Tensor]:
+    """In rows: mean, variance, what rounding takes from the mean, and rstd.
 
     And the moving mean and variance after the step, if there is one.
     """
+    del beta
     moving = others[:2] if plan.step else ()
     mask = others[-1] if plan.masked else None
     values, counts = tf.cast(rows, gamma.dtype), _spread_mask(mask, rows)
@@ -57,12 +68,18 @@ def forward(
         delta = tf.where(count > 0, delta, moving[0] - shift)
         variance = tf.where(count > 0, variance, moving[1])
     rstd = tf.math.rsqrt(variance + plan.epsilon)
-    output = closed_form.forward(ROWS, values - _spread(shift, rows), delta, rstd, gamma, beta)
-    output = tf.cast(tf.nn.relu(output) if plan.relu else output, rows.dtype)
     mean = shift + delta
     low = (shift - mean) + delta  # what rounding takes from the mean
     moved = _moved(plan.step, moving, (mean, variance), count) if plan.step else ()
-    return output, tf.stack([mean, variance, low, rstd, *moved])
+    return (tf.stack([mean, variance, low, rstd, *moved]),)
+
+
+def normalize(plan: Plan, rows: Tensor, gamma: Vector, beta: Vector, kept: Tensor) -> tuple[Tensor]:
+    """The output, with statistics that are known."""
+    mean, _, low, rstd = tf.unstack(kept[:4])
+    deviations = tf.cast(rows, gamma.dtype) - _spread(mean, rows)
+    output = closed_form.forward(ROWS, deviations, low, rstd, gamma, beta)
+    return (tf.cast(tf.nn.relu(output) if plan.relu else output, rows.dtype),)
 
 
 def backward(

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import tensorflow  # noqa: ICN001 - its types are wrong: it becomes Any
 
 from truenorm._kernels import closed_form, composite
-from truenorm._kernels.contract import Scalar, Tensor, Vector
+from truenorm._kernels.contract import Normalized, Scalar, Tensor, Vector
 from truenorm._kernels.tensorflow import plain
 from truenorm._kernels.tensorflow.plain import ROWS
 from truenorm._kernels.tensorflow.portable import portable
@@ -74,6 +74,7 @@ def normalize(
     epsilon: float,
     relu: bool,
     replica: Any,
+    correct: Callable[..., tuple[Vector, Vector]] | None,
 ) -> tuple[Tensor, Vector, Vector, Scalar]:
     """Output, mean and variance of the whole batch, and the number of its values that count.
 
@@ -86,6 +87,7 @@ def normalize(
         epsilon: Added to the variance.
         relu: Whether a ReLU follows.
         replica: Its context.
+        correct: As ``Options.correct``.
     """
     masks = () if mask is None else (mask,)
     kind = (rows.dtype.name, gamma.dtype.name, len(rows.shape))
@@ -99,6 +101,8 @@ def normalize(
         variance = tf.where(count > 0, variance, moving[1])
     mean = shift + delta
     whole = Whole(mean, (shift - mean) + delta, variance, 1.0 / tf.maximum(count, 1.0))
+    if correct is not None:
+        gamma, beta = correct(Normalized(None, mean, variance, count), gamma, beta)
 
     @tf.custom_gradient
     def differentiable_backward(rows: Tensor, gamma: Vector, gradient: Tensor) -> Any:

@@ -47,8 +47,11 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     Who watches the operations gets the composite, which a compiler fuses; without the compiled
     passes so do masks, and batches of one value or none.
     """
-    axis, epsilon, mask, moving, relu, add = options
+    axis, epsilon, mask, moving, relu, add, correct = options
     several = mask is not None and by_channel(mask, axis)
+    if add is not None and correct is not None:
+        alone = normalize(x, gamma, beta, options._replace(relu=False, add=None))
+        return composite.added_to(alone, options)
     if not several and passes.takes(x, mask, gamma, beta, add, *(moving[:2] if moving else ())):
         if mask is None:
             return passes.normalize(x, gamma, beta, options)
@@ -73,17 +76,18 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     dtype = torch.promote_types(x.dtype, torch.float32)
     after = math.prod(x.shape[axis % x.dim() + 1 :])
     rows = x.reshape((-1, channels, after) if after > 1 else (-1, channels))
-    scale = _parameter(gamma, 1.0, channels, dtype, x.device)
-    offset = _parameter(beta, 0.0, channels, dtype, x.device)
     mean, variance = _moments(rows.detach().to(dtype))
-    if x.device.type == "cpu" and _near_zero(mean, variance, epsilon):
-        output = _Normalize.apply(rows, scale, offset, mean, variance, epsilon, relu)
-    else:
+    delta = mean
+    if x.device.type != "cpu" or not _near_zero(mean, variance, epsilon):
         shift = mean
         rows = rows.to(dtype) - (shift if after == 1 else shift[:, None])
         delta, variance = _moments(rows.detach())
         mean = shift + delta
-        output = _Normalize.apply(rows, scale, offset, delta, variance, epsilon, relu)
+    if correct is not None:
+        gamma, beta = correct(Normalized(None, mean, variance, count), gamma, beta)
+    scale = _parameter(gamma, 1.0, channels, dtype, x.device)
+    offset = _parameter(beta, 0.0, channels, dtype, x.device)
+    output = _Normalize.apply(rows, scale, offset, delta, variance, epsilon, relu)
     return Normalized(output.reshape(x.shape).to(x.dtype), mean, variance, count)
 
 
@@ -114,7 +118,7 @@ def infer(
     These are three passes here. A compiler fuses them, and an exporter shall see them; and they
     lose no digits where a mean is large, or in the gradients of gamma and beta.
     """
-    axis, epsilon, _, _, relu, add = options
+    axis, epsilon, _, _, relu, add, _ = options
     channels = x.shape[axis]
     learns = any(weight is not None and weight.requires_grad for weight in (gamma, beta))
     if (

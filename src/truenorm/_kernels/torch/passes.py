@@ -36,6 +36,8 @@ class Plan(NamedTuple):
     channel: int
     epsilon: float
     relu: bool
+    known: bool = False
+    """Whether the statistics were found before."""
 
 
 def takes(x: Tensor, mask: Tensor | None = None, *weights: Tensor | None) -> bool:
@@ -108,7 +110,7 @@ def _batched(gradient: Tensor) -> bool:
 
 def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options) -> Normalized:
     """See :mod:`truenorm._kernels`; with a mask the channels are last, and it is theirs alike."""
-    axis, epsilon, mask, moving, relu, add = options
+    axis, epsilon, mask, moving, relu, add, correct = options
     x, layout = _dense(x, axis)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if mask is not None:
@@ -123,16 +125,33 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     # Mean, variance, what rounding takes from the mean, rstd; and the moving ones after the step.
     # Of one shape with and without it: a checkpoint compares what is kept in both its passes.
     rows = torch.empty(6, layout[1], dtype=wide, device=x.device)
-    plan = Plan(layout, axis % x.dim(), epsilon, relu)
+    plan = Plan(layout, axis % x.dim(), epsilon, relu, known=correct is not None)
+    count = layout[0] * layout[2] if mask is None else mask.sum().to(wide)
+    if correct is not None:
+        halves: Any = _passes(x.device.type)
+        mean, variance = halves.moments(plan, x.detach(), mask)
+        if mask is not None and moving is not None:  # It normalises where nothing counts.
+            some = mask.any()
+            mean = torch.where(some, mean, moving.mean)
+            variance = torch.where(some, variance, moving.variance)
+        write_statistics(rows, mean, variance, epsilon)
+        gamma, beta = correct(Normalized(None, rows[0], rows[1], count), gamma, beta)
     weights = (_wide(gamma, wide), _wide(beta, wide))
     output = _Normalize.apply(x, *weights, mask, rows, moving, plan, add)
-    count = layout[0] * layout[2] if mask is None else mask.sum().to(wide)
     if moving is None or not writable:
         return Normalized(output, rows[0], rows[1], count)
     # Not in forward, which checkpoints repeat.
     _write(moving.mean, rows, 4)
     _write(moving.variance, rows, 5)
     return Normalized(output, None, None, count, moved=())
+
+
+def write_statistics(rows: Tensor, mean: Vector, variance: Vector, epsilon: float) -> None:
+    """Mean, variance, what rounding takes from the mean, and rstd, from numbers in float64."""
+    rows[0] = mean
+    rows[1] = variance
+    rows[2] = mean - rows[0]
+    rows[3] = torch.rsqrt(variance + epsilon)
 
 
 def _write(values: Tensor, rows: Tensor, row: int) -> None:
@@ -186,7 +205,10 @@ class _Normalize(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if add is not None:
             add = _as_laid_out(add, x)
-        output = passes.forward(plan, x, gamma, beta, mask, rows, moving, add)
+        if plan.known:
+            output = passes.normalize(plan, x, gamma, beta, rows)
+        else:
+            output = passes.forward(plan, x, gamma, beta, mask, rows, moving, add)
         # For ReLU's derivative: the output, or, so that it is not kept, beta.
         signs = (None, output) if add is not None else (beta, None)
         ctx.save_for_backward(x, gamma, mask, rows, *(signs if plan.relu else (None, None)))
@@ -203,7 +225,7 @@ class _Normalize(torch.autograd.Function):
             if output is not None:
                 gradient = torch.where(output > 0, gradient, 0)
                 plan = plan._replace(relu=False)
-            found = differentiable(gradient, x, gamma, beta, mask, rows, *plan[1:])
+            found = differentiable(gradient, x, gamma, beta, mask, rows, *plan[1:4])
         else:
             # Who keeps tensors elsewhere may order them anew.
             x, layout = _dense(x, plan.channel)

@@ -65,7 +65,7 @@ def normalize(
     x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options, group: Any
 ) -> Normalized:
     """See :mod:`truenorm._kernels`: one batch of all processes of the group."""
-    axis, epsilon, mask, moving, relu, _ = options
+    axis, epsilon, mask, moving, relu, _, correct = options
     several = mask is not None and by_channel(mask, axis)
     if several or not _takes(x, mask, gamma, beta, *(moving[:2] if moving else ())):
         if moving is not None and moving.domain is not None:
@@ -79,13 +79,15 @@ def normalize(
         x, mask = x.contiguous(), mask.squeeze(-1).broadcast_to(x.shape[:-1]).contiguous()
     x, layout = passes._dense(x, axis)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    gamma, beta = passes._wide(gamma, wide), passes._wide(beta, wide)
     # Mean, variance, what rounding takes from the mean, rstd; and one over the count.
     rows = torch.empty(5, layout[1], dtype=wide, device=x.device)
     plan = Plan(layout, axis % x.dim(), epsilon, relu)
     halves: Any = passes._passes(x.device.type)
     count = layout[0] * layout[2] if mask is None else mask.sum()
     count = _merge(rows, count, halves.moments(plan, x.detach(), mask), moving, epsilon, group)
+    if correct is not None:
+        gamma, beta = correct(Normalized(None, rows[0], rows[1], count), gamma, beta)
+    gamma, beta = passes._wide(gamma, wide), passes._wide(beta, wide)
     output = _Normalize.apply(x, gamma, beta, mask, rows, plan, group)
     return Normalized(output, rows[0], rows[1], count)
 
@@ -204,10 +206,7 @@ def _merge(
         )
     if moving is not None and moving.domain is not None:
         mean = torch.where(_agree(domains), mean, torch.nan)
-    rows[0] = mean
-    rows[1] = variance
-    rows[2] = mean - rows[0]
-    rows[3] = torch.rsqrt(variance + epsilon)
+    passes.write_statistics(rows, mean, variance, epsilon)
     rows[4] = share
     return total.to(rows.dtype)
 

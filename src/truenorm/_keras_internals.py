@@ -424,7 +424,8 @@ class _TensorFlowIfLoaded:
 def leave_tensorflow_unloaded() -> None:
     """From now on Keras saves models and sets seeds without loading TensorFlow, in this process.
 
-    Keras loads it on every backend, where it is installed, and that takes seconds. Where a Keras
+    Keras loads it on every backend, where it is installed, and that takes seconds. Layers that work
+    by it (of text, as ``TextVectorization``) load it as before. Where a Keras
     does so in another place nothing but this time is lost, so none is refused.
     """
     for name in ("keras.src.utils.rng_utils", "keras.src.saving.serialization_lib"):

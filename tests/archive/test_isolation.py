@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import pytest
 from altered_keras_files import layer_named, with_config
+from fresh_process import output_of
 
 import truenorm as tn
 from truenorm import archive
@@ -40,6 +41,20 @@ def test_it_can_write_to_its_folder_only_and_open_no_socket(tmp_path: Path) -> N
     assert refused == {"PermissionError", "MemoryError"}
     assert outcomes["much memory"] == "MemoryError"
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("there", b"precious")]
+
+
+@pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="it is the backend itself")
+def test_what_runs_there_leaves_tensorflow_unloaded(tmp_path: Path) -> None:
+    layers = [keras.Input((4,)), keras.layers.Dense(2), keras.layers.BatchNormalization()]
+    archive.save(keras.Sequential(layers), tmp_path / "m.keras")
+    shown = output_of(
+        "import sys; from truenorm.archive._isolated_loading import report\n"
+        "report(sys.argv[1], path=sys.argv[2], max_parameters=1000, imports=[])\n"
+        "print('tensorflow' in sys.modules)",
+        tmp_path, tmp_path / "m.keras",
+    )  # fmt: skip
+    assert (tmp_path / "report.json").read_text() == "null"
+    assert shown.splitlines()[-1] == "False"
 
 
 def test_a_process_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

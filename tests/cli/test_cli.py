@@ -210,6 +210,22 @@ def test_a_static_reading_is_the_same_whatever_reads_the_command_line(file: Path
     assert lacking[0].stderr.startswith("truenorm: There is no such .keras file (at 'none.keras'")
 
 
+@pytest.mark.parametrize("backend", [b for b in Backend if b != "tensorflow"])
+def test_a_command_leaves_tensorflow_unloaded_beside_another_backend(
+    backend: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(backend)
+    monkeypatch.setenv("KERAS_BACKEND", backend)
+    shown = output_of(
+        "import sys; from truenorm._cli import main\n"
+        "sys.argv = ['truenorm', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end.code, 'tensorflow' in sys.modules)",
+        "fold", file, "--out", tmp_path / "folded.keras", "--no-isolate",
+    )  # fmt: skip
+    assert shown.splitlines()[-1] == "0 False"
+
+
 def test_a_model_is_inspected_in_each_mode(command: Command, file: Path) -> None:
     code, output, _ = command("inspect", file, "--json")
     found = json.loads(output)

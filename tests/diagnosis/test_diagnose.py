@@ -125,6 +125,28 @@ def test_what_is_not_asked_for_is_not_computed() -> None:
         tn.diagnose(shake(dense()), Unread(), select="TN103")
 
 
+def test_inference_is_compared_on_a_part_of_long_data_and_that_is_said() -> None:
+    layer = keras.layers.BatchNormalization(moving_mean_initializer=keras.initializers.Constant(5))
+    model = keras.Sequential([keras.Input((3,)), layer])
+    model.compile("sgd", "mean_squared_error")
+    x = np.random.default_rng(1).normal(size=(200, 3)).astype("float32")
+    y = (x - x.mean(0)) / x.std(0)
+    found = tn.diagnose(model, x, y, select="TN110", batch_size=4)
+    assert found.compared == (32, 50)
+    assert "Training and inference compared on 32 of 50 batches." in str(found)
+    assert tn.Diagnosis.from_json(found.to_json()) == found
+    mixed = np.random.default_rng(0).permutation(200).reshape(50, 4)
+    some = mixed[np.linspace(0, 49, 32).astype(int)].ravel()
+    expected = np.mean(((x[some] - 5) / np.sqrt(1 + 1e-3) - y[some]) ** 2)
+    assert found.findings[0].evidence["loss_in_inference"] == pytest.approx(expected, rel=1e-5)
+    for few in (
+        tn.diagnose(model, x[:128], y[:128], select="TN110", batch_size=4),
+        tn.diagnose(model, x, y, select="TN105", batch_size=4),
+    ):
+        assert few.compared is None
+        assert "compared on" not in str(few)
+
+
 def test_rules_that_need_data_are_skipped_without_and_that_is_said() -> None:
     diagnosis = tn.diagnose(shake(dense()), select="TN1", ignore="TN107")
     (skipped,) = diagnosis.skipped

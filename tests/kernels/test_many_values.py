@@ -15,6 +15,7 @@ from layer_cases import array, error, gradients, tensor
 from truenorm import _kernels as kernels
 from truenorm._kernels import composite, reference
 from truenorm._kernels.contract import Options
+from truenorm._kernels.sums import batch_sums
 
 BACKEND = keras.config.backend()
 PASSES = importlib.import_module(
@@ -120,3 +121,23 @@ def test_new_sizes_compile_nothing() -> None:
             x = np.random.default_rng(size).normal(3, 2, (size, 3)).astype("float32")
             found = kernels.normalize(tensor(x), None, None, OPTIONS)
             assert error(array(found.output), reference.forward(x).output) < 1e-6
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_the_sums_of_a_batch_have_its_moments_however_large_its_mean(
+    axis: int, *, compiled: bool
+) -> None:
+    x = np.random.default_rng(0).normal(1e4, 1.0, (40_009, 5)).astype("float32")
+    x[:, 1] = 3.0
+    given = tensor(x if axis == -1 else np.ascontiguousarray(x[:40_000].reshape(-1, 5, 8)))
+    wide = array(given).astype(np.float64)
+    wide = wide if axis == -1 else np.moveaxis(wide, 1, -1).reshape(-1, 5)
+    with mock.patch.object(PASSES, "takes", PASSES.takes if compiled else lambda *_: False):
+        count, sums = batch_sums(given, axis=axis)
+    shift, first, second = array(sums)
+    mean = shift + first / int(count)
+    variance = (second - first**2 / int(count)) / int(count)
+    assert int(count) == len(wide)
+    np.testing.assert_allclose(mean, wide.mean(0), rtol=0, atol=1e-7 * wide.std(0).max())
+    np.testing.assert_allclose(variance, wide.var(0), rtol=4e-7, atol=0)

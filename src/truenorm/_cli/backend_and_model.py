@@ -101,6 +101,9 @@ def model_of(
     from truenorm.archive._loading import load, load_here
 
     choose_backend(backend)
+    from truenorm._keras_internals import leave_tensorflow_unloaded
+
+    leave_tensorflow_unloaded()
     if imports:
         sys.path.append(str(Path.cwd()))  # a module of the user's is most often there
     opening = load_here if apart.is_apart() else load

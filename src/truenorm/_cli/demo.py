@@ -33,5 +33,7 @@ def demo(
     """Show on real data where BatchNormalization goes, what it does, and how to deploy it."""
     choose_backend(backend)
     from truenorm._demo.demo import run
+    from truenorm._keras_internals import leave_tensorflow_unloaded
 
+    leave_tensorflow_unloaded()
     run(data=data.value, seeds=seeds, out=out, force=force, resume=resume)

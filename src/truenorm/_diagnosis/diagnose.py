@@ -46,8 +46,9 @@ def diagnose(
         model: Any built ``keras.Model``, with stock layers or ours; nothing in it changes. Of a
             subclassed one the rules run that need no graph.
         data: What ``fit`` takes, best the training set: arrays, ``(x, y)``, a PyDataset, or an
-            iterable of batches. It is read twice (an iterator is kept in memory); without it the
-            rules that need it are skipped, and the record says so.
+            iterable of batches. It is read twice (an iterator is kept in memory): all of it for
+            the statistics, then up to 32 batches, spread evenly, on which training and inference
+            are compared. Without it the rules that need it are skipped, and the record says so.
         y: Labels of array data that comes without them. With labels and a compiled model, its own
             loss and metrics are compared between training and inference mode; where these labels
             do not make a loss, the outputs are.
@@ -110,7 +111,7 @@ def judged(facts: Facts, wanted: Callable[[Rule], bool]) -> Diagnosis:
     if facts.unscored is not None:
         left = (*left, Skipped(("the loss",), facts.unscored))
     sites = tuple(dict.fromkeys(spot.path for spot in spots(facts.model)))
-    return Diagnosis(facts.model.name, tuple(findings), tuple(checked), left, sites)
+    return Diagnosis(facts.model.name, tuple(findings), tuple(checked), left, sites, facts.compared)
 
 
 def refuse_endless(data: Any) -> None:

@@ -223,7 +223,15 @@ class Facts:
             "in_inference": runner.moving(),
             "recalibrated": runner.given(replace(population, sites=learning)),
         }
-        return ask(runner, uses, self.batches, self._judge)
+        return ask(runner, uses, self.batches, self._judge, population.batches)
+
+    @property
+    def compared(self) -> tuple[int, ...] | None:
+        """On how many batches training and inference were compared, of how many; None: on all."""
+        answers: Answers | None = self.__dict__.get("answers")
+        if answers is None or len(answers.batches) == self.seen.training.batches:
+            return None
+        return len(answers.batches), self.seen.training.batches
 
     @property
     def labelled(self) -> bool:
@@ -242,11 +250,13 @@ class Facts:
         return None if judge is None else judge.why_not
 
     def scores(self, when: When) -> Scores:
-        """The loss and the metrics, one value per batch."""
-        return self.seen.scores if when == "in_training" else self.answers.scores[when]
+        """The loss and the metrics, one value per batch that was compared."""
+        if when != "in_training":
+            return self.answers.scores[when]
+        return {name: one[[*self.answers.batches]] for name, one in self.seen.scores.items()}
 
     def score(self, when: When, name: str) -> float:
-        """The loss or a metric over all the data."""
+        """The loss or a metric over all that was compared."""
         return float(np.average(self.scores(when)[name], weights=self.answers.sizes))
 
     @cached_property

@@ -4,7 +4,7 @@ Every BatchNormalization normalises with what it has in training (the batch's st
 moving ones where it is frozen), with its moving statistics as in inference, or with the
 population's, as after :func:`truenorm.recalibrate`. Everything else in the model runs in inference
 mode, so that what differs is BatchNormalization's doing alone. The data is read twice: for the
-population, and for what the model does with it.
+population, of which every batch is a part, and for what the model does with some of the batches.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ When = Literal["in_training", "in_inference", "recalibrated"]
 
 Batches = Callable[[], Iterable[tuple[Any, Any]]]
 """Reads the data once more: inputs and labels, batch by batch."""
+
+COMPARED = 32
+"""Batches that inference is compared with training on. A rule about the loss asks for a difference
+of three standard errors; what 32 pairs cannot tell from chance is small beside how they vary."""
 
 Scores = Mapping[str, Array]
 """The loss and the metrics that the model is compiled with, one value per batch."""
@@ -65,12 +69,14 @@ class Answers:
             standard deviation of ``output(recalibrated)``; the largest over the model's outputs.
         scores: As in :class:`Seen`.
         sizes: Samples per batch.
+        batches: Which batches of the data these are of.
         inputs: What each site sees in inference, as it is and once it is recalibrated.
     """
 
     change: float
     scores: Mapping[When, Scores]
     sizes: Array
+    batches: tuple[int, ...]
     inputs: Mapping[When, Mapping[str, Moments]]
 
 
@@ -97,14 +103,21 @@ def look(
     )
 
 
-def ask(runner: Runner, uses: Mapping[When, Use], batches: Batches, judge: Judge | None) -> Answers:
+def ask(
+    runner: Runner, uses: Mapping[When, Use], batches: Batches, judge: Judge | None, there_are: int
+) -> Answers:
     """The second reading of the data: the answers in inference, and once recalibrated."""
+    chosen = {*np.linspace(0, there_are - 1, min(there_are, COMPARED)).astype(int).tolist()}
+    asked: list[int] = []
     runs: dict[When, Callable[[Any], Run]] = {w: runner.using(use) for w, use in uses.items()}
     tallies: dict[When, Tally] = {when: Tally(runner.slices) for when in uses}
     scores: dict[When, list[dict[str, float]]] = {when: [] for when in uses}
     sums: dict[int, _Sum] = defaultdict(_Sum)
     sizes: list[int] = []
-    for inputs, labels in _not_empty(batches):
+    for number, (inputs, labels) in enumerate(_not_empty(batches)):
+        if number not in chosen:
+            continue
+        asked.append(number)
         outputs: dict[When, list[Any]] = {}
         for when, run in runs.items():
             made = run(inputs)
@@ -118,6 +131,7 @@ def ask(runner: Runner, uses: Mapping[When, Use], batches: Batches, judge: Judge
         max((s.change for s in sums.values()), default=0.0),
         {when: _by_name(found) for when, found in scores.items()},
         np.asarray(sizes, np.float64),
+        tuple(asked),
         {when: tally.seen().sites for when, tally in tallies.items()},
     )
 

@@ -70,6 +70,8 @@ class Diagnosis(Record, Drawn):
         checked: Codes of the rules that ran.
         skipped: Codes of the rules that could not run, by reason.
         sites: Paths of the model's BatchNormalization, in their order.
+        compared: On how many batches training and inference were compared, and of how many; None
+            if on all, or if no rule asked for it.
     """
 
     model: str
@@ -77,6 +79,7 @@ class Diagnosis(Record, Drawn):
     checked: tuple[str, ...]
     skipped: tuple[Skipped, ...] = ()
     sites: tuple[str, ...] = ()
+    compared: tuple[int, ...] | None = None
 
     @property
     def worst(self) -> Severity | None:
@@ -102,8 +105,11 @@ class Diagnosis(Record, Drawn):
     def tables(self) -> Sequence[Table]:
         """One row per code, the gravest first; sites and evidence put together; remedies below."""
         title = f"Diagnosis {self.summary()}"
-        notes = tuple(f"Not checked: {', '.join(s.codes)}: {s.reason}." for s in self.skipped)
-        return (_table(title, self.findings, notes),)
+        notes = [f"Not checked: {', '.join(s.codes)}: {s.reason}." for s in self.skipped]
+        if self.compared is not None:
+            some, all_of_them = self.compared
+            notes.append(f"Training and inference compared on {some} of {all_of_them} batches.")
+        return (_table(title, self.findings, tuple(notes)),)
 
     def drawing(self) -> Drawing:
         """The findings along the depth of the model, a row per code, the gravest on top."""

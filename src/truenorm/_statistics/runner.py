@@ -314,12 +314,12 @@ def _in_use(layer: Any, own: Any, count: Any, found: Any) -> tuple[Any, Any]:
     """The statistics that a call normalises with; the layer's own if the batch has no value."""
     moving_mean, moving_variance = layer.moving_mean.value, layer.moving_variance.value
     dtype = kernels.statistics_dtype(moving_mean.dtype)
-    shift, first, second, given, mean, variance = (
-        ops.cast(row, dtype) for part in (found, own) for row in (part[0], part[1], part[2])
-    )
+    found, own = ops.cast(found, dtype), ops.cast(own, dtype)
+    shift, first, second = found[0], found[1], found[2]
+    given, mean, variance = own[0] > 0, own[1], own[2]
     some = ops.cast(ops.maximum(count, 1), dtype)
     delta = first / some
-    batch_variance = second / some - ops.square(delta)
+    batch_variance = second / some - delta * delta
     batch_variance = ops.where(batch_variance < 0, 0.0, batch_variance)
     batch_mean = shift + delta
     known = count > 0
@@ -328,4 +328,4 @@ def _in_use(layer: Any, own: Any, count: Any, found: Any) -> tuple[Any, Any]:
     scaled, shifted = batch_variance * variance, batch_mean + mean * ops.sqrt(batch_variance)
     if len(count.shape) > 0:  # each channel has its own; a silent one gives beta
         scaled = ops.where(silent(count, 0), np.inf, scaled)
-    return ops.where(given > 0, mean, shifted), ops.where(given > 0, variance, scaled)
+    return ops.where(given, mean, shifted), ops.where(given, variance, scaled)

@@ -41,8 +41,10 @@ def checked(
 
 def report(folder: str, *, path: str, max_parameters: int, imports: Collection[str]) -> None:
     """In that process: load the file, and write what is wrong with it, or null."""
+    from truenorm._keras_internals import leave_tensorflow_unloaded
     from truenorm.archive._loading import load_here, save
 
+    leave_tensorflow_unloaded()
     told = None
     try:
         model = load_here(path, max_parameters=max_parameters, imports=imports)

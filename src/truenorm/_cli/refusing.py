@@ -15,6 +15,9 @@ from truenorm._records.tables import printable
 @contextmanager
 def refusing() -> Generator[None]:
     """An error inside becomes one line and exit code 2, Ctrl-C exit code 130."""
+    escape = getattr(sys.stdout, "reconfigure", None)
+    if escape is not None:  # a pipe of Windows does not hold every character
+        escape(errors="backslashreplace")  # as standard error has it
     try:
         yield
     except KeyboardInterrupt:

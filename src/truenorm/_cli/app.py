@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import sys
 from typing import Annotated, Any, NoReturn
@@ -68,8 +67,9 @@ REFUSED: type[Exception] = next(
 
 def main() -> None:
     """Run the command; an error becomes one line and exit code 2, Ctrl-C exit code 130."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe of Windows does not hold every character
-        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error has it
+    output: Any = sys.stdout
+    if hasattr(output, "reconfigure"):  # a pipe of Windows does not hold every character
+        output.reconfigure(errors="backslashreplace")  # as standard error has it
     try:
         sys.exit(app(standalone_mode=False, prog_name="truenorm") or 0)
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ NaN where a compiled program finds it, since that cannot raise, and moves nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,16 +91,20 @@ def domain(index: int) -> Generator[None]:
     """
     check_integer("domain", index, least=0)
     variable = current()
-    before = ops.copy(variable.value)  # PyTorch's changes in place.
+    outside = run_time.constants if run_time.is_now() else nullcontext
+    with outside():
+        before = ops.copy(variable.value)  # PyTorch's changes in place.
     with run_time.constants():
         value = ops.convert_to_tensor(float(index), dtype="float32")
-    variable.assign(value)
+    with outside():
+        variable.assign(value)
     _entered.append(index)
     try:
         yield
     finally:
         _entered.pop()
-        variable.assign(before)
+        with outside():
+            variable.assign(before)
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,8 @@ def chosen(layer: Any, given: Any) -> Any:
     """
     if given is None:
         _check(layer, _entered[-1:])
+        if run_time.is_now():  # PyTorch may be in a mode that takes no tensor made outside of it.
+            return _entered[-1] if _entered else 0
         return ops.cast(current().value, "int32")
     if isinstance(given, (int, np.integer)) and not isinstance(given, bool):
         _check(layer, [int(given)])

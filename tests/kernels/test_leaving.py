@@ -11,7 +11,7 @@ import pytest
 from fresh_process import output_of
 from layer_cases import array, error
 
-from truenorm import BatchNormalization
+from truenorm import BatchNormalization, domain
 from truenorm._kernels import reference
 
 BACKEND = keras.config.backend()
@@ -223,6 +223,26 @@ def test_tensors_without_numbers() -> None:
         y = layer(x, training=True)
         y.sum().backward()
     assert y.shape == x.grad.shape == X.shape
+
+
+@on_torch
+@pytest.mark.parametrize("training", [False, True])
+def test_domains_in_a_mode_that_takes_no_tensor_from_outside(training: bool) -> None:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        layer = BatchNormalization(domains=2)
+        layer.build(X.shape)
+        x = torch.empty(X.shape)
+        with domain(1):
+            assert layer(x, training=training).shape == X.shape
+        assert layer(x, training=training, domain=1).shape == X.shape
+    real = BatchNormalization(domains=2, momentum=0.0)  # what all layers share is not of that mode
+    with domain(1):
+        real(torch.tensor(X), training=True)
+    assert error(array(real.moving_mean)[1], X.mean((0, 1))) < 1e-6
+    assert (array(real.moving_mean)[0] == 0).all()
 
 
 @on_torch

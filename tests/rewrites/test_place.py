@@ -351,6 +351,18 @@ def test_insertion_beside_what_is_there() -> None:
     assert [c.path for c in only.changed] == ["c"]
 
 
+def test_a_batch_normalization_that_only_adds_normalises_nothing_of_it() -> None:
+    """A branch that is added behind the normalisation lacks one of its own."""
+    inputs = keras.Input((4,))
+    main, branch = L.Dense(4, name="main")(inputs), L.Dense(4, name="branch")(inputs)
+    x = tn.BatchNormalization(activation="relu")(main, add=branch)
+    model = keras.Model(inputs, L.Dense(2, name="head")(x))
+    rewrite = tn.place(model, "before_activation", insert=True)
+    inserted = {c.path: c.what for c in rewrite.changed if "inserted" in c.what}
+    assert inserted == {"branch": "BatchNormalization branch_bn inserted behind it"}
+    assert not tn.place(rewrite.model, "before_activation", insert=True).changed
+
+
 def test_insertion_into_a_nested_model_trains() -> None:
     inner = keras.Sequential([keras.Input((4,)), L.Dense(4, activation="relu", name="d")])
     model = keras.Sequential([keras.Input((4,)), inner, L.Dense(1)])

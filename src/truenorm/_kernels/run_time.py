@@ -10,6 +10,7 @@ on which numbers, is another matter.
 * ``settle()``: wait until everything told has been received.
 * ``place()``: where the framework is tracing just now, to compare for equality. A value that was
   made in one place is none in another. None where that cannot happen.
+* ``is_now()``: whether Python runs each time that the computation does; no where it is not known.
 * ``is_value(tensor)``: whether this has numbers, outside of any tracing.
 * ``numbers(tensor)``: its numbers as an array of NumPy, where they are at hand without waiting for
   another device; None elsewhere, as while a program is traced.
@@ -32,6 +33,7 @@ if keras.config.backend() == "jax":
     from truenorm._kernels.jax.run_time import (
         constants,
         full_precision,
+        is_now,
         is_value,
         numbers,
         place,
@@ -44,6 +46,7 @@ elif keras.config.backend() == "tensorflow":
     from truenorm._kernels.tensorflow.run_time import (
         constants,
         full_precision,
+        is_now,
         is_value,
         numbers,
         place,
@@ -56,6 +59,7 @@ else:
     from truenorm._kernels.torch.run_time import (
         constants,
         full_precision,
+        is_now,
         is_value,
         numbers,
         place,
@@ -68,6 +72,7 @@ else:
 __all__ = [
     "constants",
     "full_precision",
+    "is_now",
     "is_value",
     "numbers",
     "place",

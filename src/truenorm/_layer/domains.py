@@ -18,7 +18,7 @@ NaN where a compiled program finds it, since that cannot raise, and moves nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,21 +103,25 @@ def domain(index: int) -> Generator[None]:
         does) holds all variables as they are when it is traced, and so the domain.
     """
     check_integer("domain", index, least=0)
-    variables = _of_here()
-    before = [ops.copy(variable.value) for variable in variables]  # PyTorch's changes in place.
+    outside = run_time.constants if run_time.is_now() else nullcontext
+    with outside():
+        variables = _of_here()
+        before = [ops.copy(variable.value) for variable in variables]  # PyTorch's changes in place.
     with run_time.constants():
         value = ops.convert_to_tensor(float(index), dtype="float32")
-    for variable in variables:
-        variable.assign(value)
+    with outside():
+        for variable in variables:
+            variable.assign(value)
     _entered.append(index)
     try:
         yield
     finally:
         _entered.pop()
-        variables = _of_here()
-        before += before[:1] * (len(variables) - len(before))  # Some were made inside.
-        for variable, old in zip(variables, before, strict=True):
-            variable.assign(old)
+        with outside():
+            variables = _of_here()
+            before += before[:1] * (len(variables) - len(before))  # Some were made inside.
+            for variable, old in zip(variables, before, strict=True):
+                variable.assign(old)
 
 
 def _of_here() -> list[Variable]:
@@ -182,6 +186,8 @@ def chosen(layer: Any, given: Any) -> Any:
     """
     if given is None:
         _check(layer, _entered[-1:])
+        if run_time.is_now():  # PyTorch may be in a mode that takes no tensor made outside of it.
+            return _entered[-1] if _entered else 0
         return ops.cast(current().value, "int32")
     if isinstance(given, (int, np.integer)) and not isinstance(given, bool):
         _check(layer, [int(given)])

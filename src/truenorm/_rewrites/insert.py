@@ -13,8 +13,17 @@ from truenorm._model.sites import fused_activation, is_activation, is_linear
 
 
 def lacks_batch_normalization(call: Call) -> bool:
-    """Whether no BatchNormalization follows this convolution or dense layer before the next one."""
-    return is_linear(call) and not any(map(_is_site, nearby(call, back=False, stop=is_linear)))
+    """Whether no BatchNormalization follows this convolution or dense layer before the next one.
+
+    One that only adds what comes from here, behind its normalisation, does not count.
+    """
+    if not is_linear(call):
+        return False
+    after = list(nearby(call, back=False, stop=is_linear))
+    sources = {id(call), *(id(other) for other in after if not is_linear(other))}
+    return not any(
+        _is_site(other) and any(id(one) in sources for one in other.producers) for other in after
+    )
 
 
 def insertion(

@@ -37,6 +37,11 @@ def place() -> Any:
     return core.get_opaque_trace_state()
 
 
+def is_now() -> bool:
+    """JAX may trace, which does not show."""
+    return False
+
+
 def is_value(tensor: Any) -> bool:
     """Whether this is an array that is still there, not what stands for one while JAX traces."""
     return not isinstance(tensor, Tracer) and not tensor.is_deleted()

@@ -42,6 +42,11 @@ def place() -> None:
     """TensorFlow's variables refuse what is a value inside a graph only."""
 
 
+def is_now() -> bool:
+    """Not while a graph is made; eager code reads the variable all the same."""
+    return False
+
+
 def is_value(tensor: Any) -> bool:
     """So they always hold one."""
     del tensor

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils import _python_dispatch
 
 _ALONE = threading.RLock()
 """Settings are the process's: two threads that change them would put back each other's."""
@@ -51,6 +52,11 @@ def place() -> None:
     """A value is one everywhere."""
 
 
+def is_now() -> bool:
+    """Unless PyTorch makes a program of it."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # pyright: ignore[reportPrivateImportUsage]
+
+
 def is_value(tensor: Any) -> bool:
     """A value is one everywhere."""
     del tensor
@@ -63,8 +69,9 @@ def numbers(tensor: Any) -> np.ndarray[Any, Any] | None:
 
 
 def constants() -> AbstractContextManager[None]:
-    """All is computed at once."""
-    return nullcontext()
+    """Outside of modes in which tensors have no numbers, if this PyTorch lets anybody out."""
+    leave: Any = getattr(_python_dispatch, "_disable_current_modes", None)
+    return leave() if leave is not None and is_now() else nullcontext()
 
 
 def repeats() -> bool:

@@ -16,7 +16,7 @@ from fresh_process import output_of
 
 import truenorm as tn
 from truenorm import archive
-from truenorm.archive import _confinement, _isolation
+from truenorm.archive import _isolation, _limits
 from truenorm.archive._isolation import confined
 
 pytestmark = pytest.mark.any_backend
@@ -85,9 +85,9 @@ def test_a_process_that_crashes_is_one_line() -> None:
 
 def test_memory_is_by_the_size_of_the_files(tmp_path: Path) -> None:
     (tmp_path / "small").write_bytes(bytes(1000))
-    base = _confinement.memory_for([])
-    assert _confinement.memory_for([tmp_path / "small", None, tmp_path / "none"]) == base + 16_000
-    assert 0 < base <= 4 * _confinement.GIB + 64 * 2**20 * (os.cpu_count() or 1)
+    base = _limits.memory_for([])
+    assert _limits.memory_for([tmp_path / "small", None, tmp_path / "none"]) == base + 16_000
+    assert 0 < base <= 4 * _limits.GIB + 64 * 2**20 * (os.cpu_count() or 1)
 
 
 def test_what_loads_there_is_loaded_here(file: Path) -> None:

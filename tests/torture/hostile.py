@@ -31,10 +31,10 @@ from altered_keras_files import CONFIG, with_config  # noqa: E402
 
 import truenorm as tn  # noqa: E402
 from truenorm._errors import is_out_of_memory  # noqa: E402
-from truenorm.archive import _confinement, _isolation  # noqa: E402
+from truenorm.archive import _isolation, _limits  # noqa: E402
 from truenorm.archive._classes import CODE  # noqa: E402
 
-MEMORY = 2 * _confinement.GIB
+MEMORY = 2 * _limits.GIB
 HUGE = (500, 50_000, 10**9)
 SHAPES = ((8,), (8, 4), (8, 8, 3), (4, 4, 4, 2), (2, 4, 4, 4, 2))
 SIMPLE: dict[str, Any] = {

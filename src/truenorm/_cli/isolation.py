@@ -87,13 +87,13 @@ def enter(
 
 def _run_apart(options: Mapping[str, Any], max_memory: float | None) -> int:
     """Run the command of this process in a separate one; gives its exit code."""
-    from truenorm.archive import _confinement, _isolation
+    from truenorm.archive import _isolation, _limits
 
     file = str(options["file"])
-    given = None if max_memory is None else int(max_memory * _confinement.GIB)
+    given = None if max_memory is None else int(max_memory * _limits.GIB)
     if options.get("static"):
         return read_apart(file, as_json=options["as_json"], max_memory=given)
-    memory = given or _confinement.memory_for([file, options.get("data")])
+    memory = given or _limits.memory_for([file, options.get("data")])
     shows = progress.is_shown(None)
     arguments = {"arguments": sys.argv[1:], "file": file, "memory": memory, "progress_shown": shows}
     line = progress.Line("truenorm")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from truenorm._cli import apart
 from truenorm._cli.output import show
 from truenorm._cli.refusing import refusing, within
-from truenorm.archive import _confinement, _isolation
+from truenorm.archive import _isolation, _limits
 
 
 def plain(arguments: Sequence[str]) -> str | None:
@@ -24,7 +24,7 @@ def plain(arguments: Sequence[str]) -> str | None:
 
 def read_apart(file: str, *, as_json: bool, max_memory: int | None = None) -> int:
     """Show what a file says of itself, read in a separate process; gives the exit code."""
-    memory = max_memory or _confinement.memory_for([file])
+    memory = max_memory or _limits.memory_for([file])
     arguments = {"file": file, "as_json": as_json, "memory": memory}
     with _isolation.confined(f"{__name__}:enter", arguments, memory=memory) as ended:
         ended.check(file, memory)

@@ -30,23 +30,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-GIB = 2**30
-MEMORY, FOR_EACH_PROCESSOR, FOR_EACH_BYTE = 3 * GIB, 64 * 2**20, 16
-"""What an isolated process may take: a framework with its compiler, its threads, and a multiple of
-what the files hold that it opens (weights as they are made, as they are read, their gradients…)."""
-SECONDS = 300.0
-"""How long loading may take. Running the model is not timed."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/tty", "/dev/dri", "/dev/kfd")
 """Devices that may be written to, and those of Nvidia."""
-
-
-def memory_for(files: Iterable[str | os.PathLike[str] | None]) -> int:
-    """How many bytes of private memory a process that opens these files may take."""
-    held = sum(Path(file).stat().st_size for file in files if file and Path(file).is_file())
-    wanted = MEMORY + FOR_EACH_PROCESSOR * (os.cpu_count() or 1) + FOR_EACH_BYTE * held
-    if not hasattr(os, "sysconf"):
-        return wanted
-    return min(wanted, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def confine(folder: str, memory: int, seconds: float) -> None:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from truenorm._errors import ArchiveError
 from truenorm._records.files import temporary_folder
-from truenorm.archive._confinement import GIB, SECONDS
+from truenorm.archive._limits import GIB, SECONDS
 
 MOST_COMPLAINTS = 2**20
 

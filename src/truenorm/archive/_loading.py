@@ -29,7 +29,6 @@ from truenorm._errors import (
 from truenorm._records.files import replacing
 from truenorm._records.tables import printable
 from truenorm.archive._classes import Classes
-from truenorm.archive._confinement import memory_for
 from truenorm.archive._container import (
     CONFIG,
     check_links,
@@ -42,7 +41,7 @@ from truenorm.archive._isolated_loading import checked
 from truenorm.archive._isolation import not_enough_memory
 from truenorm.archive._keras2 import single, translated
 from truenorm.archive._legacy import config_of, copied, is_legacy, opened_h5, text_attribute
-from truenorm.archive._limits import MOST_PARAMETERS
+from truenorm.archive._limits import MOST_PARAMETERS, memory_for
 
 OURS = "truenorm>BatchNormalization"
 """What our layer is registered as."""

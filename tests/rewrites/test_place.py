@@ -363,6 +363,20 @@ def test_a_batch_normalization_that_only_adds_normalises_nothing_of_it() -> None
     assert not tn.place(rewrite.model, "before_activation", insert=True).changed
 
 
+def test_a_layer_that_learns_does_not_move_into_a_frozen_model() -> None:
+    x = inputs = keras.Input((5,))
+    base = keras.Sequential([keras.Input((5,)), L.Dense(4), L.ReLU(name="relu")], name="base")
+    base.trainable = False
+    model = keras.Model(inputs, L.Dense(2)(L.BatchNormalization(name="bn")(base(x))))
+    rewrite = tn.place(model, "before_activation")
+    assert [site.reason for site in rewrite.left] == [
+        "ReLU relu is in a frozen model, where it would be frozen too"
+    ]
+    assert rewrite.model.get_layer("bn").trainable
+    model.get_layer("bn").trainable = False
+    assert tn.place(model, "before_activation").changed
+
+
 def test_insertion_into_a_nested_model_trains() -> None:
     inner = keras.Sequential([keras.Input((4,)), L.Dense(4, activation="relu", name="d")])
     model = keras.Sequential([keras.Input((4,)), inner, L.Dense(1)])

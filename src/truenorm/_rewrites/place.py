@@ -346,6 +346,9 @@ def _cannot_move(call: Call, activation: Call) -> str | None:
         return "it or its activation is called more than once"
     if call.extras:
         return f"it is called with {', '.join(call.extras)}, which belongs to its old input"
+    homes = {one.path.rpartition("/")[0] for one in (call, activation)}
+    if len(homes) > 1 and call.operation.trainable and not activation.operation.trainable:
+        return f"{activation.label()} is in a frozen model, where it would be frozen too"
     return None
 
 

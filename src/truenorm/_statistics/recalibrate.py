@@ -110,6 +110,8 @@ def recalibrate(
 def _part(model: Any, population: Population, layers: Layers) -> Population:
     """What a population has of the layers that are meant."""
     _meant(model, population)  # which refuses one of another model
+    if layers is None:
+        return population
     chosen = {*chosen_layers(model, layers).values()}
     sites, spread = (
         {path: value for path, value in of_all.items() if path in chosen}

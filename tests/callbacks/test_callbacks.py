@@ -93,6 +93,12 @@ def test_averaged_weights_get_statistics_of_their_own() -> None:
     assert settled(stale) > 0.1
 
 
+def test_a_population_is_no_data_while_the_weights_change() -> None:
+    population = tn.collect(network(), X)
+    with pytest.raises(tn.OptionError, match="A population is of weights as they once were"):
+        tn.callbacks.Recalibrate(population)
+
+
 @pytest.mark.parametrize("every", [0, 1.5, True])
 def test_a_period_that_is_none_is_refused(every: Any) -> None:
     with pytest.raises(tn.OptionError, match="every must be a positive integer"):

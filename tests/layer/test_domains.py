@@ -313,6 +313,18 @@ def test_an_input_chooses_for_each_sample_in_fit() -> None:
     assert np.isnan(found).any(1).tolist() == [d == 7 for d in domain]
 
 
+def test_a_number_between_two_domains_is_none() -> None:
+    inputs, index = keras.Input((2,)), keras.Input(())
+    model = keras.Model([inputs, index], layer_of()(inputs, domain=index))
+    x, domain = RNG.normal(3, 2, (4, 2)).astype("float32"), np.array([0, 1, 0.5, 2], "float32")
+    if run_time.numbers(tensor(domain)) is not None and BACKEND == "torch":  # not on a GPU
+        with pytest.raises(OptionError, match=r"Received: domain 0\.5"):
+            model.predict([x, domain], verbose=0)
+        return
+    found = model.predict([x, domain], verbose=0)
+    assert np.isnan(found).any(1).tolist() == [False, False, True, False]
+
+
 # --- files, freezing ----------------------------------------------------------------------------
 
 

@@ -185,7 +185,7 @@ def chosen(layer: Any, given: Any) -> Any:
         DataError: It is not one number, nor one for each sample.
     """
     if given is None:
-        _check(layer, _entered[-1:])
+        _check(layer, [*_entered[-1:]])
         if run_time.is_now():  # PyTorch may be in a mode that takes no tensor made outside of it.
             return _entered[-1] if _entered else 0
         return ops.cast(current().value, "int32")
@@ -204,12 +204,14 @@ def chosen(layer: Any, given: Any) -> Any:
     if numbers is not None:
         _check(layer, np.ravel(numbers).tolist())
     index = ops.cast(given, "int32")
+    if keras.backend.is_float_dtype(keras.backend.standardize_dtype(given.dtype)):
+        index = ops.where(ops.cast(index, given.dtype) == given, index, -1)  # 0.5 is no domain
     return index if len(given.shape) == 0 else ops.reshape(index, [-1])
 
 
-def _check(layer: Any, domains: list[int]) -> None:
+def _check(layer: Any, domains: list[float]) -> None:
     for index in domains:
-        if not 0 <= index < layer.domains:
+        if index % 1 != 0 or not 0 <= index < layer.domains:
             raise OptionError(
                 "BatchNormalization has no such domain",
                 where=layer.path,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from truenorm._checks import check_integer, check_options
+from truenorm._errors import OptionError
 from truenorm._model.domains import check_domain
 from truenorm._model.sites import Layers, chosen_layers
+from truenorm._records.population import Population
 from truenorm._records.recalibration import Recalibration
 from truenorm._statistics.collect import Collection, collect, known, runner_of
 from truenorm._statistics.recalibrate import on_domain, recalibrate
@@ -25,7 +27,8 @@ class Recalibrate(BeforeValidation):
     Training goes on with the statistics that validation had: training does not use them.
 
     Args:
-        data: As in :func:`truenorm.recalibrate`: the training set or a large enough sample of it.
+        data: As in :func:`truenorm.collect`: the training set or a large enough sample of it. No
+            ``Population``, which is of weights as they once were.
         every: Recalibrate in every so many epochs (before validation, or at the epoch's end where
             there is none), and always when the training ends.
         domain: As in :func:`truenorm.recalibrate`, of a model whose layers have domains: the one
@@ -38,8 +41,8 @@ class Recalibrate(BeforeValidation):
         last: The last :class:`truenorm.Recalibration`; None before the first.
 
     Raises:
-        OptionError: ``every`` is not a positive integer, ``domain`` not an integer of 0 or more;
-            when ``fit`` begins: the model has no such domain.
+        OptionError: ``data`` is a population, ``every`` not a positive integer, ``domain`` not an
+            integer of 0 or more; when ``fit`` begins: the model has no such domain.
         ModelError: When ``fit`` begins: the model has no BatchNormalization, one of a user's own
             class among ``layers``, or one with domains, of which none is named.
 
@@ -64,6 +67,14 @@ class Recalibrate(BeforeValidation):
     ) -> None:
         super().__init__(every)
         check_options(options, collect)
+        if isinstance(data, Population):
+            raise OptionError(
+                "A population is of weights as they once were, and the weights change in fit",
+                where="data",
+                expected="the training set, or a sample of it",
+                received=repr(data),
+                remedy="truenorm.recalibrate(model, population) when the training has ended",
+            )
         self.domain = None if domain is None else check_integer("domain", domain, least=0)
         self.data, self.options = data, options
         self.layers: Layers = options.pop("layers", None)

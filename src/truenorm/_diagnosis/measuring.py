@@ -127,6 +127,13 @@ def ask(
         for index, pair in enumerate(zip(*outputs.values(), strict=True)):
             sums[index].add(*pair)
         sizes.append(size_of(inputs))
+    if not asked:
+        raise DataError(
+            "The data gave nothing when it was read again",
+            where="data",
+            expected="data that can be read several times",
+            remedy="give a list of its batches",
+        )
     return Answers(
         max((s.change for s in sums.values()), default=0.0),
         {when: _by_name(found) for when, found in scores.items()},

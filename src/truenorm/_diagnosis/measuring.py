@@ -34,8 +34,8 @@ Batches = Callable[[], Iterable[tuple[Any, Any]]]
 """Reads the data once more: inputs and labels, batch by batch."""
 
 COMPARED = 32
-"""Batches that inference is compared with training on. A rule about the loss asks for a difference
-of three standard errors; what 32 pairs cannot tell from chance is small beside how they vary."""
+"""On how many batches inference is compared with training. A rule about the loss asks for a mean
+difference of three standard errors: of 32 batches, half the standard deviation between them."""
 
 Scores = Mapping[str, Array]
 """The loss and the metrics that the model is compiled with, one value per batch."""

@@ -115,9 +115,9 @@ class _Builder:
         return self._of_class(old, functional_class(), inputs, outputs)
 
     def _named_like(self, old: Any, outputs: Any) -> Any:
-        """The outputs under their old names: those of layers that an edit has removed.
+        """The outputs under their old names, where an edit has removed the layers that had them.
 
-        One that it has moved keeps its name, and the output has that of what is there now.
+        A layer that was moved keeps its own name; its output is named after what makes it now.
         """
         named: dict[Any, Any] = {}
         found: list[Any] = []

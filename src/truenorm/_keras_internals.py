@@ -424,9 +424,9 @@ class _TensorFlowIfLoaded:
 def leave_tensorflow_unloaded() -> None:
     """From now on Keras saves models and sets seeds without loading TensorFlow, in this process.
 
-    Keras loads it on every backend, where it is installed, and that takes seconds. Layers that work
-    by it (of text, as ``TextVectorization``) load it as before. Where a Keras
-    does so in another place nothing but this time is lost, so none is refused.
+    Keras loads it on every backend, where it is installed, and that takes seconds. What needs it,
+    as ``TextVectorization`` does, loads it as before. A Keras that also loads it in other places is
+    only slower: no version is refused for that.
     """
     for name in ("keras.src.utils.rng_utils", "keras.src.saving.serialization_lib"):
         module: Any = sys.modules.get(name)

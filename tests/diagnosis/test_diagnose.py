@@ -125,6 +125,21 @@ def test_what_is_not_asked_for_is_not_computed() -> None:
         tn.diagnose(shake(dense()), Unread(), select="TN103")
 
 
+def test_data_that_can_be_read_only_once_is_refused() -> None:
+    class Once:
+        rest = iter(np.ones((20, 8, 5), "float32"))
+
+        def __iter__(self) -> Iterator[Any]:
+            return self.rest
+
+    message = (
+        r"^The data gave nothing when it was read again \(at 'data'\)\. Expected: data that can be "
+        r"read several times\. Remedy: give a list of its batches\.$"
+    )
+    with pytest.raises(tn.DataError, match=message):
+        tn.diagnose(shake(dense()), Once(), select="TN109")
+
+
 def test_inference_is_compared_on_a_part_of_long_data_and_that_is_said() -> None:
     layer = keras.layers.BatchNormalization(moving_mean_initializer=keras.initializers.Constant(5))
     model = keras.Sequential([keras.Input((3,)), layer])

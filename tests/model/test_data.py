@@ -292,6 +292,19 @@ def test_one_batch_of_data_in_batches_is_inspected_and_compared(model: Callable[
     assert tn.replace(made, to="truenorm", probe=data).max_abs_error is not None
 
 
+@pytest.mark.parametrize("model", [dense, subclassed])
+@pytest.mark.parametrize(
+    "data", [lambda x: (x, Y), lambda x: [(x[:4], Y[:4])] * 2, lambda x: [x[:4], x[4:]]]
+)
+def test_labels_and_lists_of_batches_are_read_by_inspect(
+    model: Callable[[], Any], data: Callable[[Any], Any]
+) -> None:
+    made = model()
+    x = X[:, : made.layers[0].weights[0].shape[0]]
+    wanted, found = tn.inspect(made, x[:4]), tn.inspect(made, data(x))
+    assert (found.modes, found.not_run) == (wanted.modes, wanted.not_run)
+
+
 def test_arrays_of_different_lengths_are_refused() -> None:
     with pytest.raises(tn.DataError, match="different numbers of samples"):
         tn.collect(two_inputs(), [SMALL, LARGE[:9]])

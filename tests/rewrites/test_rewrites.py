@@ -447,6 +447,18 @@ def test_of_an_output_that_is_an_input_of_another_only_the_other_is_named() -> N
     np.testing.assert_array_equal(third, np.maximum(first, 0))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_output_that_moves_into_the_model_keeps_its_name_there(fused: bool) -> None:
+    inputs = keras.Input((4,))
+    x = keras.layers.Dense(3, activation="relu" if fused else None, name="hidden")(inputs)
+    x = x if fused else keras.layers.ReLU(name="relu")(x)
+    outputs = [keras.layers.BatchNormalization(name="site")(x), keras.layers.Dense(2)(inputs)]
+    new = tn.place(keras.Model(inputs, outputs), "before_activation").model
+    assert [layer.name for layer in new.layers].count("site") == 1
+    assert new.output_names[0] == ("hidden_activation" if fused else "relu")
+    assert (predict(new, np.ones((2, 4), "float32"))[0] >= 0).all()
+
+
 def test_a_moved_site_keeps_its_training_argument() -> None:
     inputs = keras.Input((3,))
     x = L.BatchNormalization(name="bn")(L.Dense(2)(inputs), training=True)

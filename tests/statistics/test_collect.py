@@ -207,6 +207,19 @@ def test_of_a_population_only_the_layers_that_are_meant_are_written() -> None:
         tn.recalibrate(model, population, layers="other")
 
 
+def test_a_population_that_lacks_the_layers_that_are_meant_is_refused() -> None:
+    model = stack()
+    first, second, *_ = [layer.name for layer in model.layers if hasattr(layer, "moving_mean")]
+    population = tn.collect(model, np.ones((9, 4), "float32"), layers=first)
+    message = (
+        rf"^The population has none of the layers that are meant \(at 'layers'\)\. Expected: some "
+        rf"of \['{first}'\]\. Received: \['{second}'\]\. Remedy: collect it without layers, or "
+        r"with these\.$"
+    )
+    with pytest.raises(tn.DataError, match=message):
+        tn.recalibrate(model, population, layers=second)
+
+
 def test_renorm_statistics_are_all_written() -> None:
     layer = keras.layers.BatchNormalization(renorm=True, name="bn")
     model = keras.Sequential([keras.Input((2,)), layer])

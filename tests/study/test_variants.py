@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -482,6 +483,11 @@ for _one in (Wider, Second):
     _one.__name__ = _one.__qualname__ = "Sized"
 
 
+def _with(attribute: Any) -> Any:
+    """A class with this in it."""
+    return type("Made", (), {"__module__": __name__, "attribute": attribute})
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -502,6 +508,11 @@ for _one in (Wider, Second):
         (math, os),
         (Sized, Wider),
         (Sized, Second),
+        (_with(cached_property(lambda _: 1)), _with(cached_property(lambda _: 2))),
+        (_with(cache(lambda _: 1)), _with(cache(lambda _: 2))),
+        (_with(staticmethod(lambda: 1)), _with(staticmethod(lambda: 2))),
+        (_with(Sized), _with(Wider)),
+        (re.compile("a"), re.compile("b")),
         ([x := [1], y := [2], x], [x, y, y]),
         ([[1], 2], [[1, 2]]),
     ],

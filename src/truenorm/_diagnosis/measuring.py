@@ -34,8 +34,8 @@ Batches = Callable[[], Iterable[tuple[Any, Any]]]
 """Reads the data once more: inputs and labels, batch by batch."""
 
 COMPARED = 32
-"""Batches that inference is compared with training on. A rule about the loss asks for a difference
-of three standard errors; what 32 pairs cannot tell from chance is small beside how they vary."""
+"""On how many batches inference is compared with training. A rule about the loss asks for a mean
+difference of three standard errors: of 32 batches, half the standard deviation between them."""
 
 Scores = Mapping[str, Array]
 """The loss and the metrics that the model is compiled with, one value per batch."""
@@ -127,6 +127,13 @@ def ask(
         for index, pair in enumerate(zip(*outputs.values(), strict=True)):
             sums[index].add(*pair)
         sizes.append(size_of(inputs))
+    if not asked:
+        raise DataError(
+            "The data gave nothing when it was read again",
+            where="data",
+            expected="data that can be read several times",
+            remedy="give a list of its batches",
+        )
     return Answers(
         max((s.change for s in sums.values()), default=0.0),
         {when: _by_name(found) for when, found in scores.items()},

@@ -27,7 +27,8 @@ def one_batch(model: Any, data: Any) -> Any:
     """Arrays as they are, or the first batch of what comes in batches; labels are dropped."""
     leaves = keras.tree.flatten(data)
     arrays = _arrays(model, data)
-    if not _inputs(model) and leaves and all(map(_is_array, leaves)):
+    unknown = not _inputs(model) and not _takes_one_array(model)
+    if unknown and leaves and all(map(_is_array, leaves)):
         arrays = data  # a subclassed model does not say which of them it takes
     if arrays is not None:
         return check(model, arrays)
@@ -250,11 +251,24 @@ def _number_of_inputs(model: Any) -> int:
     """How many arrays a list of inputs has: of a subclassed model, when it was built."""
     if _inputs(model) or not model.built:
         return len(_inputs(model))
-    shape: Any = (model.get_build_config() or {}).get("input_shape")
+    shape = _built_for(model)
     several = isinstance(shape, list | tuple) and all(
         isinstance(one, list | tuple) for one in cast(Any, shape)
     )
     return len(shape) if several else 1
+
+
+def _takes_one_array(model: Any) -> bool:
+    """Whether a subclassed model was built for one array, and not for a list or dict of them."""
+    shape = _built_for(model)
+    return isinstance(shape, list | tuple) and all(
+        size is None or isinstance(size, int) for size in cast(Any, shape)
+    )
+
+
+def _built_for(model: Any) -> Any:
+    """The shape of the inputs that a subclassed model was built with, or the shapes; None: none."""
+    return (model.get_build_config() or {}).get("input_shape")
 
 
 def _arranged(model: Any, inputs: Any) -> Any:

@@ -115,13 +115,16 @@ class _Builder:
         return self._of_class(old, functional_class(), inputs, outputs)
 
     def _named_like(self, old: Any, outputs: Any) -> Any:
-        """The outputs under their old names, those of the layers that an edit may have removed."""
+        """The outputs under their old names, where an edit has removed the layers that had them.
+
+        A layer that was moved keeps its own name; its output is named after what makes it now.
+        """
         named: dict[Any, Any] = {}
         found: list[Any] = []
+        taken = {piece.layer.name for piece in self.pieces}
         for tensor, new in zip(old.outputs, keras.tree.flatten(outputs), strict=True):
             maker = operation_of(tensor)
-            kept = {piece.layer.name for piece in self.edit.get(maker, ())}
-            if maker in self.edit and maker.name not in kept:
+            if maker in self.edit and maker.name not in taken:
                 if maker not in named:
                     named[maker] = keras.layers.Identity(name=maker.name, dtype=new.dtype)
                 new = named[maker](new)

@@ -107,8 +107,8 @@ class Diagnosis(Record, Drawn):
         title = f"Diagnosis {self.summary()}"
         notes = [f"Not checked: {', '.join(s.codes)}: {s.reason}." for s in self.skipped]
         if self.compared is not None:
-            some, all_of_them = self.compared
-            notes.append(f"Training and inference compared on {some} of {all_of_them} batches.")
+            some = " of ".join(map(str, self.compared))
+            notes.append(f"Training and inference compared on {some} batches.")
         return (_table(title, self.findings, tuple(notes)),)
 
     def drawing(self) -> Drawing:

@@ -117,6 +117,14 @@ def _part(model: Any, population: Population, layers: Layers) -> Population:
         {path: value for path, value in of_all.items() if path in chosen}
         for of_all in (population.sites, population.spread)
     )
+    if not sites:
+        raise DataError(
+            "The population has none of the layers that are meant",
+            where="layers",
+            expected=f"some of {sorted(population.sites)}",
+            received=f"{sorted(chosen)}",
+            remedy="collect it without layers, or with these",
+        )
     return replace(population, sites=sites, spread=spread)
 
 

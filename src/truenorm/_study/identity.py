@@ -7,6 +7,7 @@ the functions and classes of the same module that it names do.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import hashlib
 import inspect
@@ -32,8 +33,8 @@ Seen = dict[int, tuple[int, Any]]
 """What was met, by its id, with its number."""
 
 _MEMBERS = (types.FunctionType, int, float, str)
-_VALUES = (list, tuple, dict, set, frozenset, bytes, functools.partial, np.ndarray)
-"""What counts of a class: of Python's own attributes of it, as its annotations, only the first."""
+_VALUES = (list, tuple, dict, set, frozenset, bytes, functools.partial, np.ndarray, type)
+"""What counts of a class's attributes; of Python's own (``__name__``) only the first kinds do."""
 
 
 def code_digest(value: Any) -> str:
@@ -109,7 +110,8 @@ def _state(value: Any) -> Any:
     if hasattr(value, "__dict__"):
         return value.__dict__
     try:
-        made: Any = value.__reduce_ex__(2)
+        reduce: Any = copyreg.dispatch_table.get(type(value))  # as of a regular expression
+        made: Any = value.__reduce_ex__(2) if reduce is None else reduce(value)
     except (TypeError, ValueError, AttributeError, RuntimeError, pickle.PicklingError):
         return None  # a lock, a file, a generator: there is nothing to compare
     return made if isinstance(made, str) else [*made[1:3], *map(list, filter(None, made[3:5]))]
@@ -161,12 +163,20 @@ def _class(kind: type[Any], seen: Seen) -> Iterator[bytes]:
     for base in kind.__bases__:
         yield from _parts(base, seen)
     for name, member in sorted(vars(kind).items()):
-        function = getattr(member, "__func__", getattr(member, "fget", member))
+        function = _function_in(member)
         kinds = _MEMBERS if name.startswith("__") else _MEMBERS + _VALUES
         if isinstance(function, kinds):
             yield name.encode() if not name.startswith("__") or callable(function) else b""
             if name not in ("__module__", "__doc__", "__firstlineno__", "__qualname__"):
                 yield from _parts(function, seen)
+
+
+def _function_in(member: Any) -> Any:
+    """The function in a static method, a property, a cache or the like; else the member itself."""
+    if isinstance(member, types.FunctionType | functools.partial | type):
+        return member
+    inside = (getattr(member, name, None) for name in ("__wrapped__", "fget", "func"))
+    return next(filter(None, inside), member)
 
 
 def is_of_a_library(thing: Any) -> bool:

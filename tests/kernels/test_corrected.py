@@ -152,6 +152,25 @@ def test_where_nothing_counts_the_moving_statistics_normalise(name: str) -> None
     assert error(array(output), expected) < 4 * EPS["float32"]
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_moving_statistics_take_the_step_or_stay(name: str) -> None:
+    case = Case((6, 7, 5))
+    drawn, (x, gamma, beta), options = arguments(case)
+    old = (np.linspace(0, 1, 5), np.linspace(1, 2, 5))
+    moving = Moving(tensor(old[0]), tensor(old[1]), momentum=0.75)
+    options = options_of(case, options)._replace(moving=moving)
+
+    def call(x: Any) -> Any:
+        return KERNELS[name](x, gamma, beta, options).moved
+
+    moved = run(USUAL, call, x)
+    batch = reference.forward(drawn.x, **oracle(case, drawn))
+    new = (batch.mean, batch.variance)
+    after = old if moved is None else [0.75 * o + 0.25 * n for o, n in zip(old, new, strict=True)]
+    for have, want in zip(moved or moving[:2], after, strict=True):
+        assert error(array(have), want) < 8 * EPS["float32"]
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", KERNELS)
 def test_second_derivatives(name: str, masked: bool) -> None:

@@ -124,17 +124,20 @@ def test_new_sizes_compile_nothing() -> None:
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize(("axis", "masked"), [(-1, False), (1, False), (-1, True)])
 def test_the_sums_of_a_batch_have_its_moments_however_large_its_mean(
-    axis: int, *, compiled: bool
+    axis: int, *, masked: bool, compiled: bool
 ) -> None:
-    x = np.random.default_rng(0).normal(1e4, 1.0, (40_009, 5)).astype("float32")
+    rng = np.random.default_rng(0)
+    x = rng.normal(1e4, 1.0, (40_009, 5)).astype("float32")
     x[:, 1] = 3.0
     given = tensor(x if axis == -1 else np.ascontiguousarray(x[:40_000].reshape(-1, 5, 8)))
     wide = array(given).astype(np.float64)
     wide = wide if axis == -1 else np.moveaxis(wide, 1, -1).reshape(-1, 5)
+    mask = rng.random(len(x)) < 0.1 if masked else None
+    wide = wide if mask is None else wide[mask]
     with mock.patch.object(PASSES, "takes", PASSES.takes if compiled else lambda *_: False):
-        count, sums = batch_sums(given, axis=axis)
+        count, sums = batch_sums(given, axis=axis, mask=None if mask is None else tensor(mask))
     shift, first, second = array(sums)
     mean = shift + first / int(count)
     variance = (second - first**2 / int(count)) / int(count)

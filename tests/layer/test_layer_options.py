@@ -230,6 +230,12 @@ def test_replace_leaves_what_keras_cannot_express(options: dict[str, Any]) -> No
             "they ask for different statistics of the same batch. "
             "Received: virtual_batch_size=8, renorm=True.",
         ),
+        (
+            {"virtual_batch_size": 8, "synchronized": "batch"},
+            "BatchNormalization has both virtual_batch_size and synchronized. Expected: one of the "
+            "two: they ask for different statistics of the same batch. "
+            "Received: virtual_batch_size=8, synchronized='batch'.",
+        ),
     ],
 )
 def test_impossible_options(options: dict[str, Any], message: str) -> None:

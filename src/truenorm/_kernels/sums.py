@@ -11,9 +11,9 @@ the data, and :math:`Q \approx M_2` of nearly all: no digits cancel, however lar
 pass over the data, and a sixteenth of another.
 
 The sums are float64 on JAX. On TensorFlow and PyTorch, where that would take as long as the model,
-so are those of up to 2048 values per channel; of more, 32 deviations at a time are added in float32
-and the rest in float64: the mean is within 3e-8 standard deviations, the variance within 2e-7 of
-itself.
+so are those of up to 2048 values per channel; of more, a few deviations at a time are added in
+float32 (32 of them, or a block of PyTorch's compiled pass) and the rest in float64: the mean is
+within 3e-8 standard deviations, the variance within 2e-7 of itself.
 
 What each framework has besides ``centred_sums``:
 

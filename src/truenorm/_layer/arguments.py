@@ -144,7 +144,7 @@ def check_ghosts(size: Any, others: Mapping[str, Any]) -> None:
             raise OptionError(
                 f"BatchNormalization has both virtual_batch_size and {name}",
                 expected="one of the two: they ask for different statistics of the same batch",
-                received=f"virtual_batch_size={size}, {name}=True",
+                received=f"virtual_batch_size={size}, {name}={chosen!r}",
             )
 
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from truenorm._checks import check_integer
 from truenorm._errors import DataError, OptionError
+from truenorm._keras_internals import in_stateless_scope
 from truenorm._kernels import Tensor, Variable, Vector, replicas, run_time, statistics_dtype
 
 ops: Any = keras.ops
@@ -186,7 +187,9 @@ def chosen(layer: Any, given: Any) -> Any:
     """
     if given is None:
         _check(layer, [*_entered[-1:]])
-        if run_time.is_now():  # PyTorch may be in a mode that takes no tensor made outside of it.
+        # PyTorch may be in a mode that takes no tensor made outside of it. (In a stateless scope
+        # the variable may have the value of an earlier run: see recomputation.py.)
+        if run_time.is_now() and not in_stateless_scope():
             return _entered[-1] if _entered else 0
         return ops.cast(current().value, "int32")
     if isinstance(given, (int, np.integer)) and not isinstance(given, bool):

@@ -19,7 +19,7 @@ class BatchNormalizationLike(Protocol):
     epsilon: float
     center: bool
     scale: bool
-    synchronized: bool
+    synchronized: bool | tuple[str, ...]
     renorm: bool
     renorm_clipping: Mapping[str, float | None] | None
     renorm_momentum: float

@@ -36,8 +36,9 @@ def remat(function: Function) -> Function:
     first. So it may hold any layer, truenorm's and others, on every backend.
 
     truenorm's BatchNormalization needs it where a function is recomputed on JAX; on PyTorch and
-    TensorFlow it knows a repeated pass by itself, but with ``renorm=True`` it corrects toward the
-    statistics of then only in here. Under ``keras.RematScope`` the layer uses it itself.
+    TensorFlow it knows a repeated pass by itself, but only in here does that see what was then: the
+    statistics that ``renorm=True`` corrects toward, and the domain of a :func:`truenorm.domain`
+    that has ended. Under ``keras.RematScope`` the layer uses it itself.
 
     Args:
         function: Called with tensors, and whatever else, anywhere in its arguments; gives tensors

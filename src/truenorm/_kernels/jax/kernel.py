@@ -1,11 +1,11 @@
 r"""JAX: compiled moments, the closed-form backward over two-dimensional rows; XLA does the rest.
 
 Only x, the mean (as shift and correction, see ``composite.py``) and rstd are kept, and behind a sum
-which outputs have passed the ReLU. JAX
-differentiates both rules as ordinary code, so reverse mode, and forward over reverse
-(``jax.hessian``), are right to any order. Forward mode alone (``jax.jvp``, ``jax.jacfwd`` of the
-layer in training mode) is not defined by a closed-form backward: with a mask, also one that is true
-everywhere, JAX differentiates the forward pass, around the moments, whose rule stands here.
+which outputs have passed the ReLU. JAX differentiates both rules as ordinary code, so reverse mode,
+and forward over reverse (``jax.hessian``), are right to any order. Forward mode alone (``jax.jvp``,
+``jax.jacfwd`` of the layer in training mode) is not defined by a closed-form backward: with a mask,
+also one that is true everywhere, JAX differentiates the forward pass, around the moments, whose
+rule stands here.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def normalize(
 
 
 def _is_spread_inside(x: Tensor, channel: int) -> bool:
-    """Whether it lies over devices, by its type, so that it has no rows: JAX would not reshape it.
+    """Whether its type divides it among devices along an axis that rows would not begin with.
 
-    Of axes that become one, only the first may be divided.
+    JAX would refuse to reshape it: of axes that become one, only the first may be divided.
     """
     spec = jax.typeof(x).sharding.spec
     return any(spec[at] for at in range(1, x.ndim) if at not in (channel, channel + 1))

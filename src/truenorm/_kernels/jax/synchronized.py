@@ -107,7 +107,7 @@ def _known_to_be_same(over: Axes, vector: Vector) -> Tensor:
     """As :func:`gathered`; half the traffic, but not to be differentiated."""
     try:
         return jax.lax.all_gather(vector, over, to="invarying")
-    except ValueError:  # before JAX 0.10
+    except ValueError:  # over an axis of jax.vmap
         return gathered(over, vector)
 
 
@@ -133,6 +133,5 @@ def alike(*arrays: Tensor | None) -> list[Any]:
 
 
 def _varying(array: Tensor) -> frozenset[str]:
-    kind = jax.typeof(array)
-    found = kind if hasattr(kind, "vma") else getattr(kind, "mat", None)  # before JAX 0.10, since
-    return getattr(found, "vma", getattr(found, "varying", frozenset[str]()))
+    kind = getattr(jax.typeof(array), "mat", None)
+    return getattr(kind, "varying", frozenset[str]())

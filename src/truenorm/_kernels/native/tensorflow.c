@@ -1,4 +1,4 @@
-/* The passes as two operations of TensorFlow, by its C interface. Where TensorFlow is not in the
+/* The passes as operations of TensorFlow, by its C interface. Where TensorFlow is not in the
  * process, or lacks a function that is used here, no operation is registered when the library is
  * loaded, and the Python code does without them.
  *
@@ -68,7 +68,7 @@ typedef struct {
     tn_call call;
 } execution;
 
-_Static_assert((int)BACKWARD_INPUTS <= (int)FORWARD_INPUTS, "inputs[] holds those of both");
+_Static_assert((int)BACKWARD_INPUTS <= (int)FORWARD_INPUTS, "inputs[] holds those of all");
 
 static int has_failed(const execution *e) { return tf.GetCode(e->status) != TF_OK; }
 
@@ -210,7 +210,8 @@ static void backward(void *kernel, void *context)
 
 /* ---- Registration ---- */
 
-/* The first output is shaped as the first input; the binding sets the shape of the second. */
+/* The first output is shaped as the first input (that of TruenormMoments, which is empty, nobody
+ * reads); the binding sets the shape of the second. */
 static void infer_shapes(void *context, void *status)
 {
     void *shape = tf.NewShapeHandle();

@@ -1,4 +1,4 @@
-"""TensorFlow on a processor: the compiled passes as two operations (``native/tensorflow.c``).
+"""TensorFlow on a processor: the compiled passes as operations (``native/tensorflow.c``).
 
 XLA cannot compile them into a graph, and other machines and devices do not have them: there
 TensorFlow's own operations are used.

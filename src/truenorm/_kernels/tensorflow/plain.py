@@ -1,8 +1,8 @@
 """TensorFlow: forward and backward pass over rows in its own operations.
 
 Rows are (outer, channels), or (outer, channels, inner) where the channels are not last. Both take
-and return tensors only; what else they need is in :class:`Plan`. ``native.py`` has the same two
-functions.
+and return tensors only; what else they need is in :class:`Plan`. ``native.py`` has functions of the
+same names.
 """
 
 from __future__ import annotations

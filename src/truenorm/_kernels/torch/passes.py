@@ -116,6 +116,7 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     if mask is not None:
         mask = mask.squeeze(-1).broadcast_to(x.shape[:-1]).contiguous()
     writable = moving is not None and moving.momentum is not None and not in_stateless_scope()
+    writable &= correct is None  # The halves of the pass, which it takes, do not take the step.
     writable &= hasattr(torch.autograd.graph, "increment_version")
     if moving is not None:
         mean, variance = (_wide(values, wide) for values in moving[:2])

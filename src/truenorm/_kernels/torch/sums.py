@@ -22,7 +22,7 @@ FEW = 2048
 def centred_sums(rows: Tensor, shift: Vector) -> Tensor:
     """Shift, sum and sum of squares of ``rows - shift`` per column, float64, as one array."""
     if len(rows) > FEW and rows.device.type == "cpu" and passes.takes(rows):
-        return _by_the_compiled_pass(rows.detach().contiguous())
+        return _by_the_compiled_pass(rows.detach().contiguous(), shift.to(torch.float64))
     channels = max(rows.shape[1], 1)
     shift = shift.to(torch.float64) if len(rows) <= FEW else shift
     size = max(BLOCK // channels, GROUP) if rows.device.type == "cpu" else max(len(rows), 1)
@@ -39,12 +39,16 @@ def centred_sums(rows: Tensor, shift: Vector) -> Tensor:
     return torch.stack([shift.to(torch.float64), first, second])
 
 
-def _by_the_compiled_pass(rows: Tensor) -> Tensor:
-    """The same about the mean itself, of which no deviation is left."""
+def _by_the_compiled_pass(rows: Tensor, shift: Vector) -> Tensor:
+    """The same from mean and variance.
+
+    They are of all rows, also those that a mask excludes; about the shift these add nothing.
+    """
     count, channels = rows.shape
     plan = passes.Plan((count, channels, 1), channel=1, epsilon=0.0, relu=False)
     mean, variance = native.moments(plan, rows, None)
-    return torch.stack([mean, torch.zeros_like(mean), variance * count])
+    apart = mean - shift
+    return torch.stack([shift, apart * count, (variance + apart.square()) * count])
 
 
 def _total(values: Tensor) -> Vector:

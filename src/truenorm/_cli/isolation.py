@@ -87,13 +87,14 @@ def enter(
 
 def _run_apart(options: Mapping[str, Any], max_memory: float | None) -> int:
     """Run the command of this process in a separate one; gives its exit code."""
-    from truenorm.archive import _isolation, _limits
+    from truenorm.archive import _isolation
+    from truenorm.archive._limits import GIB, memory_for
 
     file = str(options["file"])
-    given = None if max_memory is None else int(max_memory * _limits.GIB)
+    given = None if max_memory is None else int(max_memory * GIB)
     if options.get("static"):
         return read_apart(file, as_json=options["as_json"], max_memory=given)
-    memory = given or _limits.memory_for([file, options.get("data")])
+    memory = given or memory_for([file, options.get("data")])
     shows = progress.is_shown(None)
     arguments = {"arguments": sys.argv[1:], "file": file, "memory": memory, "progress_shown": shows}
     line = progress.Line("truenorm")

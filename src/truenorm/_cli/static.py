@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from truenorm._cli import apart
 from truenorm._cli.output import show
 from truenorm._cli.refusing import refusing, within
-from truenorm.archive import _isolation, _limits
+from truenorm.archive import _isolation
+from truenorm.archive._limits import memory_for
 
 
 def plain(arguments: Sequence[str]) -> str | None:
@@ -25,7 +26,7 @@ def plain(arguments: Sequence[str]) -> str | None:
 
 def read_apart(file: str, *, as_json: bool, max_memory: int | None = None) -> int:
     """Show what a file says of itself, read in a separate process; gives the exit code."""
-    memory = max_memory or _limits.memory_for([file])
+    memory = max_memory or memory_for([file])
     arguments = {"file": file, "as_json": as_json, "memory": memory}
     with _isolation.confined(f"{__name__}:enter", arguments, memory=memory) as ended:
         ended.check(file, memory)

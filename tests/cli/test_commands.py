@@ -227,6 +227,35 @@ def test_labels_are_used_with_the_loss_that_is_named(command: Command) -> None:
     assert (code, "A metric is given without a loss" in errors) == (2, True)
 
 
+def test_labels_of_a_model_with_several_inputs_and_outputs(
+    tmp_path: Path, command: Command
+) -> None:
+    inputs = {"left": keras.Input((3,), name="left"), "right": keras.Input((2,), name="right")}
+    x = keras.layers.BatchNormalization()(keras.layers.Concatenate()([*inputs.values()]))
+    outputs = {name: keras.layers.Dense(1, name=name)(x) for name in ("price", "churn")}
+    archive.save(keras.Model(inputs, outputs), tmp_path / "two.keras")
+    random = np.random.default_rng(0)
+    data = {"left": random.normal(5, 1, (64, 3)), "right": random.normal(0, 4, (64, 2))}
+    labels = {name: random.normal(size=(64, 1)) for name in outputs}
+    np.savez(tmp_path / "labelled.npz", **data, **labels)
+    np.savez(tmp_path / "bare.npz", **data)
+    np.savez(tmp_path / "misnamed.npz", x_left=data["left"], x_right=data["right"])
+    asked = ["diagnose", str(tmp_path / "two.keras"), "--select", "TN110", "--json",
+             "--no-isolate", "--loss", "mse", "--data"]  # fmt: skip
+    code, output, errors = command(*asked, str(tmp_path / "labelled.npz"))
+    assert (code, errors) == (1, "")
+    assert "loss in training" in str(json.loads(output)["findings"]).replace("_", " ")
+    code, _, errors = command(*asked, str(tmp_path / "bare.npz"))
+    assert (code, errors) == (2, (
+        "truenorm: A loss is given without labels (at '--loss'). Expected: --data with an .npz "
+        "file that holds x and y, or one array per input and per output of the model, under its "
+        "name (y for the only output).\n"
+    ))  # fmt: skip
+    code, _, errors = command(*asked, str(tmp_path / "misnamed.npz"))
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "Expected: the names ['left', 'right']. Received: ['x_left', 'x_right']" in errors
+
+
 def test_a_model_that_puts_out_logits(tmp_path: Path, command: Command) -> None:
     model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(name="bn"),
                               keras.layers.Dense(3)])  # fmt: skip

@@ -246,6 +246,20 @@ def test_an_input_that_is_not_there_by_name_is_named() -> None:
     )
 
 
+def test_a_dict_model_says_by_which_names_it_takes_its_inputs() -> None:
+    inputs = {name: keras.Input((5,), name=name) for name in ("left", "right")}
+    x = keras.layers.BatchNormalization()(keras.layers.Concatenate()([*inputs.values()]))
+    model = keras.Model(inputs, x)
+    model.compile("sgd", "mse")
+    for work in (tn.collect, tn.recalibrate, tn.diagnose):
+        with pytest.raises(tn.DataError, match=r"the names \['left', 'right'\]\. Received: \['x"):
+            work(model, {"x_left": X, "x_right": X})
+        with pytest.raises(tn.DataError, match=r"by name .* a dict with \['left', 'right'\]"):
+            work(model, [X, X])
+    with pytest.raises(tn.DataError, match=r"not as many labels as samples .* \[9, 10\]"):
+        tn.diagnose(model, {"left": X, "right": X}, np.zeros((9, 10)))
+
+
 @pytest.mark.skipif(keras.config.backend() != "torch", reason="PyTorch's tensors may learn")
 def test_a_tensor_that_learns_is_data_too() -> None:
     """As is one on a GPU: neither is an array of NumPy as it is."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -49,12 +49,37 @@ def check_loss(loss: str | None, metrics: Sequence[str] | None, data: Any) -> No
                 _check_name(name, option, kind.get, dir(kind))
     if metrics and loss is None:
         raise OptionError("A metric is given without a loss", where="--metric", remedy="add --loss")
-    if loss is not None and not isinstance(data, tuple):
-        raise OptionError(
-            "A loss is given without labels",
-            where="--loss",
-            expected="--data with an .npz file that holds x and y",
-        )
+    if loss is not None and not isinstance(data, tuple | dict):
+        raise _without_labels()
+
+
+def _without_labels() -> OptionError:
+    return OptionError(
+        "A loss is given without labels",
+        where="--loss",
+        expected="--data with an .npz file that holds x and y, or one array per input and per "
+        "output of the model, under its name (y for the only output)",
+    )
+
+
+def told_apart(model: Any, data: Any, loss: str | None) -> Any:
+    """Inputs and labels of a file that names its arrays as the model its inputs and outputs."""
+    from truenorm._model.data import input_names
+
+    if not isinstance(data, dict):
+        return data
+    arrays = cast(dict[str, Any], data)
+    names = input_names(model)
+    inputs = {name: arrays[name] for name in names if name in arrays}
+    labels = {name: values for name, values in arrays.items() if name not in inputs}
+    outputs: list[str] = getattr(model, "output_names", [])
+    if len(outputs) == 1 and len(labels) == 1 and {*labels} <= {"y", *outputs}:
+        return inputs, *labels.values()
+    if labels and {*labels} == {*outputs}:
+        return inputs, labels
+    if loss is not None and len(inputs) == len(names):
+        raise _without_labels()
+    return arrays  # of which the tools say what is missing
 
 
 def compiled(model: Any, loss: Any, metrics: Sequence[str] | None) -> None:

@@ -20,7 +20,15 @@ from truenorm._cli.backend_and_model import (
     model_of,
 )
 from truenorm._cli.files import Out
-from truenorm._cli.labels import FromLogits, Loss, Metrics, check_loss, compiled, of_logits
+from truenorm._cli.labels import (
+    FromLogits,
+    Loss,
+    Metrics,
+    check_loss,
+    compiled,
+    of_logits,
+    told_apart,
+)
 from truenorm._cli.output import note, show, write
 from truenorm._cli.remedies import receipt_with_commands, with_commands
 from truenorm.archive._limits import MOST_PARAMETERS
@@ -119,6 +127,7 @@ def diagnose(
     check_loss(loss, metric, arrays)
     judged_by: Any = of_logits(loss or "") if from_logits else loss
     model = model_of(file, backend, max_parameters, imports)
+    arrays = told_apart(model, arrays, loss)
     if loss is not None:
         compiled(model, judged_by, metric)
     elif isinstance(arrays, tuple):
@@ -166,8 +175,8 @@ def fold(
 
 def replace(
     file: File,
-    to: Annotated[Layer, typer.Option(help="Which layer to use instead.", show_default=False)],
     out: Out,
+    to: Annotated[Layer, typer.Option(help="Which layer to use instead.")] = Layer.truenorm,
     fuse: Annotated[
         bool,
         typer.Option("--fuse", help="Take in the ReLU behind each, and a residual sum before it."),

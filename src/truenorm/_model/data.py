@@ -109,7 +109,9 @@ def labelled_batches(
         raise DataError(
             "Labels are given beside data that is not arrays",
             where="y",
-            expected="arrays as data, or batches of (x, y)",
+            expected=f"a dict of arrays with {input_names(model)}, or batches of (x, y)"
+            if _takes_a_dict(model)
+            else "arrays as data, or batches of (x, y)",
             received=f"data of type {type(data).__name__}",
         )
     if isinstance(data, str | PathLike):
@@ -159,14 +161,22 @@ def check(model: Any, inputs: Any) -> Any:
                 expected=f"numbers, for an input of {tensor.dtype}",
                 received=f"an array of {dtype}",
             )
-    by_name = expected and isinstance(input_specification(model), Mapping)
-    if expected and isinstance(inputs, Mapping) and not by_name:
+    names = input_names(model)
+    if isinstance(inputs, Mapping) and not {*names} <= {*cast(Mapping[str, Any], inputs)}:
         raise DataError(
             "The data lacks an input of the model",
             where="data",
-            expected=f"the names {[tensor.name for tensor in expected]}",
+            expected=f"the names {names}",
             received=f"{[*cast(Mapping[str, Any], inputs)]}",
-            remedy="name the columns as the model names its inputs",
+            remedy="name the columns as the model names its inputs"
+            + ("; in an .npz file x and y do as well" if len(names) == 1 else ""),
+        )
+    if isinstance(inputs, list | tuple) and _takes_a_dict(model):
+        raise DataError(
+            "The model takes its inputs by name",
+            where="data",
+            expected=f"a dict with {names}",
+            received=f"a {type(cast(Any, inputs)).__name__}",
         )
     if not _takes(model, inputs):
         raise DataError(
@@ -177,6 +187,17 @@ def check(model: Any, inputs: Any) -> Any:
             remedy="give batches of the model's own input shape, optionally with labels: (x, y)",
         )
     return inputs
+
+
+def input_names(model: Any) -> list[str]:
+    """By which names a model takes its inputs; none of a subclassed model, which does not say."""
+    if _takes_a_dict(model):
+        return [*cast(Mapping[str, Any], input_specification(model))]
+    return [tensor.name for tensor in _inputs(model)]
+
+
+def _takes_a_dict(model: Any) -> bool:
+    return bool(_inputs(model)) and isinstance(input_specification(model), Mapping)
 
 
 def _parts(model: Any, data: Any) -> tuple[Any, Any]:
@@ -215,8 +236,11 @@ def _slices(
     lengths = {size_of(leaf) for leaf in leaves}
     shuffle = shuffle and not any(hasattr(leaf, "flat_values") for leaf in leaves)  # ragged
     if len(lengths) != 1:
+        apart = len({size_of(leaf) for leaf in keras.tree.flatten(inputs)}) > 1
         raise DataError(
-            "The input arrays have different numbers of samples",
+            "The input arrays have different numbers of samples"
+            if apart
+            else "There are not as many labels as samples",
             where="data",
             received=f"{sorted(lengths)}",
         )

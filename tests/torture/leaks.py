@@ -52,6 +52,15 @@ def stock_clone(model: Any) -> None:
     keras.models.clone_model(model).predict(X, verbose=0)
 
 
+def stock_copy(model: Any) -> None:
+    """Keras alone: a copy of the model, trained, evaluated and run once."""
+    copy: Any = keras.models.clone_model(model)
+    copy.compile("sgd", "mse")
+    copy.fit(X, Y, verbose=0)
+    copy.evaluate(X, Y, verbose=0)
+    copy.predict(X, verbose=0)
+
+
 def stock_function(model: Any) -> None:
     """The framework alone: the model in a function that is compiled anew."""
     backend = keras.config.backend()
@@ -86,6 +95,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "stock: compile, fit": stock_compile_and_fit,
     "stock: compile, predict": stock_predict,
     "stock: clone, predict": stock_clone,
+    "stock: copy, fit, …": stock_copy,
     "stock: compiled function": stock_function,
     "inspect": lambda model: tn.inspect(model, X, Y),
     "freeze, fit, undo, fit": freeze_and_undo,

@@ -230,7 +230,7 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
         )
     workers = set[int]()
     try:
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 180  # of a busy machine
         while not workers and demo.poll() is None and time.monotonic() < limit:
             time.sleep(0.1)
             if any((tmp_path / "out" / "study" / "trials").glob("*.stderr")):

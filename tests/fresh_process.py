@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -12,3 +13,14 @@ def output_of(program: str, *arguments: object) -> str:
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def truenorm_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command with these arguments, however it ends."""
+    return subprocess.run(
+        [sys.executable, "-m", "truenorm", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )

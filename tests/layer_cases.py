@@ -60,6 +60,20 @@ class Case:
         )
 
 
+EVERY_KIND = (
+    Case((64, 5)),
+    Case((6, 7, 5), 1),
+    Case((4, 5, 6, 3), -1, scale=False),
+    Case((2, 37, 53, 11)),
+    Case((2, 70, 9, 31), 1, center=False),
+    Case((6, 7, 5), masked=True),
+    Case((6, 7, 5), 1, masked=True),
+    Case((6, 7, 5), 1, masked="keras"),
+    Case((4, 5, 6, 3), 1, "float64"),
+)
+"""What takes another way through a kernel each: layouts, sizes, masks, a wide dtype."""
+
+
 @dataclass(frozen=True)
 class Drawn:
     """Arrays in float64, and the mask."""

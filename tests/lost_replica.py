@@ -1,7 +1,7 @@
 """One of two processes of JAX, of which the second is lost: run as a program.
 
-``python lost_replica.py RANK PORT killed|stopped``: after one step of a synchronized layer over
-both the second process dies or stops; the first one goes on to the next step.
+``python lost_replica.py RANK killed|stopped PORT PORT``: after one step of a synchronized layer
+over both the second process dies or stops; the first one goes on to the next step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PATIENCE = 10
 """Seconds without a sign of life after which a process is lost."""
 
 
-def main(rank: str, port: str, fate: str) -> None:
+def main(rank: str, fate: str, port: str, _: str) -> None:
     jax.distributed.initialize(
         f"127.0.0.1:{port}",
         num_processes=2,

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import pytest
 import small_models as models
-from fresh_process import output_of
+from fresh_process import output_of, truenorm_command
 
 import truenorm as tn
 import truenorm._cli
@@ -29,24 +29,6 @@ pytestmark = pytest.mark.any_backend
 
 EVIL_JSON = rb'"name": "<b>\u001b[31m[i]\n"'
 EVIL_SHOWN = "<b>\\x1b[31m[i]\\x0a"
-
-
-def truenorm_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "truenorm", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-    )
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dense, Keras's BatchNormalization, ReLU, dense."""
-    path = tmp_path_factory.mktemp("cli") / "model.keras"
-    archive.save(models.shake(models.dense()), path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -182,32 +164,6 @@ def test_a_file_is_read_without_keras_or_a_framework(evil: Path) -> None:
     assert "BatchNormalization in the file of 'sequential" in done.stdout
     assert EVIL_SHOWN in done.stdout
     assert "\x1b" not in done.stdout
-
-
-def test_the_separate_process_of_a_static_reading_imports_what_reads_a_file(
-    file: Path, tmp_path: Path
-) -> None:
-    shown = output_of(
-        "import sys; from truenorm._cli.static import enter\n"
-        f"enter({str(tmp_path)!r}, file={str(file)!r}, as_json=False, memory=0)\n"
-        "heavy = {'keras', 'jax', 'torch', 'tensorflow', 'typer', 'scipy', 'matplotlib'}\n"
-        "print(heavy & set(sys.modules))"
-    )
-    assert "BatchNormalization in the file of" in shown
-    assert shown.splitlines()[-1] == "set()"
-
-
-def test_a_static_reading_is_the_same_whatever_reads_the_command_line(file: Path) -> None:
-    past_typer = truenorm_command("inspect", str(file), "--json", "--static")
-    through_it = truenorm_command("inspect", str(file), "--static", "--isolate", "--json")
-    assert (past_typer.returncode, past_typer.stderr) == (0, "")
-    assert (through_it.returncode, through_it.stdout) == (0, past_typer.stdout)
-    lacking = [
-        truenorm_command("inspect", "none.keras", "--static", *more) for more in ([], ["--isolate"])
-    ]
-    assert {one.returncode for one in lacking} == {2}
-    assert lacking[0].stderr == lacking[1].stderr
-    assert lacking[0].stderr.startswith("truenorm: There is no such .keras file (at 'none.keras'")
 
 
 @pytest.mark.parametrize("backend", [b for b in Backend if b != "tensorflow"])

@@ -7,22 +7,14 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from layer_cases import Case, array, error, gradients, precision, tensor
+from layer_cases import EVERY_KIND, Case, array, error, gradients, precision, tensor
 from test_kernels import BACKEND, EPS, KERNELS, arguments, oracle
 
 from truenorm._kernels import reference
 from truenorm._kernels.contract import Options
 
 CASES = (
-    Case((64, 5)),
-    Case((6, 7, 5), 1),
-    Case((4, 5, 6, 3), -1, scale=False),
-    Case((2, 37, 53, 11)),
-    Case((2, 70, 9, 31), 1, center=False),
-    Case((6, 7, 5), masked=True),
-    Case((6, 7, 5), 1, masked=True),
-    Case((6, 7, 5), 1, masked="keras"),
-    Case((4, 5, 6, 3), 1, "float64"),
+    *EVERY_KIND,
     Case((4, 5, 6, 3), -1, "float16"),
     Case((4, 5, 6, 3), 1, "bfloat16"),
     Case((4, 5, 6, 3), -1, "bfloat16", masked=True),

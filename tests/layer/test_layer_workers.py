@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+import two_processes
 
 pytestmark = [
     pytest.mark.long,
@@ -23,26 +20,13 @@ PROGRAM = Path(__file__).parents[1] / "losing_worker.py"
 
 def ending(how: str) -> dict[str, Any]:
     """What the first worker says; both are ended here."""
-    with socket.socket() as one, socket.socket() as two:
-        for free in (one, two):
-            free.bind(("127.0.0.1", 0))
-        ports = [str(free.getsockname()[1]) for free in (one, two)]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(PROGRAM), str(rank), how, *ports],
-            env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        said, complaint = running[0].communicate(timeout=300)
-    finally:
-        for process in running:
-            process.kill()
-        lost = running[1].communicate()[0]
-    assert running[0].returncode == 0, complaint
+    with two_processes.started(PROGRAM, how) as (first, second):
+        said = first.communicate(timeout=300)[0]
+        second.kill()
+        lost = second.communicate()[0]
+    assert first.returncode == 0, said
     assert "rank 1 has trained" in lost
-    return json.loads(said.splitlines()[-1])
+    return json.loads(next(line for line in said.splitlines() if line.startswith("{")))
 
 
 @pytest.mark.parametrize(

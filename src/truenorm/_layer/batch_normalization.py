@@ -384,12 +384,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
     ) -> Tensor:
         """Inference mode; a mask decides nothing here."""
         del mask
-        values, output = self._values(weights), None
-        if kernels.infer is not None:
+        values = self._values(weights)
+        if kernels.infer is not None and (add is None or add.dtype == inputs.dtype):
             rectifies = self.activation is keras.activations.relu
-            like = add is None or add.dtype == inputs.dtype
             options = Options(self.axis, self.epsilon, relu=rectifies, add=add)
-            output = kernels.infer(inputs, *values, options) if like else None
+            output = kernels.infer(inputs, *values, options)
             if output is not None:
                 output = ops.cast(output, self.compute_dtype)
                 return output if rectifies else self._finished(output, None)
@@ -451,8 +450,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             replicas.each(self.gathered, self._end_accumulation)
 
     def _end_accumulation(self) -> None:
-        for index in range(self.domains or 1):
-            weights = self if self.domains is None else by_domain.Weights(self, index)
+        for weights in by_domain.all_weights(self):
             self._moving_statistics(weights).step(self._accumulation(weights).end())
 
     def _step(self, batch: Normalized, weights: Any) -> None:

@@ -178,6 +178,11 @@ class Weights:
         return Row(weight, self.index) if rows else weight
 
 
+def all_weights(layer: Any) -> list[Any]:
+    """What holds a layer's weights: itself, or the weights of each of its domains."""
+    return [layer] if layer.domains is None else [Weights(layer, n) for n in range(layer.domains)]
+
+
 def chosen(layer: Any, given: Any) -> Any:
     """The domain of a call: a number, a tensor of one, or a tensor of one for each sample.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 from jax import numpy as jnp
@@ -33,6 +33,20 @@ from truenorm._kernels.jax.synchronized import Axes
 from truenorm._kernels.masks import by_channel, silent
 
 
+class Plan(NamedTuple):
+    """What a kernel is for, beside its tensors.
+
+    Args:
+        epsilon: Added to the variance.
+        relu: Whether a ReLU follows.
+        axes: The axes of devices of which the batches go together.
+    """
+
+    epsilon: float
+    relu: bool
+    axes: Axes
+
+
 def normalize(
     x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options, *, axes: Axes = ()
 ) -> Normalized:
@@ -40,6 +54,7 @@ def normalize(
     if options.correct is not None:  # XLA joins what is done value by value.
         return composite.corrected(partial(normalize, axes=axes), x, gamma, beta, options)
     _, epsilon, mask, moving, relu, add, _ = options
+    plan = Plan(epsilon, relu, axes)
     channel = options.axis % x.ndim
     if _is_spread_inside(x, channel):
         gather = partial(synchronized.gathered, axes) if axes else None
@@ -53,7 +68,7 @@ def normalize(
     add = None if add is None else add.reshape(rows.shape)
     if mask is None:
         given = synchronized.alike(rows, scale, offset, add)
-        output, mean, variance = cast(Any, _normalize(epsilon, relu, axes, *given))
+        output, mean, variance = cast(Any, _normalize(plan, *given))
         count = jnp.asarray(before * after * synchronized.parts(axes), dtype)
     else:
         width = channels if by_channel(mask, channel) else 1
@@ -61,7 +76,7 @@ def normalize(
         counts = jnp.broadcast_to(jnp.asarray(mask, bool), shape)
         counts = counts.reshape((before, width, after) if after != 1 else (before, width))
         given = (rows, scale, offset, add)
-        output, mean, variance, count = _masked(epsilon, relu, axes, *given, counts, moving)
+        output, mean, variance, count = _masked(plan, *given, counts, moving)
         count = count if width != 1 else count[0]
     return Normalized(
         output.reshape(x.shape),
@@ -97,48 +112,34 @@ def normalize_synchronized(
     return normalize(x, gamma, beta, options, axes=synchronized.axes(over))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _normalize(
-    epsilon: float,
-    relu: bool,
-    axes: Axes,
-    rows: Tensor,
-    gamma: Vector,
-    beta: Vector,
-    add: Tensor | None,
+    plan: Plan, rows: Tensor, gamma: Vector, beta: Vector, add: Tensor | None
 ) -> tuple[Tensor, Vector, Vector]:
-    return _forward(epsilon, relu, axes, rows, gamma, beta, add)[0]
+    return _forward(plan, rows, gamma, beta, add)[0]
 
 
-def _forward(
-    epsilon: float,
-    relu: bool,
-    axes: Axes,
-    rows: Tensor,
-    gamma: Vector,
-    beta: Vector,
-    add: Tensor | None,
-) -> Any:
+def _forward(plan: Plan, rows: Tensor, gamma: Vector, beta: Vector, add: Tensor | None) -> Any:
     values = rows.astype(gamma.dtype)
     if native.takes(rows):
         shift, delta, variance = _compiled_moments(values, jax.lax.stop_gradient(rows))
     else:
         shift, delta, variance = _moments_of_all(values, gamma.dtype)
-    if axes:
+    if plan.axes:
         count = jnp.asarray(1.0 / _share(rows), gamma.dtype)
-        _, shift, delta, variance = synchronized.merged(axes, count, shift, delta, variance)
-    rstd = jax.lax.rsqrt(variance + epsilon)
+        _, shift, delta, variance = synchronized.merged(plan.axes, count, shift, delta, variance)
+    rstd = jax.lax.rsqrt(variance + plan.epsilon)
     deviations = values - _spread(shift, rows)
     output = closed_form.forward(_ROWS, deviations, delta, rstd, gamma, beta)
     output = (output if add is None else output + add.astype(output.dtype)).astype(rows.dtype)
-    if relu:
+    if plan.relu:
         output = jnp.where(output < 0, 0, output)  # Not maximum: a NaN stays.
-    passed = None if add is None else output > 0 if relu else jnp.array(True)
+    passed = None if add is None else output > 0 if plan.relu else jnp.array(True)
     return (output, shift + delta, variance), (rows, gamma, beta, passed, shift, delta, rstd)
 
 
-def _backward(epsilon: float, relu: bool, axes: Axes, kept: Any, cotangents: Any) -> Any:
-    del epsilon  # It is in rstd.
+def _backward(plan: Plan, kept: Any, cotangents: Any) -> Any:
+    axes = plan.axes
     rows, gamma, beta, passed, shift, delta, rstd = kept
     gradient = cotangents[0] if passed is None else jnp.where(passed, cotangents[0], 0)
     d_rows, d_gamma, d_beta = closed_form.backward(
@@ -146,7 +147,7 @@ def _backward(epsilon: float, relu: bool, axes: Axes, kept: Any, cotangents: Any
         gradient.astype(gamma.dtype),
         rows.astype(gamma.dtype) - _spread(shift, rows),
         *(delta, rstd, gamma, beta, _share(rows) / synchronized.parts(axes)),
-        relu=relu and passed is None,
+        relu=plan.relu and passed is None,
         everyones=partial(synchronized.total, axes) if axes else None,
     )
     return d_rows.astype(rows.dtype), d_gamma, d_beta, None if passed is None else gradient
@@ -156,9 +157,7 @@ _normalize.defvjp(_forward, _backward)
 
 
 def _masked(
-    epsilon: float,
-    relu: bool,
-    axes: Axes,
+    plan: Plan,
     rows: Tensor,
     gamma: Vector,
     beta: Vector,
@@ -171,17 +170,19 @@ def _masked(
     values = rows.astype(gamma.dtype)
     count = _count(counts, gamma.dtype)
     shift, delta, variance = _masked_moments(values, jax.lax.stop_gradient(rows), counts, count)
-    if axes:
-        count, shift, delta, variance = synchronized.merged(axes, count, shift, delta, variance)
+    if plan.axes:
+        count, shift, delta, variance = synchronized.merged(
+            plan.axes, count, shift, delta, variance
+        )
     if moving is not None:  # It normalises where nothing counts.
         delta = jnp.where(count > 0, delta, moving.mean.astype(gamma.dtype) - shift)
         variance = jnp.where(count > 0, variance, moving.variance.astype(gamma.dtype))
-    rstd = jax.lax.rsqrt(variance + epsilon)
+    rstd = jax.lax.rsqrt(variance + plan.epsilon)
     if counts.shape[1] != 1:
         rstd = jnp.where(silent(count, 0), 0, rstd)
     output = closed_form.forward(_ROWS, values - _spread(shift, rows), delta, rstd, gamma, beta)
     output = (output if add is None else output + add.astype(output.dtype)).astype(rows.dtype)
-    return jax.nn.relu(output) if relu else output, shift + delta, variance, count
+    return jax.nn.relu(output) if plan.relu else output, shift + delta, variance, count
 
 
 @jax.custom_jvp

@@ -35,8 +35,8 @@ def started(program: Path, argument: str, **environment: str) -> Generator[list[
         yield running
     finally:
         for process in running:
-            process.kill()
-            process.communicate()
+            with process:
+                process.kill()
 
 
 def run(program: Path, out: Path) -> Path:

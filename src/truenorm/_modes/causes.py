@@ -14,7 +14,7 @@ from truenorm._keras_internals import layers_in
 from truenorm._model.graph import calls, graph_of, parents_in
 from truenorm._model.sites import Spot, policy_of
 from truenorm._model.trainer import changed_after_compile, fit_after_change
-from truenorm._modes.evidence import has_own_call
+from truenorm._modes.which_statistics import has_own_call
 from truenorm._records.inspection import ENTRY_POINTS, Surprise
 from truenorm._records.observation import Mode
 

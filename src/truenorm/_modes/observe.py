@@ -1,8 +1,8 @@
 """What every BatchNormalization call really did: observed, not inferred from flags.
 
-Three facts are recorded, each in its own way: which statistics normalised (see ``evidence.py``),
-whether the moving statistics changed and whether gamma or beta changed (their values before and
-after).
+Three facts are recorded, each in its own way: which statistics normalised (see
+``which_statistics.py``), whether the moving statistics changed and whether gamma or beta changed
+(their values before and after).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from truenorm._model.trainer import (
 )
 from truenorm._model.values import numbers
 from truenorm._modes.causes import IF_CHANGED
-from truenorm._modes.evidence import witnessed
+from truenorm._modes.which_statistics import witnessed
 from truenorm._records.observation import Calls, Mode, Observation, Statistics
 from truenorm._records.tables import joined
 

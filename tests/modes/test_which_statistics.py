@@ -10,8 +10,8 @@ import pytest
 
 import truenorm as tn
 from truenorm._kernels import reference
-from truenorm._modes import evidence
-from truenorm._modes.evidence import statistics_of
+from truenorm._modes import which_statistics
+from truenorm._modes.which_statistics import statistics_of
 
 registered = keras.saving.register_keras_serializable("evidence")
 
@@ -191,7 +191,7 @@ def test_the_output_shows_which_normalisation_it_is(axis: int, masked: str | Non
 
 
 def test_of_many_values_a_few_channels_tell_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evidence, "MOST_VALUES", 60)
+    monkeypatch.setattr(which_statistics, "MOST_VALUES", 60)
     generator = np.random.default_rng(1)
     x = generator.normal(2, 3, (6, 5, 5)).astype("float32")
     mask = generator.random((6, 5)) < 0.5

@@ -55,6 +55,7 @@ class Target:
         why_left: Why a site stays as it is; None if it does not.
         piece: What comes in the place of a layer.
         note: What is said of a model that computes something else; None: it must compute the same.
+        bare: Whether a sum and an activation inside the old layer have to stand behind the new one.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Target:
     why_left: Callable[[Spot], str | None]
     piece: Callable[[Any], Piece]
     note: str | None = None
+    bare: bool = True
 
 
 def target_of(
@@ -121,6 +123,7 @@ def _batch_normalization(
         f"now {to}'s BatchNormalization{said}",
         partial(_why_not_replaced, to, options, rectifying),
         partial(_replaced, to, options, rectifying),
+        bare=to == "keras",
     )
 
 
@@ -167,14 +170,13 @@ def _why_not_replaced(
         return f"it has {domains} domains already"
     if affine and not options.get("domain_affine", affine):
         return "its domains have gamma and beta of their own"
-    option = _only_ours({**layer.get_config(), **options}) if to == "keras" else None
-    if to == "keras" and _adds(spot):
-        option = "add"
+    if to != "keras":
+        return None
+    config = layer.get_config()
+    if spot.call is not None:  # there it goes behind the layer
+        config.pop("activation", None)
+    option = _only_ours({**config, **options})
     return option and f"Keras's layer has nothing like its {option}"
-
-
-def _adds(spot: Spot) -> bool:
-    return spot.call is not None and "add" in spot.call.extras
 
 
 def _replaced(
@@ -227,10 +229,8 @@ def _why_not_converted(to: str, spot: Spot) -> str | None:
         return f"its class {type(layer).__name__} is a custom subclass"
     if getattr(layer, "domains", None) is not None:
         return "it has several domains"
-    if getattr(layer, "activation", None) is not None:
-        return "it has an activation of its own inside"
-    if _adds(spot):
-        return "it adds a tensor to what it normalises"
+    if call is None and getattr(layer, "activation", None) is not None:
+        return "it has an activation of its own inside, and no graph shows where that can go"
     if to == "group" and call is not None and "mask" in call.extras:
         return "it is called with a mask, which GroupNormalization does not take"
     if to == "layer" and channel_axis(layer) != layer.input_spec.ndim - 1:

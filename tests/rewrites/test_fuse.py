@@ -469,6 +469,34 @@ def test_statistics_are_those_of_the_separate_layers(pair: tuple[Any, Any]) -> N
 
 
 @pytest.mark.any_backend
+def test_inspect_shows_what_is_inside(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    """In the table, in HTML, in JSON, and read from the file; nothing where there is nothing."""
+    model, new = pair
+    found = tn.inspect(new)
+    assert {site.path: (site.activation, site.adds) for site in found.sites} == {
+        "bn": ("relu", False), "0_bn": (None, False), "3_bn": ("relu", True),
+        "b_bn": ("relu", True),
+    }  # fmt: skip
+    where = found.tables()[0]
+    cells = {row[0]: row[where.columns.index("inside")] for row in where.rows}
+    assert cells == {"bn": "relu", "0_bn": "–", "3_bn": "add and relu", "b_bn": "add and relu"}
+    assert "add and relu" in str(found)
+    assert "add and relu" in found._repr_html_()
+    assert found.to_dict()["sites"][2]["adds"] is True
+    assert tn.Inspection.from_json(found.to_json()) == found
+    assert "inside" not in tn.inspect(model).tables()[0].columns
+    layer = BatchNormalization(activation=lambda x: keras.ops.sin(x), name="own")
+    assert tn.inspect(keras.Sequential([keras.Input((2,)), layer])).sites[0].activation == (
+        "<lambda>"
+    )
+    new.save(tmp_path / "new.keras")
+    stored = tn.archive.read(tmp_path / "new.keras")
+    assert {one.path: one.activation for one in stored.layers} == {
+        "bn": "relu", "0_bn": None, "3_bn": "relu", "b_bn": "relu",
+    }  # fmt: skip
+    assert "inside" in stored.tables()[0].columns
+
+
 def test_modes_and_findings(pair: tuple[Any, Any]) -> None:
     model, new = pair
     x = inputs_for(model)

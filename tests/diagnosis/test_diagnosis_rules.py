@@ -124,7 +124,7 @@ def test_statistics_that_are_no_numbers() -> None:
     set_statistics(model.get_layer("bn1"), [np.nan, 0, 0, 0], [1, -1, np.inf, 1])
     finding = only(tn.diagnose(model, select="TN105"))
     assert finding.severity == "error"
-    counted = {"nan": 1, "infinite": 1, "negative_variances": 1, "channels": 4}
+    counted = {"nan": 1, "infinite": 1, "negative_variances": 1, "channels": 4, "which": "0, 1, 2"}
     assert finding.evidence == counted
 
 
@@ -342,6 +342,41 @@ def test_without_data(
     assert not tn.diagnose(healthy(), select=code).findings
 
 
+def test_dropout_before_statistics_that_were_taken_without_it_is_no_fault() -> None:
+    """What the remedy mends is found no more; what training has made is."""
+    keras.utils.set_random_seed(1)
+    x = GENERATOR.normal(2.0, 1.0, (512, 6, 6, 3)).astype("float32")
+    y = x.mean(axis=(1, 2))[:, :1]
+    model = dropped()
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    model.fit(x, y, batch_size=32, epochs=40, verbose=0)
+    finding = only(tn.diagnose(model, x, select="TN302"))
+    assert (finding.site, finding.remedy) == ("bn", "tn.recalibrate(model, data)")
+    assert finding.evidence["output_error"] > 0.15  # by hand: 1 - 1 / sqrt(2), of mean 0
+    assert only(tn.diagnose(model, select="TN302")).remedy == "tn.diagnose(model, data, y)"
+    tn.recalibrate(model, x)
+    assert not tn.diagnose(model, x, select="TN302").findings
+
+
+def test_channels_with_a_fault_are_named() -> None:
+    x = DATA[:, [0, 1, 2, 3] * 3].copy()
+    x[:, [1, 3, 4, 6, 8, 9, 11]] = 7.0
+    model = keras.Sequential([keras.Input((12,)), L.BatchNormalization(name="bn"), L.Dense(1)])
+    layer = model.get_layer("bn")
+    layer.gamma.assign([1.0, 0.0, *[1.0] * 10])
+    layer.moving_variance.assign([1e-6] * 2 + [-1.0] + [1.0] * 9)
+    layer.gamma.assign([5.0, 0.0, *[1.0] * 10])
+    found = {f.code: f.evidence for f in tn.diagnose(model, x, select=["TN105", "TN2"]).findings}
+    named = {code: evidence.get("which") for code, evidence in found.items()}
+    assert named == {
+        "TN105": "2", "TN201": "1", "TN202": "1, 3, 4, 6, 8, 9 and 1 more", "TN203": "0",
+    }  # fmt: skip
+    layer.moving_mean.assign([0.0, 1e9, *[0.0] * 10])
+    assert only(tn.diagnose(model, select="TN106")).evidence["which"] == "1"
+    said = str(tn.diagnose(model, x, select="TN202"))
+    assert "which 1, 3, 4, 6, 8, 9 and 1 more" in " ".join(said.split())
+
+
 def test_a_constant_column_of_the_data_is_seen() -> None:
     data = DATA.copy()
     data[:, 2] = 3.0
@@ -382,7 +417,7 @@ def test_a_shared_encoder_is_folded_by_itself() -> None:
     model = siamese(bn_last=True)
     found = {f.site: f.remedy for f in tn.diagnose(model, select="TN501").findings}
     alone = "tn.fold(model.get_layer('encoder')).model, and the model built with it"
-    none = "none for it; tn.fold(model) folds the others"
+    none = "none for it"
     assert found == {
         "encoder/bn": alone,
         "encoder/bn#2": alone,
@@ -401,7 +436,15 @@ def test_what_place_leaves_is_not_to_be_placed() -> None:
     model = keras.Model(inputs, [L.BatchNormalization(name="bn")(z), L.Dense(2)(z)])
     assert [left.path for left in tn.place(model, "before_activation").left] == ["bn"]
     (finding,) = tn.diagnose(model, select="TN501").findings
-    assert finding.remedy == "none for it; tn.fold(model) folds the others"
+    assert finding.remedy == "none for it"
+
+
+def test_fold_is_advised_only_where_it_folds_another() -> None:
+    relu, last = L.ReLU(), L.BatchNormalization(name="last")
+    model = functional(conv(), L.BatchNormalization(name="first"), relu, last, L.ReLU())
+    found = {f.site: f.remedy for f in tn.diagnose(model, select="TN501").findings}
+    assert found == {"last": "none for it; tn.fold(model) folds the others"}
+    assert [change.path for change in tn.fold(model).changed] == ["first"]
 
 
 # --- modes -------------------------------------------------------------------------------------

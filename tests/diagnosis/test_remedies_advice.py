@@ -193,8 +193,7 @@ ADVISED = [
     Fault("TN206", lambda: biased(True), "keras.layers.Conv2D(…, use_bias=False)",
           lambda: biased(False)),
     Fault("TN301", planted.forgotten, "tn.BatchNormalization()(x) after it", complete),
-    Fault("TN302", planted.dropped, "keras.layers.Dropout after the last of them",
-          lambda: planted.dropped(late=True)),
+    Fault("TN302", planted.dropped, ASK, lambda: planted.dropped(late=True)),
     Fault("TN305", planted.wrong_axis, "keras.layers.BatchNormalization(axis=3)",
           lambda: planted.wrong_axis(3)),
     Fault("TN306", lambda: of_two(True), "keras.layers.BatchNormalization() for each use, or one "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import subprocess
@@ -69,6 +70,25 @@ def diagnosis(layers: int) -> tn.Diagnosis:
         for code, severity in (("TN105", "error"), ("TN102", "warning"), ("TN206", "note"))
     ]  # fmt: skip
     return tn.Diagnosis("net", tuple(findings), ("TN102", "TN105", "TN206"))
+
+
+def test_names_in_evidence_are_as_they_are_in_the_model() -> None:
+    evidence = {"dead_ones": 1, "which": "3", "cause": "behind 'drop_out_1' of my_model"}
+    finding = tn.Finding("TN302", "warning", "off", "block_1/bn_2", evidence, "look")
+    row = "dead ones 1, which 3, cause behind 'drop_out_1' of my_model"
+    assert row in str(finding)
+    assert html.escape(row) in finding._repr_html_()
+    assert "block_1/bn_2" in str(finding)
+
+
+def test_each_of_the_sites_in_a_row_has_its_channels() -> None:
+    findings = tuple(
+        tn.Finding("TN202", "warning", "dead", path, {"constant": n, "which": which}, "look")
+        for path, n, which in (("a", 2, "0, 7"), ("b", 1, "3"), ("c", 1, "5"))
+    )
+    two, three = (tn.Diagnosis("net", findings[:n], ("TN202",)).tables()[0].rows for n in (2, 3))
+    assert [row[2:] for row in two] == [("a, b", "constant 1…2, which 0, 7; 3")]
+    assert [row[2:] for row in three] == [("3 sites: a, … c", "constant 1…2, which 0, 7; …; 5")]
 
 
 MADE: tuple[Callable[[int], Record], ...] = (inspection, recalibration, diagnosis)

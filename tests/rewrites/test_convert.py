@@ -182,10 +182,7 @@ def test_what_cannot_be_converted_is_left_with_its_reason() -> None:
     x = shared(shared(x), mask=mask)
     x = L.BatchNormalization(name="one")(L.Dense(1)(x))
     model = keras.Model([inputs, mask], x)
-    own = {
-        "mine": "its class Mine is a custom subclass",
-        "fused": "it has an activation of its own inside",
-    }
+    own = {"mine": "its class Mine is a custom subclass"}
     masked = "it is called with a mask, which GroupNormalization does not take"
     reasons = {
         "group": {**own, "shared": masked, "shared#2": masked, "one": masked},  # Keras hands it on
@@ -196,6 +193,24 @@ def test_what_cannot_be_converted_is_left_with_its_reason() -> None:
         groups = 1 if to == "group" else None
         left = tn.replace(model, to=to, groups=groups).left
         assert {k.path: k.reason for k in left} == expected
+
+
+def test_layers_that_stay_have_no_say_in_the_groups() -> None:
+    """One channel alone in its sample is left; so is what another group count would not fit."""
+    inputs = keras.Input((4, 6))
+    x = tn.BatchNormalization(domains=2, name="several")(L.Dense(5)(inputs))
+    x = L.BatchNormalization(name="bn")(L.Dense(12)(x))
+    x = L.BatchNormalization(name="one")(L.Dense(1)(L.Flatten()(x)))
+    model = keras.Model(inputs, x)
+    for groups, expected in ((None, 12), (4, 4)):
+        rewrite = tn.replace(model, to="group", groups=groups)
+        assert {c.path: c.what for c in rewrite.changed} == {
+            "bn": f"now GroupNormalization of {expected} groups"
+        }
+        assert {k.path: k.reason for k in rewrite.left} == {
+            "several": "it has several domains",
+            "one": "it has one channel, which would be constant",
+        }
 
 
 def test_layer_normalization_needs_the_channels_last() -> None:

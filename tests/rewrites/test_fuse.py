@@ -14,6 +14,7 @@ from small_models import dense, inputs_for, nested, predict, residual, shake, sn
 
 import truenorm as tn
 from truenorm import BatchNormalization
+from truenorm._rewrites import unfuse
 
 L = keras.layers
 TAKEN = "now truenorm's BatchNormalization, with {} taken in"
@@ -80,6 +81,72 @@ def test_the_same_in_training_and_inference(build: Callable[[], Any], layers: in
     assert rewrite.max_rel_error < 1e-5
     np.testing.assert_allclose(predict(rewrite.model, x)[0], predict(model, x)[0], atol=1e-4)
     check_training(model, rewrite.model, x)
+
+
+def test_keras_layers_undo_it() -> None:
+    """Names, functions and training are again those of the model that was fused."""
+    model = shake(projected())
+    x = inputs_for(model)
+    rewrite = tn.replace(tn.replace(model, fuse=True).model, to="keras")
+    new = rewrite.model
+    own = "now keras's BatchNormalization"
+    both = f"{own}, with Add and Activation behind it"
+    assert receipt(rewrite) == {
+        "bn": f"{own}, with Activation behind it", "0_bn": own, "3_bn": both, "b_bn": both,
+    }  # fmt: skip
+    kinds = {layer.name: type(layer) for layer in new.layers if "bn" in layer.name}
+    assert kinds.pop("0_bn") is kinds.pop("3_bn") is kinds.pop("b_bn") is L.BatchNormalization
+    assert kinds.pop("bn") is L.BatchNormalization
+    assert kinds == {
+        "3_bn_add": L.Add, "b_bn_add": L.Add, "bn_activation": L.Activation,
+        "3_bn_activation": L.Activation, "b_bn_activation": L.Activation,
+    }  # fmt: skip
+    assert rewrite.max_site_error is not None
+    assert rewrite.max_site_error < 1e-5
+    np.testing.assert_allclose(predict(new, x)[0], predict(model, x)[0], atol=1e-4)
+    check_training(model, new, x)
+    assert len(tn.replace(new, fuse=True).model.layers) == 11
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("left_out", [0, 1])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_way_back_that_is_none_is_refused(
+    left_out: int, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the sum, or without the activation, be it in training only."""
+    right = unfuse.through
+
+    def wrong(chain: Any, layer: Any, args: Any, given: Any) -> Any:
+        chain = [*chain]
+        if given["training"] == training and len(chain) == 3:
+            del chain[1 + left_out]
+        return right(chain, layer, args, given)
+
+    monkeypatch.setattr(unfuse, "through", wrong)
+    fused = tn.replace(shake(residual()), fuse=True).model
+    with pytest.raises(tn.VerificationError, match="b_bn"):
+        tn.replace(fused, to="keras")
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("to", ["group", "layer", "affine"])
+def test_a_fused_layer_becomes_another_with_its_sum_and_activation(to: Any) -> None:
+    model = shake(projected())
+    x = inputs_for(model)
+    plain, fused = (tn.replace(m, to=to).model for m in (model, tn.replace(model, fuse=True).model))
+    np.testing.assert_allclose(predict(fused, x)[0], predict(plain, x)[0], rtol=1e-5)
+
+
+@pytest.mark.any_backend
+def test_an_activation_that_no_graph_shows_stays() -> None:
+    layer = BatchNormalization(activation="relu", name="bn")
+    model = keras.Sequential([keras.Input((3, 4)), L.TimeDistributed(layer, name="td")])
+    why = "it has an activation of its own inside, and no graph shows where that can go"
+    for to, reason in (
+        ("keras", "Keras's layer has nothing like its activation"), ("group", why), ("affine", why),
+    ):  # fmt: skip
+        assert receipt(tn.replace(model, to=to)) == {"td/bn": reason}
 
 
 @pytest.mark.any_backend
@@ -311,12 +378,17 @@ def test_only_truenorm_s_layer_takes_in() -> None:
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("to", ["keras", "group", "affine"])
-def test_another_layer_cannot_stand_for_one_that_adds(to: Any) -> None:
-    inputs = keras.Input((6,))
-    model = keras.Model(inputs, L.Dense(2)(BatchNormalization(name="bn")(inputs, add=inputs)))
-    (left,) = tn.replace(model, to, groups=2 if to == "group" else None).left
-    assert "add" in left.reason
+@pytest.mark.parametrize("to", ["keras", "affine"])
+def test_a_sum_of_another_layer_than_fuse_made_is_put_behind_it_too(to: Any) -> None:
+    """In one call of two, with other activations, and names that are taken."""
+    inputs = keras.Input((6,), name="bn_add")
+    layer = BatchNormalization(name="bn", activation="tanh")
+    x = layer(L.Dense(6)(layer(inputs, add=inputs, training=False)))
+    model = shake(keras.Model(inputs, L.Dense(2, name="bn_activation")(x)))
+    x = inputs_for(model)
+    new = tn.replace(model, to=to).model
+    assert {"bn", "bn_add_", "bn_activation_"} <= {layer.name for layer in new.layers}
+    np.testing.assert_allclose(predict(new, x)[0], predict(model, x)[0], atol=1e-5)
 
 
 # --- the other tools -----------------------------------------------------------------------------
@@ -397,6 +469,34 @@ def test_statistics_are_those_of_the_separate_layers(pair: tuple[Any, Any]) -> N
 
 
 @pytest.mark.any_backend
+def test_inspect_shows_what_is_inside(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    """In the table, in HTML, in JSON, and read from the file; nothing where there is nothing."""
+    model, new = pair
+    found = tn.inspect(new)
+    assert {site.path: (site.activation, site.adds) for site in found.sites} == {
+        "bn": ("relu", False), "0_bn": (None, False), "3_bn": ("relu", True),
+        "b_bn": ("relu", True),
+    }  # fmt: skip
+    where = found.tables()[0]
+    cells = {row[0]: row[where.columns.index("inside")] for row in where.rows}
+    assert cells == {"bn": "relu", "0_bn": "–", "3_bn": "add and relu", "b_bn": "add and relu"}
+    assert "add and relu" in str(found)
+    assert "add and relu" in found._repr_html_()
+    assert found.to_dict()["sites"][2]["adds"] is True
+    assert tn.Inspection.from_json(found.to_json()) == found
+    assert "inside" not in tn.inspect(model).tables()[0].columns
+    layer = BatchNormalization(activation=lambda x: keras.ops.sin(x), name="own")
+    assert tn.inspect(keras.Sequential([keras.Input((2,)), layer])).sites[0].activation == (
+        "<lambda>"
+    )
+    new.save(tmp_path / "new.keras")
+    stored = tn.archive.read(tmp_path / "new.keras")
+    assert {one.path: one.activation for one in stored.layers} == {
+        "bn": "relu", "0_bn": None, "3_bn": "relu", "b_bn": "relu",
+    }  # fmt: skip
+    assert "inside" in stored.tables()[0].columns
+
+
 def test_modes_and_findings(pair: tuple[Any, Any]) -> None:
     model, new = pair
     x = inputs_for(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import collecting_process as processes
+import keras
 import numpy as np
 import pytest
 import two_processes
@@ -45,6 +46,17 @@ def test_all_processes_get_what_one_gets_alone(folder: Path, name: str, toleranc
     close(first, alone, tolerance)
     for path, error in alone.standard_errors().items():
         assert first.standard_errors()[path] == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.skipif(
+    keras.config.backend() == "tensorflow", reason="test_layer_workers has it of TensorFlow"
+)
+def test_a_process_that_dies_is_an_error_of_truenorm_s_in_the_other() -> None:
+    with two_processes.started(WORKER.with_name("lost_collector.py"), "") as (first, _):
+        said = first.communicate(timeout=180)[0]
+    assert "DistributedError: Another process did not take part in the exchange" in said, said
+    remedy = {"torch": "timeout= of torch.distributed", "jax": "heartbeat_timeout_seconds= of jax"}
+    assert remedy[keras.config.backend()] in said
 
 
 def test_a_process_that_fails_does_not_leave_the_other_waiting(folder: Path) -> None:

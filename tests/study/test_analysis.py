@@ -193,6 +193,23 @@ def test_one_seed() -> None:
     )
 
 
+def test_an_interval_ends_where_the_metric_does() -> None:
+    """Student's of two seeds go far beyond what an accuracy can be; the record keeps them."""
+    study = judged(trials_of(**{B: [0.90, 0.98], A: [0.99, 0.90]}), (B, A))
+    raw = study.comparisons[0].difference
+    assert (raw.low, raw.high) == pytest.approx((-0.005 - 1.08005, -0.005 + 1.08005), abs=1e-4)
+    means, pairs, others = study.tables()[:3]
+    assert [row[2] for row in means.rows] == [
+        "0.9400 [0.4318, 1.0000]", "0.9450 [0.3732, 1.0000]"
+    ]  # fmt: skip
+    assert pairs.rows[0][2] == "-0.0050 [-1.0000, 1.0000]"
+    assert means.rows[0][3].startswith("0.0600 [-0.4482,")  # a loss may be anything
+    assert others.rows[0][2] == "none"
+    assert "[-100.00, 100.00]" in " ".join(study.verdict)
+    loss = judged(trials_of("val_mae", **{B: [0.90, 0.98], A: [0.99, 0.90]}), (B, A))
+    assert loss.tables()[1].rows[0][2] == "-0.0050 [-1.0850, 1.0750]"
+
+
 def test_equal_differences_are_not_taken_for_proof() -> None:
     study = judged(trials_of(**{B: [0.9, 0.8, 0.7], A: [0.8, 0.7, 0.6]}), (B, A))
     assert study.comparisons[0].p_value is None

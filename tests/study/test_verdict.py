@@ -83,7 +83,7 @@ KINDS: dict[str, tuple[list[Trial], tuple[str, ...], float | None, tuple[str, ..
             "before_activation has the best mean validation accuracy (50.00%, 3 seeds), but it is "
             "not shown to differ from every other position.",
             "No difference shown between before_activation and after_activation in validation "
-            "accuracy: before_activation minus after_activation is 3.33 points [-162.07, 168.74]; "
+            "accuracy: before_activation minus after_activation is 3.33 points [-100.00, 100.00]; "
             "with 3 seeds no difference is large enough to be shown in 4 of 5 studies; to show a "
             "difference as large as this one, a new study needs more than 1,000 seeds.",
         ),

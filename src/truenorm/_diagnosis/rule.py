@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from truenorm._diagnosis.facts import Facts, Need
-from truenorm._records.diagnosis import Evidence, Severity
+from truenorm._records.diagnosis import WHICH, Evidence, Severity
 
 
 class Fault(NamedTuple):
@@ -16,6 +19,17 @@ class Fault(NamedTuple):
     site: str
     evidence: Evidence
     remedy: str
+
+
+MOST = 6
+"""Channels that a finding names by their numbers."""
+
+
+def named(which: NDArray[np.bool_]) -> Evidence:
+    """Of how many channels some have a fault, and which: numbers from 0."""
+    numbers = [*map(str, np.flatnonzero(which))]
+    more = f" and {len(numbers) - MOST} more" if len(numbers) > MOST else ""
+    return {"channels": which.size, WHICH: ", ".join(numbers[:MOST]) + more}
 
 
 @dataclass(frozen=True)

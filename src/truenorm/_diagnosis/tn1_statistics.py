@@ -9,7 +9,7 @@ import numpy as np
 from truenorm._diagnosis import remedies
 from truenorm._diagnosis.averages import Cause, Distance, is_untouched, off, output_error, stored
 from truenorm._diagnosis.facts import Facts
-from truenorm._diagnosis.rule import Fault
+from truenorm._diagnosis.rule import Fault, named
 from truenorm._diagnosis.tn1_batches import recalibration_harms
 from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._layer.protocol import BatchNormalizationLike
@@ -61,13 +61,15 @@ def not_numbers(facts: Facts) -> Iterator[Fault]:
     """TN105."""
     for layer, path in facts.layers.items():
         mean, variance = stored(layer)
-        counts = {
-            "nan": int((np.isnan(mean) | np.isnan(variance)).sum()),
-            "infinite": int((np.isinf(mean) | np.isinf(variance)).sum()),
-            "negative_variances": int((variance < 0).sum()),
+        kinds = {
+            "nan": np.isnan(mean) | np.isnan(variance),
+            "infinite": np.isinf(mean) | np.isinf(variance),
+            "negative_variances": variance < 0,
         }
-        if any(counts.values()):
-            evidence = {**counts, "channels": _channels(layer)}
+        wrong = np.logical_or.reduce([*kinds.values()])
+        if wrong.any():
+            counts = {name: int(which.sum()) for name, which in kinds.items()}
+            evidence = {**counts, **named(wrong)}
             yield Fault(path, evidence, remedies.recalibrate_alone(facts, layer))
 
 
@@ -84,7 +86,7 @@ def huge(facts: Facts) -> Iterator[Fault]:
         if (lost | far).any():
             evidence = {
                 "out_of_reach": int((lost | far).sum()),
-                "channels": far.size,
+                **named(lost | far),
                 "mean_in_std": float(ratio.max()),
                 "largest_value": float(reach.max()),
             }

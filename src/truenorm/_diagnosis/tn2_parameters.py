@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from truenorm._diagnosis import remedies
 from truenorm._diagnosis.facts import Facts
-from truenorm._diagnosis.rule import Fault
+from truenorm._diagnosis.rule import Fault, named
 from truenorm._diagnosis.tn1_batches import recalibration_harms
 from truenorm._keras_internals import decays
 from truenorm._layer.protocol import BatchNormalizationLike
@@ -49,7 +49,7 @@ def dead_gamma(facts: Facts) -> Iterator[Fault]:
         if dead.any():
             evidence = {
                 "dead": int(dead.sum()),
-                "channels": dead.size,
+                **named(dead),
                 "least_gamma": float(np.abs(gamma).min()),
                 "typical_gamma": size,
             }
@@ -74,7 +74,7 @@ def constant_input(facts: Facts) -> Iterator[Fault]:
         if constant.mean() >= MANY:
             evidence = {
                 "constant": int(constant.sum()),
-                "channels": constant.size,
+                **named(constant),
                 "largest_std_of_these": float(np.sqrt(variance[constant].max())),
                 "epsilon": float(layer.epsilon),
             }
@@ -108,7 +108,7 @@ def exploding_scale(facts: Facts) -> Iterator[Fault]:
         if large.any():
             evidence = {
                 "exploding": int(large.sum()),
-                "channels": large.size,
+                **named(large),
                 "largest_scale": float(scale[large].max()),
                 "median_scale": float(np.nanmedian(scale)),
             }

@@ -9,10 +9,10 @@ import keras
 import numpy as np
 
 from truenorm._diagnosis import remedies
-from truenorm._diagnosis.averages import output_error
+from truenorm._diagnosis.averages import off, output_error
 from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Fault
-from truenorm._diagnosis.tn1_batches import SKEW
+from truenorm._diagnosis.tn1_batches import SKEW, recalibration_harms
 from truenorm._model.graph import Call, is_site, nearby
 from truenorm._model.sites import channel_axis, channel_axis_of, is_activation, is_linear, position
 from truenorm._records.moments import Moments
@@ -39,14 +39,26 @@ def without(facts: Facts) -> Iterator[Fault]:
 
 
 def after_dropout(facts: Facts) -> Iterator[Fault]:
-    """TN302."""
-    for site in facts.sites:
-        for call in nearby(site, stop=is_site):
-            rate = _rate(call.operation)
-            if rate >= SMALLEST_RATE:
-                evidence = {"dropout": call.path, "rate": rate, "variance_kept": 1 - rate}
-                yield Fault(site.path, evidence, "keras.layers.Dropout after the last of them")
-                break
+    """TN302. Statistics taken without dropout are right: only data shows which these are."""
+    dropouts = {site: call for site in facts.sites if (call := _dropout_before(site)) is not None}
+    known = dropouts != {} and facts.lacks("data") is None
+    if known and recalibration_harms(facts):
+        return
+    errors = {path: one.error for path, one, _ in off(facts)} if known else {}
+    for site, call in dropouts.items():
+        rate, path = _rate(call.operation), facts.layers[site.operation]
+        evidence = {"dropout": call.path, "rate": rate, "variance_kept": 1 - rate}
+        if not known:
+            yield Fault(site.path, evidence, remedies.ASK)
+        elif path in errors:
+            evidence["output_error"] = errors[path]
+            yield Fault(site.path, evidence, remedies.recalibrate(facts))
+
+
+def _dropout_before(site: Call) -> Call | None:
+    """The nearest dropout that changes the variance of a site's input."""
+    before = nearby(site, stop=is_site)
+    return next((c for c in before if _rate(c.operation) >= SMALLEST_RATE), None)
 
 
 def twice(facts: Facts) -> Iterator[Fault]:

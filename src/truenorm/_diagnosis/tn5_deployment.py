@@ -13,12 +13,14 @@ from truenorm._rewrites.fold import why_not_folded
 from truenorm._rewrites.place import can_be_placed
 
 BEFORE = 'model = tn.place(model, "before_activation").model, trained anew'
-NONE = "none for it; tn.fold(model) folds the others"
+NONE = "none for it"
+OTHERS = f"{NONE}; tn.fold(model) folds the others"
 
 
 def not_foldable(facts: Facts) -> Iterator[Fault]:
     """TN501."""
     reasons = why_not_folded(facts.model)
+    none = NONE if {*facts.layers.values()} <= {*reasons} else OTHERS
     folded_alone = cache(partial(_folded_alone, facts))
     for site in facts.sites:
         reason = reasons.get(site.path)
@@ -26,9 +28,9 @@ def not_foldable(facts: Facts) -> Iterator[Fault]:
             for call in (*site.producers, *site.consumers):
                 if call is not None:  # a class is enough here: many sites share the reason then
                     reason = reason.replace(call.label(), type(call.operation).__name__)
-            remedy = NONE
+            remedy = none
             if site.shared:
-                remedy = folded_alone(site.path.partition("/")[0]).get(_within(site), NONE)
+                remedy = folded_alone(site.path.partition("/")[0]).get(_within(site), none)
             elif position(site) == "after_activation" and can_be_placed(site, "before_activation"):
                 remedy = BEFORE
             yield Fault(site.path, {"reason": reason}, remedy)

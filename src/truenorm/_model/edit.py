@@ -81,7 +81,7 @@ def through(chain: Sequence[Piece], operation: Any, args: Any, kwargs: Any) -> A
 def from_config(layer: Any, kind: Any, **changes: Any) -> Any:
     """A layer of a class from the config of another one, as far as it goes, with changes."""
     own = None
-    if not isinstance(layer, kind):
+    if type(layer) is not kind:
         own = {*inspect.signature(kind).parameters, *_OF_EVERY_LAYER}
 
     def made(**config: Any) -> Any:

@@ -83,8 +83,11 @@ def fused_activation(call: Call | None) -> str | None:
     if call is None or not is_linear(call):
         return None
     activation = call.operation.activation
-    if activation in (None, keras.activations.linear):
-        return None
+    return None if activation in (None, keras.activations.linear) else name_of(activation)
+
+
+def name_of(activation: Any) -> str:
+    """Name of an activation: a function, or a layer by its class."""
     return getattr(activation, "__name__", type(activation).__name__)
 
 
@@ -255,7 +258,7 @@ def describe(call: Call) -> Site:
 
 def describe_spot(spot: Spot) -> Site:
     """The record of one spot; what is around it is known of a call in a graph only."""
-    layer, call = spot.layer, spot.call
+    layer, call, activation = spot.layer, spot.call, getattr(spot.layer, "activation", None)
     producers = () if call is None else call.producers
     return Site(
         path=spot.path,
@@ -269,6 +272,8 @@ def describe_spot(spot: Spot) -> Site:
         epsilon=layer.epsilon,
         trainable=bool(layer.trainable),
         policy=policy_of(layer),
+        activation=None if activation is None else name_of(activation),
+        adds=call is not None and "add" in call.extras,
     )
 
 

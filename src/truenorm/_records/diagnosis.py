@@ -16,6 +16,8 @@ SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
 """From the least: worth knowing; probably costs quality; cannot be meant."""
 
 Evidence = Mapping[str, float | int | str]
+WHICH = "which"
+"""Evidence that names the channels that are meant, by their numbers from 0."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -140,18 +142,22 @@ class Diagnosis(Record, Drawn):
         )
 
 
+_NAMED = 2
+"""Sites that a row names."""
+
+
 def _table(title: str, findings: Sequence[Finding], notes: tuple[str, ...] = ()) -> Table:
     """Findings of one code with the same words as evidence share a row, and codes a remedy."""
     alike: dict[tuple[object, ...], list[Finding]] = {}
     graves = sorted(findings, key=lambda f: -SEVERITIES.index(f.severity))
     for finding in graves:
-        words = tuple(v for v in finding.evidence.values() if isinstance(v, str))
+        words = tuple(v for k, v in finding.evidence.items() if isinstance(v, str) and k != WHICH)
         alike.setdefault((finding.code, tuple(finding.evidence), words), []).append(finding)
     rows = tuple(
         (
             f"{group[0].code} {group[0].severity}",
             group[0].problem,
-            joined([f.site for f in group], most=2),
+            joined([f.site for f in group], most=_NAMED),
             _measured([f.evidence for f in group]),
         )
         for group in alike.values()
@@ -179,10 +185,16 @@ def _measured(evidence: Sequence[Evidence]) -> str:
     """Each name with its value; with its range, where several sites share the row."""
     parts: list[str] = []
     for name, first in evidence[0].items():
+        said = name.replace("_", " ")
+        if name == WHICH:
+            each = [str(one[name]) for one in evidence]
+            some = each if len(each) <= _NAMED else [*each[: _NAMED - 1], "…", each[-1]]
+            parts.append(f"{said} {'; '.join(some)}")
+            continue
         if isinstance(first, str):
-            parts.append(f"{name} {first}")
+            parts.append(f"{said} {first}")
             continue
         values = sorted((one[name] for one in evidence), key=float)
         ends = (str(v) if isinstance(v, int) else number(float(v)) for v in (values[0], values[-1]))
-        parts.append(f"{name} {'…'.join(dict.fromkeys(ends))}")
-    return ", ".join(parts).replace("_", " ")
+        parts.append(f"{said} {'…'.join(dict.fromkeys(ends))}")
+    return ", ".join(parts)

@@ -56,10 +56,11 @@ class Inspection(Record, Drawn):
 
     def tables(self) -> Sequence[Table]:
         """Where every site is, what every site did, and why where that surprises."""
+        inside = ("inside",) if any(site.inside() for site in self.sites) else ()
         place = Table(
             f"BatchNormalization in '{self.model}': where it is",
-            ("sites", "channels", "position", "from → to", "momentum, epsilon", "frozen"),
-            _places(self.sites),
+            ("sites", "channels", "position", *inside, *_OF_PLACES),
+            _places(self.sites, inside=bool(inside)),
         )
         entries = [entry for entry in ENTRY_POINTS if {entry} & {*self.modes, *self.not_run}]
         done = (
@@ -129,13 +130,17 @@ _LEGEND = (
 )
 
 
-def _places(sites: Sequence[Site]) -> tuple[tuple[str, ...], ...]:
+_OF_PLACES = ("from → to", "momentum, epsilon", "frozen")
+
+
+def _places(sites: Sequence[Site], *, inside: bool) -> tuple[tuple[str, ...], ...]:
     """One row per group of sites that are in the same kind of place."""
     alike: dict[tuple[str, ...], list[Site]] = {}
     for site in sites:
         after = ", ".join(dict.fromkeys(map(_class, site.consumers))) or "output"
         row = (
             site.position or "–",
+            *([site.inside() or "–"] if inside else []),
             "–" if site.producer is None else f"{_class(site.producer)} → {after}",
             f"{site.momentum}, {site.epsilon:g}",
             "no" if site.policy == "none" else site.policy,

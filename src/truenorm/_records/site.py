@@ -25,6 +25,8 @@ class Site(Record):
         epsilon: Added to the variance before the root is taken.
         trainable: The layer's own ``trainable``, as it is in effect.
         policy: The freeze policy in effect: ``none``, ``all``, ``statistics`` or ``affine``.
+        activation: Name of the activation inside the layer; None if there is none.
+        adds: Whether it is called with a tensor to add, before that activation.
     """
 
     path: str
@@ -38,6 +40,12 @@ class Site(Record):
     epsilon: float
     trainable: bool
     policy: str
+    activation: str | None = None
+    adds: bool = False
+
+    def inside(self) -> str:
+        """What the layer does behind its normalisation, for a table cell."""
+        return " and ".join([*["add"] * self.adds, *filter(None, (self.activation,))])
 
     def summary(self) -> str:
         """Path, position and size."""

@@ -70,6 +70,7 @@ class StoredLayer(Record):
         policy: Which part is frozen: ``none``, ``all`` (not trainable), ``statistics``, ``affine``.
         dtype: The name of its dtype policy.
         statistics: Its moving statistics.
+        activation: Name of the activation inside the layer; None if there is none.
     """
 
     path: str
@@ -82,12 +83,13 @@ class StoredLayer(Record):
     policy: str
     dtype: str
     statistics: StoredStatistics
+    activation: str | None = None
 
     def kind(self) -> tuple[object, ...]:
         """Layers of one kind differ in numbers alone; one with a fault is of its own kind."""
         found = self.statistics
         fault = self.path if found.negative or found.non_finite else None
-        policy = (self.momentum, self.epsilon, self.policy, self.dtype)
+        policy = (self.momentum, self.epsilon, self.policy, self.dtype, self.activation)
         return (self.layer, self.axis, *policy, found.initial, fault)
 
     def summary(self) -> str:
@@ -142,9 +144,10 @@ class StoredModel(Record):
         alike: dict[tuple[object, ...], list[StoredLayer]] = {}
         for layer in self.layers:
             alike.setdefault(layer.kind(), []).append(layer)
-        rows = tuple(map(_row, alike.values()))
-        columns = ("layer", "of", "axis", "channels", "momentum", "epsilon", "frozen", "dtype",
-                   "moving statistics")  # fmt: skip
+        inside = ("inside",) if any(layer.activation for layer in self.layers) else ()
+        rows = tuple(_row(layers, inside=bool(inside)) for layers in alike.values())
+        columns = ("layer", "of", "axis", "channels", *inside, "momentum", "epsilon", "frozen",
+                   "dtype", "moving statistics")  # fmt: skip
         notes = [f"Not looked into: {one.path}, {one.reason}." for one in self.hidden]
         notes += [f"Runs code if it is loaded: {one.path} ({one.what})." for one in self.code]
         if self.keras is not None:
@@ -154,7 +157,7 @@ class StoredModel(Record):
         return (Table(title, columns if rows else (), rows, tuple(notes)),)
 
 
-def _row(layers: Sequence[StoredLayer]) -> tuple[str, ...]:
+def _row(layers: Sequence[StoredLayer], *, inside: bool) -> tuple[str, ...]:
     """Layers of one kind, with the range of each number."""
     first, channels = layers[0], sorted(layer.channels for layer in layers)
     return (
@@ -162,6 +165,7 @@ def _row(layers: Sequence[StoredLayer]) -> tuple[str, ...]:
         first.layer.split(".")[0],
         str(first.axis),
         "–".join(dict.fromkeys((str(channels[0]), str(channels[-1])))),
+        *([first.activation or "–"] if inside else []),
         number(first.momentum, 6),
         number(first.epsilon, 6),
         "no" if first.policy == "none" else first.policy,

@@ -20,6 +20,7 @@ from truenorm._records.drawings.curves import Curves, Line
 from truenorm._records.drawings.drawing import Drawing, Message
 from truenorm._records.drawings.pairs import Columns, Difference, Differences
 from truenorm._records.drawings.rows import Rows, Span
+from truenorm._records.study import possible, possible_mean
 from truenorm._records.tables import number
 
 if TYPE_CHECKING:
@@ -76,7 +77,11 @@ def _judged(study: Study, metric: str) -> Mapping[str, Interval]:
     """Means of what the study judges by, where that is not what the curves show."""
     if not study.settings.get("recalibrate"):
         return {}
-    rows = {name: row[metric] for name, row in study.summaries.items() if metric in row}
+    rows = {
+        name: possible_mean(row[metric], metric)
+        for name, row in study.summaries.items()
+        if metric in row
+    }
     return {name: value for name, value in rows.items() if math.isfinite(value.mean)}
 
 
@@ -157,7 +162,7 @@ def differences(study: Study, metric: str) -> Drawing:
         OptionError: No trial recorded this metric.
     """
     runs = _runs(study, metric)
-    every = [c for c in study.comparisons if c.metric == metric]
+    every = [possible(c) for c in study.comparisons if c.metric == metric]
     pairs = [c for c in every if math.isfinite(c.difference.mean)]
     title = f"{metric}: paired differences"
     if not pairs:

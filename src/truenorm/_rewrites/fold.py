@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -39,7 +38,7 @@ from truenorm._rewrites.affine import (
     with_map_before,
     with_map_behind,
 )
-from truenorm._rewrites.passing import has_activation
+from truenorm._rewrites.unfuse import behind, names_in
 from truenorm._rewrites.verify import verify
 from truenorm._rewrites.wrappers import (
     innermost,
@@ -185,8 +184,7 @@ class Folding:
     @cached_property
     def names(self) -> set[str]:
         """The names that are taken."""
-        layers = {layer.name for layer in layers_in(self.graph.model)}
-        return layers | {tensor.name for tensor in self.graph.model.inputs}
+        return names_in(self.graph.model)
 
     def alone(self, call: Call) -> Change | Left:
         """Fold one site and no other."""
@@ -291,26 +289,7 @@ class Folding:
 
     def _behind(self, layer: Any) -> list[Piece]:
         """Of a layer that goes: the sum and the activation behind its normalisation, as layers."""
-        pieces: list[Piece] = []
-        if layer in self.adding:
-            total = L.Add(name=self._new_name(f"{layer.name}_add"), dtype=layer.dtype_policy)
-            pieces.append(Piece(total, call=_with_added))
-        if has_activation(layer):
-            name = self._new_name(f"{layer.name}_activation")
-            pieces.append(
-                Piece(L.Activation(layer.activation, name=name, dtype=layer.dtype_policy))
-            )
-        return pieces
-
-    def _new_name(self, name: str) -> str:
-        while name in self.names:
-            name += "_"
-        self.names.add(name)
-        return name
-
-
-def _with_added(layer: Any, value: Any, given: Mapping[str, Any]) -> Any:
-    return layer([value, given["add"]]) if given.get("add") is not None else value
+        return behind(layer, self.names, adds=layer in self.adding)
 
 
 def _between(site: Call, takings: list[Taking], side: str) -> set[Call]:

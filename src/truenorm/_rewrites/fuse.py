@@ -36,6 +36,9 @@ _SAMPLES, _LENGTH = 32, 2
 """Not those of the model: of few values a variance may be next to nothing, and all digits rounding.
 """
 
+PLAIN_BATCHES = {"synchronized": False, "virtual_batch_size": None, "renorm": False}
+"""Old and new take other statistics with other options, and would wait for other processes."""
+
 _PLAIN: dict[str, Any] = {"negative_slope": 0.0, "max_value": None, "threshold": 0.0}
 
 
@@ -99,7 +102,7 @@ def compared_fusions(
     """
     pairs = [(fusion, edit[layer][0].layer) for layer, fusion in found.items() if layer in edit]
     layers = [one for fusion, new in pairs for one in (fusion.site.operation, new)]
-    drawn = [_noise(fusion) for fusion, _ in pairs]
+    drawn = [noise_for(fusion.site.operation) for fusion, _ in pairs]
 
     def compare(drawn: Any) -> Any:
         return [
@@ -107,9 +110,7 @@ def compared_fusions(
             for (fusion, new), noise in zip(pairs, drawn, strict=True)
         ]
 
-    # Old and new take other statistics with these, and would wait for other processes.
-    statistics = {"synchronized": False, "virtual_batch_size": None, "renorm": False}
-    with patched((layer, *option) for layer in layers for option in statistics.items()):
+    with patched((layer, *option) for layer in layers for option in PLAIN_BATCHES.items()):
         compared = run(compare, layers, drawn)
     return [
         Place(fusion.relu.path, as_float64(difference), as_float64(extent))
@@ -118,8 +119,8 @@ def compared_fusions(
     ]
 
 
-def _noise(fusion: Fusion) -> list[Any]:
-    layer = fusion.site.operation
+def noise_for(layer: Any) -> list[Any]:
+    """Two tensors that a BatchNormalization takes, of random numbers."""
     shape = [_SAMPLES, *[_LENGTH] * (layer.input_spec.ndim - 1)]
     shape[channel_axis(layer)] = int(layer.moving_mean.shape[-1])
     return [*np.random.default_rng(0).normal(size=(2, *shape)).astype("float32")]

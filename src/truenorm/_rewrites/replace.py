@@ -18,6 +18,7 @@ from truenorm._model.trainer import has_optimizer
 from truenorm._records.rewrite import Change, Left, Rewrite
 from truenorm._rewrites.fuse import Fusion, compared_fusions, fused, fusions
 from truenorm._rewrites.targets import Target, To, target_of
+from truenorm._rewrites.unfuse import adding_layers, behind, compared_unfused, names_in
 from truenorm._rewrites.verify import Proof, verify
 
 
@@ -50,9 +51,11 @@ def replace(
 
     The model given is not changed. Layers are found wherever a model holds them: inside wrappers,
     RNN cells, blocks and nested models of your own classes, in attributes, lists and dicts; the
-    objects around them are copied with all that they hold. A layer that the new one cannot stand
-    for is left, with its reason in the receipt: one with an option that Keras's does not have, or
-    one with an activation of its own inside that is to become another layer.
+    objects around them are copied with all that they hold. A sum and an activation inside a layer
+    stand behind the new one as layers (``bn_add``, ``bn_activation``); so ``"keras"`` undoes
+    ``fuse``. A layer that the new one cannot stand for is left, with its reason in the receipt: one
+    with an option that Keras's does not have, or with an activation inside where no graph shows
+    where that can go.
 
     Args:
         model: Any built ``keras.Model``, subclassed ones and nested ones included.
@@ -68,8 +71,8 @@ def replace(
             On PyTorch they cost no pass of their own then, and less is kept in between. It is done
             where nothing else takes the outputs between the layers; the receipt says what was taken
             in, and where nothing could be, why. The layers taken in are gone from the model;
-            :func:`truenorm.fold` puts them back where it folds a layer. Outputs are
-            compared in training as well.
+            ``to="keras"`` puts them back, and :func:`truenorm.fold` where it folds a layer.
+            Outputs are compared in training as well, both ways.
         probe: Inputs to compare on, or data in batches, of which the first is taken; made from the
             input specification where none are given. What a subclassed model takes is not known:
             without a probe each layer is compared by itself.
@@ -111,9 +114,9 @@ def replace(
         Wu and He (2018), "Group Normalization", arXiv:1803.08494. Ba, Kiros and Hinton (2016),
         "Layer Normalization", arXiv:1607.06450.
     """
-    taking, unfused = _to_fuse(model, to, fuse)
+    taking, without = _to_fuse(model, to, fuse)
     target = target_of(model, to, groups, options, taking)
-    plain, changed, left = _plan(model, target, taking, unfused)
+    plain, changed, left = _plan(model, target, taking, without)
     edit = fused(plain, taking)
     notes = tuple(_notes(model, edit))
     with shown(progress, "replacing") as line:
@@ -124,6 +127,8 @@ def replace(
             return Rewrite(new, kind, changed, left, notes=(*said, *notes))
         graph = Graph(model, ()) if graph_of(model) is None else read_graph(model)
         more = partial(compared_fusions, plain, taking)
+        if to == "keras":  # in training too
+            more = partial(compared_unfused, plain, adding_layers(model))
         proof = verify(graph, plain, (), new, probe, "Replacing", line, more)
     proof = Proof(*proof[:3], notes=(*proof.notes, *notes))
     return Rewrite(new, kind, changed, left, *proof)
@@ -156,7 +161,7 @@ def _plan(
     model: Any,
     target: Target,
     taking: Mapping[Any, Fusion] = MappingProxyType({}),
-    unfused: Mapping[Any, str] = MappingProxyType({}),
+    without: Mapping[Any, str] = MappingProxyType({}),
 ) -> tuple[Edit, tuple[Change, ...], tuple[Left, ...]]:
     """One layer in the place of another, and the receipt."""
     edit: dict[Any, list[Piece]] = {}
@@ -164,21 +169,27 @@ def _plan(
     places = spots(model)
     for spot in places:  # a shared layer stays if one of its calls does not let it go
         reasons[spot.layer] = reasons.get(spot.layer) or target.why_left(spot)
+    names, adding = names_in(model), adding_layers(model)
+    said = {layer: fusion.what for layer, fusion in taking.items()} | {**without}
     for layer in [layer for layer, reason in reasons.items() if reason is None]:
         try:
             edit[layer] = [target.piece(layer)]
         except OptionError as error:  # options of its own and the new ones do not go together
             reasons[layer] = str(error)
-    said = {layer: fusion.what for layer, fusion in taking.items()} | {**unfused}
+            continue
+        if target.bare:
+            edit[layer] += behind(layer, names, adds=layer in adding)
+            kinds = [type(piece.layer).__name__ for piece in edit[layer][1:]]
+            said[layer] = f", with {' and '.join(kinds)} behind it" if kinds else ""
     changed = tuple(
         Change(s.path, target.what + said.get(s.layer, "")) for s in places if s.layer in edit
     )
     left = tuple(
-        Left(s.path, why + unfused.get(s.layer, ""))
+        Left(s.path, why + without.get(s.layer, ""))
         for s in places
         if (why := reasons[s.layer]) is not None
     )
-    if said and graph_of(model) is not None:
+    if (taking or without) and graph_of(model) is not None:
         labels = read_graph(model).labels
         changed, left = with_kinds(labels, changed), with_kinds(labels, left)
     return edit, changed, left

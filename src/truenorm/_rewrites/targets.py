@@ -18,7 +18,7 @@ from truenorm._layer.batch_normalization import BatchNormalization
 from truenorm._layer.frozen_affine import FrozenAffine
 from truenorm._model.edit import Piece, from_config
 from truenorm._model.rebuild import build_like
-from truenorm._model.sites import Spot, batch_normalizations, channel_axis, is_own_class
+from truenorm._model.sites import Spot, batch_normalizations, channel_axis, is_own_class, spots
 from truenorm._model.values import as_float64, numbers
 from truenorm._records.tables import counted
 
@@ -55,6 +55,7 @@ class Target:
         why_left: Why a site stays as it is; None if it does not.
         piece: What comes in the place of a layer.
         note: What is said of a model that computes something else; None: it must compute the same.
+        bare: Whether a sum and an activation inside the old layer have to stand behind the new one.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Target:
     why_left: Callable[[Spot], str | None]
     piece: Callable[[Any], Piece]
     note: str | None = None
+    bare: bool = True
 
 
 def target_of(
@@ -121,6 +123,7 @@ def _batch_normalization(
         f"now {to}'s BatchNormalization{said}",
         partial(_why_not_replaced, to, options, rectifying),
         partial(_replaced, to, options, rectifying),
+        bare=to == "keras",
     )
 
 
@@ -167,14 +170,13 @@ def _why_not_replaced(
         return f"it has {domains} domains already"
     if affine and not options.get("domain_affine", affine):
         return "its domains have gamma and beta of their own"
-    option = _only_ours({**layer.get_config(), **options}) if to == "keras" else None
-    if to == "keras" and _adds(spot):
-        option = "add"
+    if to != "keras":
+        return None
+    config = layer.get_config()
+    if spot.call is not None:  # there it goes behind the layer
+        config.pop("activation", None)
+    option = _only_ours({**config, **options})
     return option and f"Keras's layer has nothing like its {option}"
-
-
-def _adds(spot: Spot) -> bool:
-    return spot.call is not None and "add" in spot.call.extras
 
 
 def _replaced(
@@ -227,15 +229,13 @@ def _why_not_converted(to: str, spot: Spot) -> str | None:
         return f"its class {type(layer).__name__} is a custom subclass"
     if getattr(layer, "domains", None) is not None:
         return "it has several domains"
-    if getattr(layer, "activation", None) is not None:
-        return "it has an activation of its own inside"
-    if _adds(spot):
-        return "it adds a tensor to what it normalises"
+    if call is None and getattr(layer, "activation", None) is not None:
+        return "it has an activation of its own inside, and no graph shows where that can go"
     if to == "group" and call is not None and "mask" in call.extras:
         return "it is called with a mask, which GroupNormalization does not take"
     if to == "layer" and channel_axis(layer) != layer.input_spec.ndim - 1:
         return "its channels are not on the last axis, as LayerNormalization needs it on PyTorch"
-    if to == "layer" and int(layer.moving_mean.shape[0]) == 1:
+    if int(layer.moving_mean.shape[0]) == 1 and (to == "layer" or layer.input_spec.ndim == 2):
         return "it has one channel, which would be constant"
     return None
 
@@ -260,15 +260,17 @@ def _affine(layer: Any) -> Piece:
 def _check_groups(model: Any, groups: Any) -> int:
     """Refuse a number of groups that some layer's channels cannot be divided into.
 
-    Where none is given it is the largest that does it for all layers, up to the paper's.
+    Where none is given it is the largest that does it for all layers, up to the paper's. Layers
+    that stay as they are have no say.
     """
     most = GROUPS if groups is None else check_integer("groups", groups)
-    layers = batch_normalizations(model)
+    stay = {spot.layer for spot in spots(model) if _why_not_converted("group", spot) is not None}
+    layers = {k: path for k, path in batch_normalizations(model).items() if k not in stay}
     sizes = {layer: int(layer.moving_mean.shape[0]) for layer in layers}
     common = math.gcd(*sizes.values())
     flat = {n for layer, n in sizes.items() if layer.input_spec.ndim == 2}
     fits = [n for n in range(1, most + 1) if common % n == 0 and n not in flat]
-    if fits and groups in (None, fits[-1]):
+    if groups in (None, fits[-1]):
         return fits[-1]
     layer = next(k for k, n in sizes.items() if n % most or (most == n and k.input_spec.ndim == 2))
     alone = sizes[layer] % most == 0
@@ -280,5 +282,5 @@ def _check_groups(model: Any, groups: Any) -> int:
         expected=f"a divisor of its {sizes[layer]} channels"
         + (", and a smaller one: its input has no other axis" if alone else ""),
         received=f"groups={most}",
-        remedy=f"groups={fits[-1]} divides those of every layer" if fits else None,
+        remedy=f"groups={fits[-1]} divides those of every layer",
     )

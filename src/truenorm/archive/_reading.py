@@ -136,6 +136,7 @@ class _Reader:
             policy=policy if trainable else "all",
             dtype=_dtype(config.get("dtype"), path),
             statistics=_summary(mean, variance),
+            activation=_activation(config.get("activation"), path),
         )
 
     def _statistics(
@@ -310,6 +311,15 @@ def _domains(config: Mapping[str, Any], path: str) -> int | None:
     """How many rows the variables have that a layer with domains has for each."""
     domains = config.get("domains")
     return None if domains is None else _kind(domains, int, f"{path}: domains")
+
+
+def _activation(value: Any, path: str) -> str | None:
+    """The name of an activation, which may be written as an object."""
+    if isinstance(value, dict):
+        found = cast(dict[str, Any], value)
+        value = found.get("config")
+        value = value if isinstance(value, str) else found.get("class_name")
+    return None if value in (None, "linear") else _text(value, f"{path}: activation")
 
 
 def _dtype(value: Any, path: str) -> str:

@@ -22,6 +22,7 @@ try:
 except ImportError:  # where it was before
     from jax.core import get_opaque_trace_state
 
+from truenorm._errors import DistributedError
 from truenorm._kernels.contract import Tensor, Vector
 
 GROUP = 32
@@ -111,5 +112,14 @@ def processes() -> tuple[int, int]:
 
 def gather(vector: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
     """The float64 vectors of all processes, bit for bit; every process must call it."""
-    rows: Any = multihost_utils.process_allgather(vector.view(np.uint8))
-    return [np.ascontiguousarray(row).view(np.float64) for row in np.asarray(rows)]
+    try:
+        rows = np.asarray(multihost_utils.process_allgather(vector.view(np.uint8)))
+    except (RuntimeError, ValueError) as error:  # JAX gives Gloo's as the latter
+        raise DistributedError(
+            "Another process did not take part in the exchange of statistics",
+            expected="processes that do the same, equally often and in one order",
+            received=str(error).strip().partition("\n")[0],
+            remedy="look at what the other processes say; when one is taken for lost is the "
+            "heartbeat_timeout_seconds= of jax.distributed.initialize",
+        ) from error
+    return [np.ascontiguousarray(row).view(np.float64) for row in rows]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import distributed
 
+from truenorm._errors import DistributedError
 from truenorm._kernels.contract import Tensor, Vector
 from truenorm._kernels.torch import native, passes
 
@@ -112,5 +113,14 @@ def gather(vector: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
     device = "cuda" if "nccl" in distributed.get_backend() else "cpu"
     own = torch.from_numpy(vector).to(device)
     parts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, own)
+    try:
+        distributed.all_gather(parts, own)
+    except RuntimeError as error:
+        raise DistributedError(
+            "Another process did not take part in the exchange of statistics",
+            expected="processes that do the same, equally often and in one order",
+            received=str(error).partition("\n")[0].partition(". ")[0],
+            remedy="look at what the other processes say; how long they are waited for is the "
+            "timeout= of torch.distributed.init_process_group",
+        ) from error
     return [part.cpu().numpy() for part in parts]

@@ -63,3 +63,15 @@ def abort(folder: str) -> None:
     del folder
     os.write(2, b"terminate called after throwing\n" * 100_000)
     os.kill(os.getpid(), signal.SIGABRT)
+
+
+def fail(folder: str) -> None:
+    """Raise what nothing expects."""
+    raise KeyError(folder)
+
+
+def nothing_open(folder: str) -> None:
+    """Fail if there is more open than the three standard streams."""
+    found = {int(one) for one in os.listdir("/proc/self/fd")}  # noqa: PTH208
+    found = {one for one in found if os.path.exists(f"/proc/self/fd/{one}")}  # noqa: PTH110
+    assert found <= {0, 1, 2}, (folder, found)

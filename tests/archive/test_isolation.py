@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,21 @@ pytestmark = pytest.mark.any_backend
 SMALL = 2**28
 
 
+ALLOWED = {
+    "write in the folder", "rename in the folder", "write to nothing", "read outside",
+    "a little memory",
+}  # fmt: skip
+
+
+def check_attempts(outcomes: dict[str, str], outside: Path) -> None:
+    """What must be possible was, what must not was refused, and outside nothing changed."""
+    assert {name for name, outcome in outcomes.items() if outcome == "done"} == ALLOWED
+    refused = {outcome for name, outcome in outcomes.items() if name not in ALLOWED}
+    assert refused == {"PermissionError", "MemoryError"}
+    assert outcomes["much memory"] == "MemoryError"
+    assert [(p.name, p.read_bytes()) for p in outside.iterdir()] == [("there", b"precious")]
+
+
 def test_it_can_write_to_its_folder_only_and_open_no_socket(tmp_path: Path) -> None:
     (tmp_path / "there").write_bytes(b"precious")
     arguments = {"outside": str(tmp_path), "parent": os.getpid()}
@@ -32,15 +48,44 @@ def test_it_can_write_to_its_folder_only_and_open_no_socket(tmp_path: Path) -> N
         outcomes = json.loads((ended.folder / "outcomes.json").read_text())
         folder = ended.folder
     assert not folder.exists()
-    allowed = {name for name, outcome in outcomes.items() if outcome == "done"}
-    assert allowed == {
-        "write in the folder", "rename in the folder", "write to nothing", "read outside",
-        "a little memory",
-    }  # fmt: skip
-    refused = {outcome for name, outcome in outcomes.items() if name not in allowed}
-    assert refused == {"PermissionError", "MemoryError"}
-    assert outcomes["much memory"] == "MemoryError"
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("there", b"precious")]
+    check_attempts(outcomes, tmp_path)
+
+
+COPIED = """
+import json, os, subprocess, sys
+from truenorm.archive._isolation import confined
+subprocess.Popen = None  # it is not started anew
+sys.path.insert(0, sys.argv[1])
+job, memory = f"confined_jobs:{sys.argv[2]}", int(sys.argv[3])
+given = {} if len(sys.argv) < 5 else {"outside": sys.argv[4], "parent": os.getpid()}
+held = os.open(sys.argv[1], os.O_RDONLY)
+with confined(job, given, memory=memory, copied=True) as ended:
+    made = ended.folder / "outcomes.json"
+    made = made.read_text() if made.exists() else None
+print(json.dumps([ended.code, len(ended.complaints), made, ended.folder.exists()]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is a copy")
+def test_a_copy_of_a_process_is_confined_as_a_new_one_is(tmp_path: Path) -> None:
+    (tmp_path / "there").write_bytes(b"precious")
+    jobs = Path(__file__).parents[1]
+    shown = output_of(COPIED, jobs, "attempts", SMALL, tmp_path)
+    code, complaints, made, exists = json.loads(shown)
+    assert (code, complaints, exists) == (0, 0, False)
+    check_attempts(json.loads(made), tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is a copy")
+def test_how_a_copy_of_a_process_ends_is_told() -> None:
+    def ended(job: str) -> Any:
+        return json.loads(output_of(COPIED, Path(__file__).parents[1], job, SMALL))
+
+    assert ended("abort") == [-signal.SIGABRT, _isolation.MOST_COMPLAINTS, None, False]
+    code, complaints, *_ = ended("fail")
+    assert code == 1
+    assert 100 < complaints < 10_000  # a traceback
+    assert ended("nothing_open")[:2] == [0, 0]
 
 
 @pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="it is the backend itself")

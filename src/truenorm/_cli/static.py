@@ -6,11 +6,11 @@ recognised here.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 from truenorm._cli import apart
-from truenorm._cli.output import show
 from truenorm._cli.refusing import refusing, within
 from truenorm.archive import _isolation
 from truenorm.archive._limits import memory_for
@@ -28,7 +28,7 @@ def read_apart(file: str, *, as_json: bool, max_memory: int | None = None) -> in
     """Show what a file says of itself, read in a separate process; gives the exit code."""
     memory = max_memory or memory_for([file])
     arguments = {"file": file, "as_json": as_json, "memory": memory}
-    with _isolation.confined(f"{__name__}:enter", arguments, memory=memory) as ended:
+    with _isolation.confined(f"{__name__}:enter", arguments, memory=memory, copied=True) as ended:
         ended.check(file, memory)
         sys.stderr.write(ended.complaints)
     return ended.code
@@ -36,6 +36,8 @@ def read_apart(file: str, *, as_json: bool, max_memory: int | None = None) -> in
 
 def enter(folder: str, *, file: str, as_json: bool, memory: int) -> None:
     """In the separate process."""
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # or NumPy starts threads that find nothing to do
+    from truenorm._cli.output import show
     from truenorm.archive import read
 
     apart.begin(folder)

@@ -9,8 +9,10 @@ they share).
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, cast
 
@@ -55,12 +57,27 @@ def rebuild(model: Any, edit: Edit | None = None) -> Any:
         ModelError: A layer can be made again in no way, or the edit would cost the model the
             training step of its class.
     """
-    with same_randomness():
+    with same_randomness(), _uncollected():
         builder = _Builder(model, edit or {})
         new = builder.counterpart(model)
         builder.carry()
         compile_like(model, new)
     return new
+
+
+@contextmanager
+def _uncollected() -> Generator[None]:
+    """While open, Python does not look for garbage.
+
+    What is made here lasts, and all of it would be looked through again and again while it grows.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class _Builder:

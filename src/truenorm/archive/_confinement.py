@@ -1,8 +1,9 @@
 """How the separate process begins that opens somebody else's file: rights are given up first.
 
-Started by its path, ``python -P _confinement.py JOB``, and importing nothing but the standard
-library first: on Linux a thread gives up rights for itself and for those that it starts, and NumPy
-and the frameworks start theirs when they are imported.
+Started by its path, ``python -P _confinement.py JOB``, or as a copy of a process that has one
+thread (``_copy.py``), and importing nothing but the standard library first: on Linux a thread gives
+up rights for itself and for those that it starts, and NumPy and the frameworks start theirs when
+they are imported.
 
 What holds on Linux, for any user: a limit on private memory (``RLIMIT_DATA``) and on the size of
 files written; no core dump; an alarm; no new rights by setuid programs; no file written, made,
@@ -26,7 +27,7 @@ import platform
 import signal
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,10 @@ def _no_sockets(system: Any) -> None:
     system.prctl(_PR_SET_SECCOMP, 2, ctypes.byref(_Program(len(program), code)), 0, 0)
 
 
-def main() -> None:
+def run(job: Mapping[str, Any]) -> None:
     """Confine this process and call the function of the job."""
     if isinstance(sys.stderr, io.TextIOWrapper):
         sys.stderr.reconfigure(encoding="utf-8")  # as the other process reads it
-    job = json.loads(sys.argv[1])
     confine(job["folder"], job["memory"], job["seconds"])
     sys.path[:] = job["path"]
     module, name = job["entry"].split(":")
@@ -136,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(json.loads(sys.argv[1]))

@@ -14,6 +14,7 @@ import stat
 import zipfile
 from collections.abc import Generator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, cast
 
@@ -22,6 +23,9 @@ import h5py
 from truenorm._errors import ArchiveError
 from truenorm._records.files import UNREADABLE
 from truenorm.archive._member import MIB, checked
+
+low: Any = h5py
+"""Of its interface to the library, which is untyped."""
 
 CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
 
@@ -173,15 +177,12 @@ def _check_members(archive: zipfile.ZipFile, size: int) -> None:
 
 def _depth(text: bytes) -> int:
     """How deep JSON is nested: brackets counted outside of strings, without recursion."""
-    depth = deepest = 0
-    for found in re.finditer(rb'"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]', text, flags=re.DOTALL):
-        token = found.group()
-        if token in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif token in b"]}":
-            depth -= 1
-    return deepest
+    outside = re.sub(rb'"(?:[^"\\]|\\.)*+"?', b"", text, flags=re.DOTALL)
+    brackets = outside.translate(None, _NO_BRACKETS)
+    return max(accumulate(1 if one in b"[{" else -1 for one in brackets), default=0)
+
+
+_NO_BRACKETS = bytes({*range(256)} - {*b"[]{}"})
 
 
 def check_links(owner: Named, file: h5py.File, place: str = WEIGHTS) -> int:
@@ -190,35 +191,42 @@ def check_links(owner: Named, file: h5py.File, place: str = WEIGHTS) -> int:
     Gives how many numbers the others hold. Not by ``visititems``: an error inside it, as a damaged
     file makes, breaks h5py's own lock.
     """
-    groups: list[Any] = [file]
+    groups: list[tuple[Any, str]] = [(file.id, place)]
     seen: set[int] = set()
     objects = held = 0
     while groups:
-        group = groups.pop()
-        for key in group:
-            where = f"{place}{group.name.rstrip('/')}/{key}"
+        group, within = groups.pop()
+        for name in group:
+            where = f"{within}/{name.decode(errors='replace')}"
             objects += 1
             if objects > MOST_OBJECTS:
                 raise _refused(owner, where, f"{MOST_OBJECTS} objects at most", "more")
-            link = group.get(key, getlink=True)
-            if not isinstance(link, h5py.HardLink):
-                raise _refused(owner, where, "data in the file itself", type(link).__name__)
-            value = group[key]
-            if isinstance(value, h5py.Dataset):
-                _check_dataset(owner, value, where)
-                held += math.prod(value.shape or ())
-            elif isinstance(value, h5py.Group):
-                address = cast(Any, h5py).h5o.get_info(value.id).addr
+            kind = group.links.get_info(name).type
+            if kind != low.h5l.TYPE_HARD:
+                received = _LINKS.get(kind, "a link of another kind")
+                raise _refused(owner, where, "data in the file itself", received)
+            value = low.h5o.open(group, name)
+            if isinstance(value, low.h5d.DatasetID):
+                held += _checked_size(owner, value, where)
+            elif isinstance(value, low.h5g.GroupID):
+                address = low.h5o.get_info(value).addr
                 if address not in seen:  # a group can be its own member
                     seen.add(address)
-                    groups.append(value)
+                    groups.append((value, where))
     return held
 
 
-def _check_dataset(owner: Named, value: Any, where: str) -> None:
-    if value.external or value.is_virtual:
+_LINKS = {low.h5l.TYPE_SOFT: "SoftLink", low.h5l.TYPE_EXTERNAL: "ExternalLink"}
+
+
+def _checked_size(owner: Named, value: Any, where: str) -> int:
+    """How many numbers a variable holds, which have to be there."""
+    kept = value.get_create_plist()
+    if kept.get_external_count() or kept.get_layout() == low.h5d.VIRTUAL:
         raise _refused(owner, where, "data in the file itself", "data that is kept elsewhere")
-    declared = math.prod(value.shape or ()) * value.dtype.itemsize
-    stored = value.id.get_storage_size()
+    size = math.prod(value.shape or ())
+    declared = size * value.get_type().get_size()
+    stored = value.get_storage_size()
     if declared > ALLOWANCE and stored < declared * STORED_AT_LEAST:
         raise _refused(owner, where, f"{declared} bytes, as declared", f"{stored} stored")
+    return size

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from truenorm._errors import ArchiveError
 from truenorm._records.files import temporary_folder
+from truenorm.archive import _copy
 from truenorm.archive._limits import GIB, SECONDS
 
 MOST_COMPLAINTS = 2**20
@@ -85,6 +86,7 @@ def confined(
     memory: int,
     output: int | None = None,
     hear: Callable[[str], bool] | None = None,
+    copied: bool = False,
 ) -> Generator[Ended]:
     """Call ``module:function`` in a separate process with limits, and wait for its end.
 
@@ -94,24 +96,30 @@ def confined(
         memory: Bytes of private memory that the process may take.
         output: Where its standard output goes; None for this process's.
         hear: Gets each line of its standard error at once; whether it is done with by that.
+        copied: Whether it may be a copy of this process, which has not been started anew: for a
+            process that has loaded little.
     """
     with temporary_folder() as folder:
         job = {"folder": str(folder), "memory": memory, "seconds": SECONDS, "entry": entry,
                "arguments": arguments, "path": sys.path}  # fmt: skip
-        process = subprocess.Popen(  # noqa: S603 (this Python, and a file of ours)
-            [sys.executable, "-P", str(_CONFINEMENT), json.dumps(job)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "TMPDIR": str(folder), "JOBLIB_MULTIPROCESSING": "0"},
-        )
+        environment = {"TMPDIR": str(folder), "JOBLIB_MULTIPROCESSING": "0"}
+        if copied and _copy.is_safe():
+            process = _copy.Copy(job, environment)
+        else:
+            process = subprocess.Popen(  # noqa: S603 (this Python, and a file of ours)
+                [sys.executable, "-P", str(_CONFINEMENT), json.dumps(job)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.PIPE,
+                env={**os.environ, **environment},
+            )
         try:
             complaints = _beginning(process.stderr, hear)
             process.wait()
         finally:
             process.kill()
-            process.wait()
-        yield Ended(folder, process.returncode, complaints)
+            code = process.wait()
+        yield Ended(folder, code, complaints)
 
 
 def _beginning(stream: IO[bytes] | None, hear: Callable[[str], bool] | None) -> str:

@@ -192,6 +192,25 @@ def test_gamma_and_beta_may_be_missing() -> None:
     assert without.d_x.tobytes() == with_them.d_x.tobytes()
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(200, 3, 1), (3, 3, 70)], ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_constant_of_the_largest_size_is_normalised_to_beta(
+    shape: tuple[int, ...], dtype: str, sign: int
+) -> None:
+    _, dy, gamma, beta = draw(shape, dtype)
+    x = np.full(shape, sign * ml_dtypes.finfo(TYPES[dtype]).max, TYPES[dtype])
+    have = step(x, dy, gamma, beta)
+    wide = np.float64 if dtype == "float64" else np.float32
+    assert (have.mean == wide(x[0, 0, 0])).all()
+    assert (have.variance == 0).all()
+    rounded = np.broadcast_to(beta[:, None], shape).astype(wide).astype(TYPES[dtype])
+    assert have.y.tobytes() == rounded.tobytes()
+    want = reference.backward(dy, np.zeros(shape), gamma, axis=1)
+    assert error(have.d_x, want.x) < 4 * EPS[dtype]
+    assert np.abs(have.d_gamma).max() < 4 * EPS["float32"] * np.abs(np.float64(dy)).sum()
+
+
 def infer(x: Any, scale: Any) -> Any:
     """x scale, one scale per column."""
     rows = np.zeros((3, x.shape[1]), np.float32)

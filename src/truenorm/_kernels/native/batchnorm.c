@@ -35,7 +35,7 @@ static void merge_moments(job *j)
         const double part = size / (before + size), weight = before * part;
         for (int64_t c = 0; c < channels; c++) {
             const double delta = means[c] - mean[c];
-            m2[c] += m2s[c] + delta * delta * weight;
+            m2[c] += m2s[c] + delta * weight * delta;
             mean[c] += delta * part;
         }
     }

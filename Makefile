@@ -138,7 +138,7 @@ sanitize: $(addprefix sanitize-,$(SANITIZERS))
 .PHONY: $(addprefix sanitize-,$(SANITIZERS))
 sanitize-address: OPTION := address,undefined
 sanitize-address: RUNTIME := libasan.so
-sanitize-address: LEVELS := v1 v3
+sanitize-address: LEVELS := v1 v3 v4
 sanitize-address: TESTS := -k "not any_processor" \
 	tests/kernels/test_library.py tests/kernels/test_library_xla.py
 sanitize-thread: OPTION := thread

@@ -34,6 +34,8 @@ MACHINE = (
 LEVELS = {"v1": []}
 if MACHINE == "x86_64":
     LEVELS["v3"] = ["-mavx2", "-mfma", "-mf16c"]
+    LEVELS["v4"] = [*LEVELS["v3"], *(f"-mavx512{k}" for k in ("f", "bw", "cd", "dq", "vl"))]
+    LEVELS["v4"] += ["-mprefer-vector-width=512", "-DTN_NARROW"]
 STRICT = os.environ.get("TRUENORM_STRICT") == "1"
 if STRICT:
     FLAGS += ["-Wall", "-Wextra", "-Werror"]
@@ -41,12 +43,12 @@ SANITIZE: list[str] = []
 if sanitizers := os.environ.get("TRUENORM_SANITIZE"):
     SANITIZE += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", *SANITIZE]
-PROBE = "#include <pthread.h>\n_Float16 half; int main(void) { return (int)half; }\n"
+PROBE = "#include <pthread.h>\n#include <stdatomic.h>\nint main(void) { return 0; }\n"
 
 
 @functools.cache
 def own_compiler() -> list[str] | None:
-    """The machine's C compiler, if it makes programs and knows 16-bit numbers."""
+    """The machine's C compiler, if it makes programs."""
     if TARGET:
         return None
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):

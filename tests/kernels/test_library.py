@@ -192,6 +192,50 @@ def test_gamma_and_beta_may_be_missing() -> None:
     assert without.d_x.tobytes() == with_them.d_x.tobytes()
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(200, 3, 1), (3, 3, 70)], ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_constant_of_the_largest_size_is_normalised_to_beta(
+    shape: tuple[int, ...], dtype: str, sign: int
+) -> None:
+    _, dy, gamma, beta = draw(shape, dtype)
+    x = np.full(shape, sign * ml_dtypes.finfo(TYPES[dtype]).max, TYPES[dtype])
+    have = step(x, dy, gamma, beta)
+    wide = np.float64 if dtype == "float64" else np.float32
+    assert (have.mean == wide(x[0, 0, 0])).all()
+    assert (have.variance == 0).all()
+    rounded = np.broadcast_to(beta[:, None], shape).astype(wide).astype(TYPES[dtype])
+    assert have.y.tobytes() == rounded.tobytes()
+    want = reference.backward(dy, np.zeros(shape), gamma, axis=1)
+    assert error(have.d_x, want.x) < 4 * EPS[dtype]
+    assert np.abs(have.d_gamma).max() < 4 * EPS["float32"] * np.abs(np.float64(dy)).sum()
+
+
+def infer(x: Any, scale: Any) -> Any:
+    """x scale, one scale per column."""
+    rows = np.zeros((3, x.shape[1]), np.float32)
+    rows[1], rows[2] = 1, scale
+    y, mean, variance, gamma = np.empty_like(x), *map(address, rows)
+    call = library.Call(*x.shape, 1, library.DTYPES[np.dtype(x.dtype).name], x=address(x))
+    library.run("tn_infer", call._replace(y=address(y), mean=mean, variance=variance, gamma=gamma))
+    return y
+
+
+def check_conversions(dtype: str) -> None:
+    """Every number of 16 bits, times factors that make it subnormal, infinite, and in between."""
+    scale = np.float32([1, -1, 1 / 3, 1.001, 2.0**-9, 2.0**-14, 0.7e-5, 7, 3e4, 0, 1 + 2.0**-11])
+    numbers = np.arange(1 << 16, dtype=np.uint16).view(TYPES[dtype])
+    x = np.repeat(numbers[:, None], len(scale), axis=1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        want = (np.float32(x) * scale).astype(x.dtype)
+    np.testing.assert_array_equal(np.float32(infer(x, scale)), np.float32(want))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_number_of_16_bits_is_read_and_rounded_rightly(dtype: str) -> None:
+    check_conversions(dtype)
+
+
 def test_nan_and_infinity_stay_in_their_channel() -> None:
     x, dy, gamma, beta = draw((130, 4, 1), "float32")
     clean = step(x, dy, gamma, beta, relu=True)
@@ -329,6 +373,8 @@ def test_the_code_for_any_processor_gives_the_oracles_numbers() -> None:
         "    for dtype in TYPES:\n"
         "        for relu in (False, True):\n"
         "            test_a_step_is_the_oracles(shape, dtype, relu)\n"
+        "for dtype in ('float16', 'bfloat16'):\n"
+        "    check_conversions(dtype)\n"
         "print(step(*draw((300, 600, 1), 'float32')).d_x.tobytes().hex())\n"
     )
     plain = run_apart(program, TRUENORM_LEVEL="v1")
@@ -336,6 +382,19 @@ def test_the_code_for_any_processor_gives_the_oracles_numbers() -> None:
     uses_more = has_more and os.environ.get("TRUENORM_LEVEL") != "v1"
     here = step(*draw((300, 600, 1), "float32")).d_x.tobytes().hex()
     assert (plain != here) == uses_more
+
+
+def test_avx_512_gives_the_bits_of_avx2() -> None:
+    program = (
+        "import hashlib; bits = hashlib.sha256()\n"
+        "for shape in SHAPES:\n"
+        "    for dtype in TYPES:\n"
+        "        have = step(*draw(shape, dtype), relu=True)\n"
+        "        for name in Step.__dataclass_fields__:\n"
+        "            bits.update(getattr(have, name).tobytes())\n"
+        "print(bits.hexdigest())\n"
+    )
+    assert run_apart(program, TRUENORM_LEVEL="v3") == run_apart(program, TRUENORM_LEVEL="v4")
 
 
 def test_a_forked_child_has_threads_of_its_own() -> None:

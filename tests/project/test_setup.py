@@ -63,7 +63,7 @@ def test_a_wheel_without_the_library_is_for_any_system(setup: Any) -> None:
 
 @pytest.mark.parametrize(
     ("machine", "levels"),
-    [("x86_64", ["v1", "v3"]), ("aarch64", ["v1"]), ("riscv64", ["v1"])],
+    [("x86_64", ["v1", "v3", "v4"]), ("aarch64", ["v1"]), ("riscv64", ["v1"])],
 )
 def test_a_wheel_with_the_library_is_for_one_system(
     setup: Any, machine: str, levels: list[str]
@@ -76,7 +76,7 @@ def test_a_wheel_with_the_library_is_for_one_system(
 
 @pytest.mark.parametrize(
     ("own", "target", "levels"),
-    [("x86_64", "aarch64", ["v1"]), ("aarch64", "x86_64", ["v1", "v3"])],
+    [("x86_64", "aarch64", ["v1"]), ("aarch64", "x86_64", ["v1", "v3", "v4"])],
 )
 def test_a_library_for_another_processor_is_of_that_processor(
     setup: Any, own: str, target: str, levels: list[str]

@@ -1,4 +1,5 @@
-/* Batch normalization on the processor, compiled once for each level of it (TN_LEVEL).
+/* Batch normalization on the processor, compiled once for each level of it (TN_LEVEL), and for
+ * values of 16 bits alone where the level has no use for others (TN_NARROW).
  *
  * Forward: one pass for the moments, one for the output. Backward: one for the two sums, one for
  * dx. The data is divided into chunks, by its shape alone: results are the same bits for any number
@@ -12,6 +13,7 @@
 #include <sys/mman.h>
 
 #include "job.h"
+#include "sixteen.h"
 
 #define PASTE(a, b) a##b
 #define JOIN(a, b) PASTE(a, b)
@@ -33,7 +35,7 @@ static void merge_moments(job *j)
         const double part = size / (before + size), weight = before * part;
         for (int64_t c = 0; c < channels; c++) {
             const double delta = means[c] - mean[c];
-            m2[c] += m2s[c] + delta * delta * weight;
+            m2[c] += m2s[c] + delta * weight * delta;
             mean[c] += delta * part;
         }
     }
@@ -59,28 +61,13 @@ static void merge_products(job *j)
 #define OF_SUM(f) f##_float32
 #include "statistics.h"
 
+#ifndef TN_NARROW
 #define VALUE float
 #define NAME(f) f##_float32
 #define LOAD(v) (v)
 #define STORE(v) (v)
 #include "values.h"
-
-/* bfloat16 is the upper half of a float. */
-static ALWAYS_INLINE float from_bfloat16(uint16_t v)
-{
-    const uint32_t bits = (uint32_t)v << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static ALWAYS_INLINE uint16_t to_bfloat16(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* nearest, ties to even */
-    return (uint16_t)(value != value ? 0x7fc0 : rounded);
-}
+#endif
 
 #define VALUE uint16_t
 #define NAME(f) f##_bfloat16
@@ -88,14 +75,15 @@ static ALWAYS_INLINE uint16_t to_bfloat16(float value)
 #define STORE(v) to_bfloat16(v)
 #include "values.h"
 
-#define VALUE _Float16
+#define VALUE uint16_t
 #define NAME(f) f##_float16
-#define LOAD(v) ((float)(v))
-#define STORE(v) ((_Float16)(v))
+#define LOAD(v) from_float16(v)
+#define STORE(v) to_float16(v)
 #include "values.h"
 #undef SUM
 #undef OF_SUM
 
+#ifndef TN_NARROW
 /* Sums in double: of double. */
 #define SUM double
 #define OF_SUM(f) f##_float64
@@ -106,6 +94,7 @@ static ALWAYS_INLINE uint16_t to_bfloat16(float value)
 #define LOAD(v) (v)
 #define STORE(v) (v)
 #include "values.h"
+#endif
 
 #define CODE(bytes, type, bytes_of_sum, type_of_sum) \
     {.value = bytes, \
@@ -118,8 +107,10 @@ static ALWAYS_INLINE uint16_t to_bfloat16(float value)
      .finish_moments = finish_moments_##type_of_sum, \
      .finish_products = finish_products_##type_of_sum}
 static const code codes[] = {
+#ifndef TN_NARROW
     [TN_FLOAT32] = CODE(4, float32, 4, float32),
     [TN_FLOAT64] = CODE(8, float64, 8, float64),
+#endif
     [TN_FLOAT16] = CODE(2, float16, 4, float32),
     [TN_BFLOAT16] = CODE(2, bfloat16, 4, float32),
 };

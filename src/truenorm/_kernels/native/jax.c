@@ -22,7 +22,8 @@ static int processors(void)
     cpu_set_t mine;
     if (sched_getaffinity(0, sizeof mine, &mine) == 0) count = CPU_COUNT(&mine);
 #endif
-    return found = count < 1 ? 1 : (int)count;
+    found = count < 1 ? 1 : (int)count;
+    return found;
 }
 
 static int dtype_of(int xla)

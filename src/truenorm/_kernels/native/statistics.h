@@ -33,7 +33,8 @@ static void OF_SUM(join_products)(int64_t width, const COLUMNS *k, double *restr
  * Moments are kept as count, mean and M2, the sum of squared deviations from the mean (Chan, Golub
  * and LeVeque, 1983). The block's sums are of x - shift; the next block's shift is the mean so far.
  * The further the shift is from the block's own mean, the more digits its M2 loses to cancellation;
- * but the same distance is added to M2, squared, so what is lost is small beside what is added. */
+ * but the same distance is added to M2, squared, so what is lost is small beside what is added.
+ * Where nothing came before, that is 0 even if the square alone is no number of this type. */
 static void OF_SUM(join_moments)(int64_t width, double before, double size, const COLUMNS *k,
                                  SUM *restrict shift, double *restrict mean, double *restrict m2)
 {
@@ -41,7 +42,7 @@ static void OF_SUM(join_moments)(int64_t width, double before, double size, cons
     for (int64_t c = 0; c < width; c++) {
         double step = k->first[c] * inverse, inside = k->second[c] - k->first[c] * step;
         double delta = (shift[c] - mean[c]) + step;
-        m2[c] += (inside < 0 ? 0 : inside) + delta * delta * weight;
+        m2[c] += (inside < 0 ? 0 : inside) + delta * weight * delta;
         mean[c] += delta * part;
         shift[c] = (SUM)mean[c];
     }

@@ -38,13 +38,20 @@ def _takes(function: Any, parameters: tuple[str, ...]) -> bool:
     return {*parameters} <= inspect.signature(function).parameters.keys()
 
 
-@cache
+_FOUND: dict[tuple[str, str], Any] = {}
+
+
 def _member(module: str, name: str, purpose: str) -> Any:
-    """A function or class of ``keras.src`` without a public name."""
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise _lacking(f"{module}.{name}", purpose) from error
+    """A function or class of ``keras.src`` without a public name.
+
+    Found once. (Not by ``functools.cache``, of which ``torch.compile`` warns.)
+    """
+    if (module, name) not in _FOUND:
+        try:
+            _FOUND[module, name] = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise _lacking(f"{module}.{name}", purpose) from error
+    return _FOUND[module, name]
 
 
 def _lacking(name: str, purpose: str) -> KerasVersionError:
@@ -311,6 +318,12 @@ def keras_mask(tensor: Any) -> Any | None:
     return _member("keras.src.backend.common.masking", "get_keras_mask", purpose)(tensor)
 
 
+def set_keras_mask(tensor: Any, mask: Any) -> None:
+    """Put a mask on a tensor as Keras does."""
+    purpose = "keep the mask of an input that is converted"
+    _member("keras.src.backend.common.masking", "set_keras_mask", purpose)(tensor, mask)
+
+
 def in_safe_mode() -> bool | None:
     """Whether loading is safe in this process; None if nobody has said anything."""
     module = "keras.src.saving.serialization_lib"
@@ -318,6 +331,14 @@ def in_safe_mode() -> bool | None:
 
 
 # --- the layer ---------------------------------------------------------------------------------
+
+
+def hand_on_arguments(layer: Any) -> None:
+    """Let a layer have its arguments as they are.
+
+    A Keras without this switch converts them: those that the layer has converted stay the same.
+    """
+    layer._convert_input_args = False
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import keras
@@ -276,6 +277,34 @@ def test_an_addend_on_another_device(training: bool) -> None:
     plain = made(x, training=training)
     output = made(x, training=training, add=torch.empty(X.shape, device="meta"))
     np.testing.assert_array_equal(array(output.detach()), array(plain.detach()))
+
+
+CONSTANTS = {
+    "jax": ("kernel",),  # Without the library, XLA divides sums among devices: no value is at hand.
+    "tensorflow": ("kernel", "composite", "without the library"),
+    "torch": ("kernel", "composite", "without the library", "of a GPU"),
+}
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("kind", CONSTANTS[BACKEND])
+def test_a_constant_whose_sum_is_beyond_float32(
+    kind: str, axis: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "without the library":
+        monkeypatch.setattr(library, "loaded", lambda: None)
+    if kind == "of a GPU":
+        folder = "truenorm._kernels.torch"
+        triton = importlib.import_module(f"{folder}.triton_passes")
+        monkeypatch.setattr(f"{folder}.passes._passes", lambda _: triton)
+    x = np.full((20, 6, 7, 6), 3e38, "float32")
+    np.moveaxis(x, axis, -1)[..., 1::2] = [2.0, -3e38, 1e38]
+    run = composite.normalize if kind == "composite" else kernels.normalize
+    with np.errstate(over="ignore"):  # of Triton's interpreter
+        batch = run(tensor(x), None, None, Options(axis=axis, epsilon=EPSILON))
+    assert (array(batch.output) == 0).all()
+    np.testing.assert_allclose(array(batch.mean), reference.forward(x, axis=axis).mean, 1e-6)
+    assert (array(batch.variance) == 0).all()
 
 
 @on_torch

@@ -100,6 +100,12 @@ def train_a_domain(model: Any) -> None:
     tn.BatchNormalization(domains=2)(X, training=True, domain=0)
 
 
+def train_masked_in_other_dtype(model: Any) -> None:
+    del model
+    masked = keras.layers.Masking()(np.ones((2, 3, 4), "float64"))
+    tn.BatchNormalization(dtype="float64")(masked, training=True)
+
+
 # --- what is taken away -------------------------------------------------------------------------
 
 
@@ -217,6 +223,9 @@ CASES = (
     Case(drop("keras.src.backend.common.masking", "get_keras_mask"),
          "keras.src.backend.common.masking.get_keras_mask",
          "tell which values of an input count", train_a_domain),
+    Case(drop("keras.src.backend.common.masking", "set_keras_mask"),
+         "keras.src.backend.common.masking.set_keras_mask",
+         "keep the mask of an input that is converted", train_masked_in_other_dtype),
     Case(drop("keras.src.saving.serialization_lib", "in_safe_mode"),
          "keras.src.saving.serialization_lib.in_safe_mode",
          "see whether loading files is safe here", load),
@@ -240,11 +249,12 @@ def model() -> Iterator[Any]:
     made.compile("sgd", "mse", run_eagerly=True)
     made.fit(X, Y, verbose=0)
     found_once = [one for one in vars(internals).values() if hasattr(one, "cache_clear")]
-    for one in found_once:
-        one.cache_clear()
+    found_once = [one.cache_clear for one in found_once] + [internals._FOUND.clear]
+    for forget in found_once:
+        forget()
     yield made
-    for one in found_once:
-        one.cache_clear()
+    for forget in found_once:
+        forget()
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if BACKEND in c.backends], ids=str)

@@ -33,10 +33,12 @@ class Rows(NamedTuple):
     Args:
         total: Sums over all but the channels.
         spread: Makes numbers per channel stretch to values like those given.
+        first: One value of each channel, 0 where there is none. None: none is at hand.
     """
 
     total: Callable[[Tensor], Vector]
     spread: Callable[[Vector, Tensor], Tensor]
+    first: Callable[[Tensor], Vector] | None = None
 
 
 class Moments(NamedTuple):
@@ -64,7 +66,11 @@ def moments(
 
     if shift is None:
         shift = ops.stop_gradient(average(values))
-        shift = ops.where(ops.isfinite(shift), shift, 0.0)  # see composite.py
+        first = 0.0
+        if rows.first is not None:  # as in composite.py
+            first = ops.stop_gradient(rows.first(values))
+            first = ops.where(ops.isfinite(first), first, 0.0)
+        shift = ops.where(ops.isfinite(shift), shift, first)
     deviations = values - rows.spread(shift, values)
     delta = average(deviations)
     variance = average(ops.square(deviations)) - ops.square(delta)

@@ -117,7 +117,7 @@ def normalize_apart(
     # A choice between the product and the difference: without it XLA contracts the two in one
     # place, and rounds the shift in another.
     shift = ops.stop_gradient(average(values))
-    shift = ops.where(ops.isfinite(shift), shift, 0.0)
+    shift = ops.where(ops.isfinite(shift), shift, _first(values, reduced))
     deviations = values - shift
     delta = average(deviations)
     variance = average(ops.square(deviations - blocks.spread(delta, values)))
@@ -148,6 +148,19 @@ def normalize_apart(
     if add is not None:
         output = output + ops.cast(add, dtype)
     return Normalized(ops.cast(ops.relu(output) if relu else output, x.dtype), *statistics)
+
+
+def _first(values: Tensor, reduced: list[int]) -> Tensor | float:
+    """The first values, for where the sum of all is no number: of a constant they are the mean.
+
+    0 where there are none, or where they are no numbers; and on JAX, where a batch that is divided
+    among devices has no first row at hand.
+    """
+    if keras.config.backend() == "jax":
+        return 0.0
+    first = tuple(slice(1) if a in reduced else slice(None) for a in range(len(values.shape)))
+    value = ops.sum(ops.stop_gradient(values)[first], axis=reduced, keepdims=True)
+    return ops.where(ops.isfinite(value), value, 0.0)
 
 
 def _counted(

@@ -31,6 +31,7 @@ from truenorm._layer.arguments import (
     check_samples,
     synchronized_of,
 )
+from truenorm._layer.lean_call import LeanCall
 from truenorm._layer.moving_average import MovingStatistics
 from truenorm._layer.recomputation import is_repeated, repeatable
 from truenorm._layer.renorm import Renorm
@@ -48,7 +49,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 @keras.saving.register_keras_serializable(package="truenorm")
-class BatchNormalization(keras.layers.BatchNormalization):
+class BatchNormalization(LeanCall, keras.layers.BatchNormalization):
     r"""Normalise each channel of the input, then scale it by gamma and shift it by beta.
 
     .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
@@ -428,7 +429,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             correct=self._renorm(weights).correct if self.renorm else None,
         )
         batch = kernel(inputs, gamma, beta, options)
-        if not repeated:
+        if batch.moved != () and not repeated:
             self._step(batch, weights)
         output = batch.output
         if dtype != self.compute_dtype:

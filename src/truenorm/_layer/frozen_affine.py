@@ -8,12 +8,13 @@ import keras
 
 from truenorm import _kernels as kernels
 from truenorm._kernels import Tensor
+from truenorm._layer.lean_call import LeanCall
 
 ops: Any = keras.ops
 
 
 @keras.saving.register_keras_serializable(package="truenorm")
-class FrozenAffine(keras.layers.Layer):
+class FrozenAffine(LeanCall):
     r"""A scale and a shift per channel that never learn, the same in training and in inference.
 
     .. math:: y = \text{scale}\,(x - \text{center}) + \text{shift}

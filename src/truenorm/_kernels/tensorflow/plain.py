@@ -179,4 +179,10 @@ def _spread_mask(mask: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if mask is None else tf.reshape(mask, [-1, *[1] * (len(rows.shape) - 1)])
 
 
-ROWS = closed_form.Rows(_total, _spread)
+def _first(rows: Tensor) -> Vector:
+    if len(rows.shape) == 3:
+        rows = rows[..., :1]
+    return tf.reduce_sum(rows[:1], [0, *range(2, len(rows.shape))])
+
+
+ROWS = closed_form.Rows(_total, _spread, _first)

@@ -79,7 +79,8 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     mean, variance = _moments(rows.detach().to(dtype))
     delta = mean
     if x.device.type != "cpu" or not _near_zero(mean, variance, epsilon):
-        shift = mean
+        first = rows.detach()[0].to(dtype).reshape(channels, -1)[:, 0]
+        shift = where(isfinite(mean), mean, first)  # as in composite.py
         rows = rows.to(dtype) - (shift if after == 1 else shift[:, None])
         delta, variance = _moments(rows.detach())
         mean = shift + delta

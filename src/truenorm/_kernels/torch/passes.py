@@ -26,6 +26,8 @@ from truenorm._kernels.contract import Moving, Normalized, Options, Tensor, Vect
 from truenorm._kernels.torch import native
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+CAN_WRITE = hasattr(torch.autograd.graph, "increment_version")
+"""Whether this PyTorch can be told that numbers have changed in memory."""
 Layout = tuple[int, int, int]
 
 
@@ -115,14 +117,15 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if mask is not None:
         mask = mask.squeeze(-1).broadcast_to(x.shape[:-1]).contiguous()
-    writable = moving is not None and moving.momentum is not None and not in_stateless_scope()
-    writable &= correct is None  # The halves of the pass, which it takes, do not take the step.
-    writable &= hasattr(torch.autograd.graph, "increment_version")
+    steps = False
     if moving is not None:
-        mean, variance = (_wide(values, wide) for values in moving[:2])
-        writable &= mean is moving.mean and variance is moving.variance
-        momentum = moving.momentum if writable else None
-        moving = Moving(mean, variance, momentum, moving.unbiased)
+        mean, variance = _wide(moving.mean, wide), _wide(moving.variance, wide)
+        there = mean is moving.mean and variance is moving.variance
+        # The halves of the pass, which a correction takes, do not take the step.
+        steps = there and CAN_WRITE and correct is None and not in_stateless_scope()
+        if not steps:
+            moving = Moving(mean, variance, None, moving.unbiased)
+        steps = moving.momentum is not None
     # Mean, variance, what rounding takes from the mean, rstd; and the moving ones after the step.
     # Of one shape with and without it: a checkpoint compares what is kept in both its passes.
     rows = torch.empty(6, layout[1], dtype=wide, device=x.device)
@@ -138,8 +141,8 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
         write_statistics(rows, mean, variance, epsilon)
         gamma, beta = correct(Normalized(None, rows[0], rows[1], count), gamma, beta)
     weights = (_wide(gamma, wide), _wide(beta, wide))
-    output = _Normalize.apply(x, *weights, mask, rows, moving, plan, add)
-    if moving is None or not writable:
+    output = _Normalize.apply(x, *weights, add, (mask, rows, moving, plan))
+    if moving is None or not steps:
         return Normalized(output, rows[0], rows[1], count)
     # Not in forward, which checkpoints repeat.
     _write(moving.mean, rows, 4)
@@ -191,16 +194,9 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Any,
-        gamma: Any,
-        beta: Any,
-        mask: Any,
-        rows: Any,
-        moving: Any,
-        plan: Plan,
-        add: Any,
+        ctx: Any, x: Any, gamma: Any, beta: Any, add: Any, given: tuple[Any, Any, Any, Plan]
     ) -> Any:
+        mask, rows, moving, plan = given  # as one, since PyTorch looks at each argument
         passes: Any = _passes(x.device.type)
         ctx.passes, ctx.plan = passes, plan
         ctx.set_materialize_grads(False)
@@ -218,7 +214,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if gradient is None:
-            return (None,) * 8
+            return (None,) * 5
         x, gamma, mask, rows, beta, output = ctx.saved_tensors
         needed, plan = ctx.needs_input_grad, ctx.plan
         plain = _plain(x.device, gradient, x, gamma, beta, mask, rows) and not _batched(gradient)
@@ -240,7 +236,7 @@ class _Normalize(torch.autograd.Function):
                 found = ctx.passes.backward(plan, gradient, *given, needed[0], signs, behind)
                 gradient = behind
         found = (part if needs else None for part, needs in zip(found, needed, strict=False))
-        return *found, None, None, None, None, gradient if needed[7] else None
+        return *found, gradient if needed[3] else None, None
 
 
 def differentiable(

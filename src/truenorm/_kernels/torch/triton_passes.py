@@ -286,6 +286,10 @@ def _moments(
         values = tl.load(x + place, exist, 0.0).to(tl.float32)
         size = tl.cast(min(tile, rows - start), tl.float32)
         near = tl.sum(values, 0) / size
+        # Of a constant near the largest float32 the sum is none: its first value is the mean.
+        place, one = _places(start, rows, channels, 1, width, inner, wide)
+        one_of = tl.sum(tl.load(x + place, one, 0.0).to(tl.float32), 0)
+        near = tl.where(tl.abs(near) < float("inf"), near, one_of)
         deviations = tl.where(exist, values - near[None, :], 0.0)
         total = tl.sum(deviations, 0)
         inside = tl.sum(deviations * deviations, 0) - total * total / size

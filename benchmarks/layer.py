@@ -325,10 +325,11 @@ def error(result: Any, truth: np.ndarray) -> float:
     return float(np.abs(values - truth).max() / np.abs(truth).max())
 
 
-def measure(task: Task, pairs: int) -> dict[str, float]:
+def measure(task: Task, pairs: int, only: Sequence[str] | None = None) -> dict[str, float]:
     """Print the table of one input; the median ratios."""
     builders = {"jax": jax_steps, "tensorflow": tensorflow_steps, "torch": torch_steps}
     steps, kept = builders[keras.config.backend()](task)
+    steps = {name: step for name, step in steps.items() if only is None or name in only}
     truth, target = task.truth(), np.empty_like(task.x)
     memcpy = median_time(9, lambda: np.copyto(target, task.x))
     for step in steps.values():
@@ -373,6 +374,7 @@ def main() -> None:
     parser.add_argument("--renorm", action="store_true", help="batch renormalization")
     parser.add_argument("--compile", action="store_true", help="by torch.compile")
     parser.add_argument("--shape", help="one shape, as numbers with commas; default: a set")
+    parser.add_argument("--only", nargs="+", help="these candidates, with their baselines")
     parser.add_argument("--axis", type=int, default=-1, help="the channel axis of that shape")
     given = parser.parse_args()
     if given.compile and keras.config.backend() != "torch":
@@ -397,7 +399,7 @@ def all_of(inputs: Sequence[tuple[tuple[int, ...], int]], dtype: str, given: Any
         mask = rng.random(shape[:-1]) < 0.7 if given.mask else None
         how = (given.relu, given.inference, mask, given.ghosts, given.compile, given.renorm)
         task = Task(x, dy, axis, dtype, *how)
-        for name, ratio in measure(task, given.pairs).items():
+        for name, ratio in measure(task, given.pairs, given.only).items():
             if given.shape or shape not in SMALL:
                 found.setdefault(name, []).append(ratio)
     means = (f"{name} {statistics.geometric_mean(ratios):.2f}" for name, ratios in found.items())

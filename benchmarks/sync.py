@@ -6,7 +6,8 @@ Run as ``KERAS_BACKEND=jax|tensorflow|torch python benchmarks/sync.py``; ``--hel
 each with a batch of its own: processes of ``torch.distributed`` (gloo over loopback), devices of a
 ``MirroredStrategy``, devices of a mesh under ``jax.jit``. *alone* has each replica normalise by
 itself, *synchronized* all together, *keras* is Keras's own ``synchronized=True`` (TensorFlow only).
-(Under ``jax.jit`` a batch is that of all devices in any case; there *alone* is a ``shard_map``.)
+(Under ``jax.jit`` a batch is that of all devices in any case; there *alone* is a ``shard_map``, and
+*shard_map* and *pmap* are the synchronized layer in a program that is mapped over the devices.)
 All take turns in one process, after a warm-up that compiles; on PyTorch all processes meet before
 each step, outside the clock. The ratio to *alone* is that of neighbours in time, with the quartiles
 of all pairs. Beside it: the largest error of the first replica's output against float64 for the
@@ -36,7 +37,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -175,11 +176,14 @@ def on_jax(shape: tuple[int, ...], replicas: int) -> dict[str, Step]:
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:replicas]), ("batch",))
+    devices = jax.devices()[:replicas]
+    mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
     spread, same = PartitionSpec("batch"), PartitionSpec()
-    x, gradient = (jax.device_put(a, NamedSharding(mesh, spread)) for a in batches(shape, replicas))
+    every = NamedSharding(mesh, spread)
+    whole = jax.device_put(batches(shape, replicas), every)
+    stacked = jax.device_put([a.reshape(replicas, *shape) for a in batches(shape, replicas)], every)
 
-    def step(layer: Any, apart: bool) -> Step:
+    def step(layer: Any, how: str) -> Step:
         moving = [v.value for v in layer.non_trainable_variables]
 
         def one(x: Any, weights: Any, gradient: Any) -> Any:
@@ -189,18 +193,31 @@ def on_jax(shape: tuple[int, ...], replicas: int) -> dict[str, Step]:
             y, pull = jax.vjp(call, x, weights)
             return y, pull(gradient)
 
-        if apart:
+        weights = [
+            jax.device_put(v.value, NamedSharding(mesh, same)) for v in layer.trainable_variables
+        ]
+        if how == "shard_map":
             one = jax.shard_map(
                 one, mesh=mesh, in_specs=(spread, same, spread),
                 out_specs=(spread, (spread, spread)), check_vma=False,
             )  # fmt: skip
-        program = jax.jit(one)
-        weights = [
-            jax.device_put(v.value, NamedSharding(mesh, same)) for v in layer.trainable_variables
-        ]
-        return lambda: np.asarray(jax.block_until_ready(program(x, weights, gradient))[0])
+        pmap = partial(jax.pmap, axis_name="batch", in_axes=(0, None, 0), devices=devices)
+        program: Any = (pmap if how == "pmap" else jax.jit)(one)
+        x, gradient = stacked if how == "pmap" else whole
 
-    return {name: step(layer, name == "alone") for name, layer in layers(shape).items()}
+        def run() -> Any:
+            y, _ = jax.block_until_ready(program(x, weights, gradient))
+            return np.asarray(y).reshape(-1, *shape[1:])
+
+        return run
+
+    made = layers(shape)
+    ways = ("shard_map", "pmap") if replicas > 1 else ()
+    return {
+        "alone": step(made["alone"], "shard_map"),
+        "synchronized": step(made["synchronized"], "jit"),
+        **{how: step(made["synchronized"], how) for how in ways},
+    }
 
 
 def in_turns(

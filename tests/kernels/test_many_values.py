@@ -76,6 +76,19 @@ def test_statistics(normalize: Any, path: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("apart", [16, 17, 64])
+def test_rows_that_are_unlike_all_others(normalize: Any, path: str, apart: int) -> None:
+    """A number to shift by that is the mean of a few rows is far from that of all."""
+    x = np.random.default_rng(0).normal(50, 2, (10_007, 3)).astype("float32")
+    x[::apart] += 1e4
+    found = on_path(path, lambda x: normalize(x, None, None, OPTIONS)[:3])(tensor(x))
+    true = reference.forward(x)
+    assert error(array(found[0]), true.output) < 4 * WIDE
+    assert np.abs(array(found[1]) - true.mean).max() < 4 * WIDE * np.sqrt(true.variance).max()
+    assert error(array(found[2]), true.variance) < 8 * WIDE
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_gradients(normalize: Any, path: str) -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(5, 2, (1_000_003, 3)).astype("float32")

@@ -118,6 +118,36 @@ def test_one_training_step(step: Callable[[], Step]) -> None:
     assert error(moving_mean, forward.mean) < 1e-6
 
 
+if BACKEND == "tensorflow":
+
+    @pytest.mark.parametrize("share", [0.6, 0.0])
+    def test_a_masked_step_of_xla(share: float) -> None:
+        import tensorflow as tf
+
+        mask = np.random.default_rng(5).random(X.shape[:2]) < share
+        layer = new_layer(activation=None)
+
+        @tf.function(jit_compile=True)
+        def step(x: Any) -> Any:
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                output = layer(x, training=True, mask=tf.constant(mask))
+            return output, tape.gradient(output, x, tf.constant(GRADIENT))
+
+        output, gradient = map(array, step(tf.constant(X)))
+        if not share:  # the moving statistics normalise, and stay: 0 and 1
+            assert error(output, X / np.sqrt(1 + layer.epsilon)) < 1e-6
+            assert error(gradient, GRADIENT / np.sqrt(1 + layer.epsilon)) < 1e-6
+            assert set(array(layer.moving_mean)) == {0.0}
+            assert set(array(layer.moving_variance)) == {1.0}
+            return
+        forward = reference.forward(X, mask=mask)
+        assert error(output, forward.output) < 1e-6
+        assert error(gradient, reference.backward(GRADIENT, X, mask=mask).x) < 1e-6
+        assert error(array(layer.moving_mean), forward.mean) < 1e-6
+        assert error(array(layer.moving_variance), forward.variance) < 1e-6
+
+
 if BACKEND == "torch":
 
     @pytest.mark.parametrize(

@@ -64,19 +64,34 @@ def printed_by(*command: object) -> str:
 @pytest.mark.long
 @pytest.mark.parametrize("how", [()] if BACKEND == "torch" else [(), ("processes",)])
 def test_a_distributed_training_is_that_of_one_device(how: tuple[str, ...]) -> None:
-    printed = printed_by(EXAMPLES / f"distributed_{BACKEND}.py", *how)
-    found = re.findall(r"(\w+): +(\S+) from .* the \w+ (\w+)$", printed, re.MULTILINE)
-    names, distances, ranks = zip(*found, strict=True)
-    assert names == ("gradient", "mean", "variance") * 2
-    assert max(float(one) for one in distances[:3]) < 1e-6
+    distances, ranks = compared(printed_by(EXAMPLES / f"distributed_{BACKEND}.py", *how))
+    assert max(distances[:3]) < 1e-6
     assert set(ranks[:4]) == {"agree"}  # frameworks sum the gradients in any case
-    without = [float(one) for one in distances[3:]]
+    without = distances[3:]
     if BACKEND == "jax":  # a batch is that of all devices
         assert max(without) < 1e-6
         assert set(ranks) == {"agree"}
     else:
         assert min(without) > 1e-4
-        assert ranks[4:] == ("disagree", "disagree")
+        assert ranks[4:] == ["disagree", "disagree"]
+
+
+def compared(printed: str) -> tuple[list[float], list[str]]:
+    """How far gradient, mean and variance are from those of one device, and who agrees."""
+    found = re.findall(r"(\w+): +(\S+) from .* the \w+ (\w+)$", printed, re.MULTILINE)
+    assert [name for name, _, _ in found] == ["gradient", "mean", "variance"] * (len(found) // 3)
+    return [float(far) for _, far, _ in found], [who for _, _, who in found]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(BACKEND != "jax", reason="programs that JAX maps over devices")
+def test_a_mapped_training_is_that_of_one_device() -> None:
+    distances, ranks = compared(printed_by(EXAMPLES / "mapped_jax.py"))
+    assert len(distances) == 12  # shard_map with and without, pmap with and without
+    for first in (0, 6):
+        assert max(distances[first : first + 3]) < 1e-6
+        assert min(distances[first + 3 : first + 6]) > 1e-4
+        assert ranks[first : first + 6] == ["agree"] * 4 + ["disagree"] * 2
 
 
 @pytest.mark.any_backend

@@ -22,9 +22,11 @@ from truenorm._kernels.contract import Tensor
 ops: Any = keras.ops
 
 ADDS_IN_SEQUENCE = keras.config.backend() == "tensorflow"
-BLOCK = 64
-LEVELS = 4
-"""Where the size is not known before run time; enough for 64⁵ = 10⁹ values."""
+BLOCK = 32
+"""XLA sums up to so many rows as they are made, and writes more of them to memory first."""
+
+LEVELS = 5
+"""Where the size is not known before run time; enough for 32⁶ = 10⁹ values."""
 
 
 def total(terms: Tensor, axis: int) -> Tensor:

@@ -37,7 +37,7 @@ tf: Any = tensorflow
 
 
 def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options) -> Normalized:
-    """See :mod:`truenorm._kernels`. Masks take the compiled passes, or else the composite."""
+    """See :mod:`truenorm._kernels`. Masks of rows are taken; the composite takes others."""
     if ragged.is_ragged(x):
         return ragged.of_values(normalize, x, gamma, beta, options)
     axis, epsilon, mask, moving, relu, add, correct = options
@@ -49,7 +49,7 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     channels, last = x.shape[channel], channel == len(x.shape) - 1
     dtype = statistics_dtype(x.dtype)
     compiled = native.takes(x)
-    takes_moving = compiled and _same(dtype, moving)
+    takes_moving = _same(dtype, moving) and (compiled or mask is not None)
     if mask is not None and not (takes_moving and last and not by_channel(mask, channel)):
         return composite.normalize(x, gamma, beta, options)
     if correct is not None and tf.executing_eagerly():  # Forward accumulators see operations.

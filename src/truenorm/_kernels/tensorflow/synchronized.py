@@ -178,7 +178,7 @@ def _moments(dtype: str, rows: Tensor, *mask: Tensor) -> tuple[Tensor, ...]:
     given = mask[0] if mask else None
     count = plain._count(rows, given, dtype)
     share, counts = plain._share(count), plain._spread_mask(given, rows)
-    return *closed_form.moments(ROWS, tf.cast(rows, dtype), share, counts), count
+    return *plain.moments_of_values(tf.cast(rows, dtype), share, counts), count
 
 
 def _output(

@@ -91,6 +91,7 @@ def by_ghosts(drawn: Drawn, axis: int, groups: int) -> tuple[Any, Any, Any, Any]
     [
         ((14, 3), -1, 3, False),  # ghost batches of 5, 5 and 4 samples
         ((3, 3), -1, 1, False),  # smaller than a ghost batch
+        ((160, 2), -1, 40, False),
         ((8, 2, 3, 2), 1, 2, False),
         ((9, 4, 2), -1, 2, True),
         ((8, 4, 2), -1, 2, True),

@@ -38,6 +38,27 @@ def test_outputs_keep_the_names_by_which_losses_are_told(tool: Any, single: bool
     new.fit(x, y, verbose=0)
 
 
+@pytest.mark.parametrize("tool", [tn.fold, lambda m: tn.place(m, "none")])
+def test_outputs_keep_their_dtype(tool: Any) -> None:
+    """Of a float32 output of a model that computes in 16 bits, whose last layer goes."""
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        layers = [keras.layers.Dense(3), keras.layers.BatchNormalization(name="n", dtype="float32")]
+        inputs = keras.Input((4,))
+        x = layers[1](layers[0](inputs))
+        for outputs in (x, [x, keras.layers.Dense(2)(inputs)]):
+            model = keras.Model(inputs, outputs)
+            new = tool(model).model
+            assert [y.dtype for y in new.outputs] == [y.dtype for y in model.outputs]
+            x = np.ones((2, 4), "float32")
+            made, expected = (keras.tree.flatten(m(x, training=False)) for m in (new, model))
+            assert [keras.backend.standardize_dtype(y.dtype) for y in made] == [
+                keras.backend.standardize_dtype(y.dtype) for y in expected
+            ]
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+
+
 def test_of_an_output_that_is_an_input_of_another_only_the_other_is_named() -> None:
     inputs = keras.Input((4,))
     hidden = keras.layers.Dense(3, name="hidden")(inputs)

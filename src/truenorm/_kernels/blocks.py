@@ -22,22 +22,21 @@ from truenorm._kernels.contract import Tensor
 ops: Any = keras.ops
 
 ADDS_IN_SEQUENCE = keras.config.backend() == "tensorflow"
-BLOCK = 32
-"""XLA sums up to so many rows as they are made, and writes more of them to memory first."""
+BLOCK = 64
 
 LEVELS = 5
-"""Where the size is not known before run time; enough for 32⁶ = 10⁹ values."""
+"""Where the size is not known before run time; of blocks of 32 enough for 32⁶ = 10⁹ values."""
 
 
-def total(terms: Tensor, axis: int) -> Tensor:
-    """The sum over one axis, which stays with size 1."""
+def total(terms: Tensor, axis: int, block: int = BLOCK) -> Tensor:
+    """The sum over one axis, which stays with size 1, in blocks of this many values."""
     size = terms.shape[axis]
     if size is None:
         for _ in range(LEVELS):
-            terms = _sums_of_blocks(terms, axis)
+            terms = _sums_of_blocks(terms, axis, block)
     elif isinstance(size, int):  # not the symbol of a program that is exported
-        while terms.shape[axis] > BLOCK:
-            terms = _sums_of_blocks(terms, axis)
+        while terms.shape[axis] > block:
+            terms = _sums_of_blocks(terms, axis, block)
     return ops.sum(terms, axis=axis, keepdims=True)
 
 
@@ -72,12 +71,12 @@ def spread(values: Tensor, like: Tensor) -> Tensor:
     return stretched(values)
 
 
-def _sums_of_blocks(terms: Tensor, axis: int) -> Tensor:
+def _sums_of_blocks(terms: Tensor, axis: int, block: int) -> Tensor:
     shape = ops.shape(terms)
-    blocks = (shape[axis] - 1) // BLOCK
+    blocks = (shape[axis] - 1) // block
     before = (slice(None),) * axis
-    cut = blocks * BLOCK
-    whole = ops.reshape(terms[*before, :cut], [*shape[:axis], blocks, BLOCK, *shape[axis + 1 :]])
+    cut = blocks * block
+    whole = ops.reshape(terms[*before, :cut], [*shape[:axis], blocks, block, *shape[axis + 1 :]])
     rest = ops.sum(terms[*before, cut:], axis=axis, keepdims=True)
     sums = ops.concatenate([ops.sum(whole, axis=axis + 1), rest], axis=axis)
     return ops.where(ops.isnan(sums), math.nan, sums)

@@ -6,8 +6,10 @@ remember are the ghost batches' average. There the size had to divide the batch.
 samples makes max(1, n // size) ghost batches, whose sizes differ by one at most and are below the
 size asked for only if the whole batch is; and the average is weighted by count.
 
-Where ghost batches are of equal size and not many, and a fast kernel is given, it takes one after
-the other; else the composite takes all at once, each as one index of an axis that is kept.
+Where ghost batches are of equal size, a fast kernel takes them, if there is one: where the samples
+are rows of channels, all at once, as one batch that has the channels of each ghost batch side by
+side; else one after the other, if they are not many. What is left the composite takes at once, each
+as one index of an axis that is kept.
 """
 
 from __future__ import annotations
@@ -33,10 +35,11 @@ def normalize_ghosts(
     *,
     size: int,
     each: Kernel | None = None,
+    most_calls: int = MOST_CALLS,
 ) -> Normalized:
     """See :mod:`truenorm._kernels`; ``size`` is the number of samples in a ghost batch.
 
-    ``each`` is a kernel for one of them.
+    ``each`` is a kernel for one of them, which is called so often at most.
     """
     mask, moving = options.mask, options.moving
     channel = options.axis % len(x.shape)
@@ -44,11 +47,15 @@ def normalize_ghosts(
     samples, *inner = ops.shape(x)
     static = isinstance(samples, int)
     groups = max(1, samples // size) if static else ops.maximum(1, samples // size)
-    if each is not None and static and samples % groups == 0 and groups <= MOST_CALLS:
-        fallback = None if moving is None else Moving(moving.mean, moving.variance)
-        options = options._replace(axis=channel, moving=fallback)
-        output, ghosts = _one_by_one(each, groups, x, gamma, beta, options)
-        return Normalized(output, *_pooled(ghosts, groups, several))
+    if each is not None and static and samples % groups == 0:
+        if channel == 1 and mask is None:
+            output, ghosts = _side_by_side(each, groups, x, gamma, beta, options)
+            return Normalized(output, *_pooled(ghosts, groups, several))
+        if groups <= most_calls:
+            fallback = None if moving is None else Moving(moving.mean, moving.variance)
+            options = options._replace(axis=channel, moving=fallback)
+            output, ghosts = _one_by_one(each, groups, x, gamma, beta, options)
+            return Normalized(output, *_pooled(ghosts, groups, several))
     rows = -(-samples // groups)
     padding = rows * groups - samples
 
@@ -69,6 +76,24 @@ def normalize_ghosts(
     result = normalize_apart(split(x), gamma, beta, options, (1, channel + 1))
     output = ops.reshape(result.output, [rows * groups, *inner])[:samples]
     return Normalized(output, *_pooled(result[1:4], groups, several))
+
+
+def _side_by_side(
+    each: Kernel,
+    groups: int,
+    x: Tensor,
+    gamma: Vector | None,
+    beta: Vector | None,
+    options: Options,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As :func:`_one_by_one` in one call, of an array that lies as the given one does."""
+    samples, channels, *inner = ops.shape(x)
+    rows = ops.reshape(x, [samples // groups, groups * channels, *inner])
+    scale, offset = (None if w is None else ops.tile(w, groups) for w in (gamma, beta))
+    found = each(rows, scale, offset, options._replace(axis=1, moving=None))
+    mean, variance = (ops.reshape(v, [1, groups, -1]) for v in (found.mean, found.variance))
+    count = ops.reshape(ops.cast(found.count, mean.dtype), [1, 1, 1])
+    return ops.reshape(found.output, ops.shape(x)), (mean, variance, count)
 
 
 def _one_by_one(

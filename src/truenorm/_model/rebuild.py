@@ -127,23 +127,26 @@ class _Builder:
     def _functional(self, old: Any) -> Any:
         inputs = keras.tree.map_structure(self._new_input, old.input)
         outputs = run_through_graph(old, inputs, operation_fn=self._called, call_fn=self._call)
-        if old is self.root and _tells_outputs_by_name(old):
-            outputs = self._named_like(old, outputs)
+        if old is self.root:
+            outputs = self._outputs_like(old, outputs)
         return self._of_class(old, functional_class(), inputs, outputs)
 
-    def _named_like(self, old: Any, outputs: Any) -> Any:
-        """The outputs under their old names, where an edit has removed the layers that had them.
+    def _outputs_like(self, old: Any, outputs: Any) -> Any:
+        """The outputs in their old dtypes and under their old names, where an edit has lost these.
 
         A layer that was moved keeps its own name; its output is named after what makes it now.
         """
         named: dict[Any, Any] = {}
+        told = _tells_outputs_by_name(old)
         found: list[Any] = []
         taken = {piece.layer.name for piece in self.pieces}
         for tensor, new in zip(old.outputs, keras.tree.flatten(outputs), strict=True):
             maker = operation_of(tensor)
-            if maker in self.edit and maker.name not in taken:
+            lost = told and maker.name not in taken
+            if maker in self.edit and (lost or new.dtype != tensor.dtype):
                 if maker not in named:
-                    named[maker] = keras.layers.Identity(name=maker.name, dtype=new.dtype)
+                    name = f"{maker.name}_output" if maker.name in taken else maker.name
+                    named[maker] = keras.layers.Identity(name=name, dtype=tensor.dtype)
                 new = named[maker](new)
             found.append(new)
         return keras.tree.pack_sequence_as(outputs, found)

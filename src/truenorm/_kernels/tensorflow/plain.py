@@ -21,6 +21,10 @@ APART = 17
 """One row in so many: no power of 2, with which rows of pictures repeat."""
 
 
+BLOCK = 32
+"""XLA sums up to so many rows as it makes them, and writes more of them to memory first."""
+
+
 class Step(NamedTuple):
     """The step of the moving statistics: their weight, and whether the variance is unbiased."""
 
@@ -186,9 +190,9 @@ def _share(count: Scalar) -> Scalar:
 def _total(rows: Tensor) -> Vector:
     if len(rows.shape) == 3:
         # In two steps that XLA does not merge into one: it would add all numbers in sequence.
-        sums = blocks.total(rows, 2)[..., 0]
+        sums = blocks.total(rows, 2, BLOCK)[..., 0]
         rows = tf.where(tf.math.is_nan(sums), tf.constant(math.nan, sums.dtype), sums)
-    return blocks.total(rows, 0)[0]
+    return blocks.total(rows, 0, BLOCK)[0]
 
 
 def _spread(per_channel: Vector, rows: Tensor) -> Tensor:

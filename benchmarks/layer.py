@@ -55,7 +55,8 @@ SHAPES = (
 )
 CHANNELS_FIRST = (32, 64, 56, 56)
 SMALL = ((32, 4, 4, 64), (64, 128, 100))  # not in the mean: the call itself is what takes the time
-COMPILED = importlib.import_module(f"truenorm._kernels.{keras.config.backend()}.native")
+CHOOSING = {"torch": "torch.passes", "jax": "jax.native", "tensorflow": "tensorflow.native"}
+COMPILED = importlib.import_module(f"truenorm._kernels.{CHOOSING[keras.config.backend()]}")
 INSTEAD: dict[str, tuple[Any, str, Any]] = {
     "composite": (kernels, "normalize", composite.normalize),
     "uncompiled": (COMPILED, "takes", lambda *_: False),

@@ -50,7 +50,7 @@ static void merge_products(job *j)
 }
 
 /* a * b + c, rounded once where the processor can, in the type of a. */
-#ifdef __FMA__
+#if defined __FMA__ || defined __ARM_FEATURE_FMA
 #define FMA(a, b, c) _Generic(a, float: fmaf, double: fma)(a, b, c)
 #else
 #define FMA(a, b, c) ((a) * (b) + (c))

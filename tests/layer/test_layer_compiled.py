@@ -178,6 +178,74 @@ if BACKEND == "torch":
         compiled = torch.compile(layer, backend="eager", fullgraph=True)  # a break is an error
         assert error(array(compiled(torch.tensor(X))), array(eager(torch.tensor(X)))) < 1e-6
 
+    @pytest.mark.parametrize(
+        ("laid_out", "relu", "dtype"),
+        [
+            (lambda x: x, False, "float32"),
+            (lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1), True, "bfloat16"),
+            (lambda x: x.repeat_interleave(2, 0)[::2], True, "float64"),
+        ],
+        ids=["channels first", "channels last", "with gaps"],
+    )
+    def test_torch_compile_holds_the_passes_as_one_node_each_way(
+        laid_out: Callable[[Any], Any], relu: bool, dtype: str
+    ) -> None:
+        import torch
+        from functorch.compile import make_boxed_func
+        from torch._dynamo.backends.common import aot_autograd
+
+        nodes: list[str] = []
+
+        def noted(graph: Any, _: Any) -> Any:
+            nodes.extend(str(node.target) for node in graph.graph.nodes)
+            return make_boxed_func(graph.forward)
+
+        kind = "mixed_bfloat16" if dtype == "bfloat16" else dtype
+        activation = "relu" if relu else None
+        made = BatchNormalization(axis=1, momentum=0.5, activation=activation, dtype=kind)
+        made(np.ones((2, 4, 3, 5)))  # Keras's state of before any call would be another graph's.
+        torch.compiler.reset()
+        compiled = torch.compile(
+            lambda x: made(x, training=True),
+            backend=aot_autograd(fw_compiler=noted, bw_compiler=noted),
+            fullgraph=True,
+            dynamic=True,
+        )
+        within = 0.02 if dtype == "bfloat16" else 1e-6
+        for samples in (6, 8):  # one graph for both
+            made.moving_mean.assign([0.0] * 4)
+            at, toward = (
+                torch.tensor(RNG.normal(2, 3, (samples, 4, 3, 5))).to(getattr(torch, dtype))
+                for _ in range(2)
+            )
+            at = laid_out(at).requires_grad_()
+            output = compiled(at)
+            output.backward(toward)
+            x, dy, y = (array(t.detach().double()) for t in (at, toward, output))
+            truth = reference.forward(x, axis=1)
+            backward = reference.backward(dy * (y > 0) if relu else dy, x, axis=1)
+            assert error(y, np.maximum(truth.output, 0) if relu else truth.output) < within
+            assert error(array(at.grad.double()), backward.x) < within
+            assert error(array(made.moving_mean), truth.mean / 2) < within
+        ours = [node for node in nodes if node.startswith("truenorm")]
+        assert ours == ["truenorm.forward.default", "truenorm.backward.default"]
+
+    def test_torch_compile_for_second_derivatives() -> None:
+        import torch
+
+        layer = new_layer()
+        x = torch.tensor(X, dtype=torch.float32, requires_grad=True)
+        weights = torch.tensor(GRADIENT, dtype=torch.float32)
+        found = []
+        for run in (layer, torch.compile(layer, backend="eager", fullgraph=True)):
+            torch.compiler.reset()
+            (first,) = torch.autograd.grad(
+                (run(x, training=True) * weights).sum(), x, create_graph=True
+            )
+            (second,) = torch.autograd.grad(first.square().sum(), x)
+            found.append(array(second))
+        assert error(*found) < 1e-5
+
     def test_torch_compile_reads_the_domain() -> None:
         import torch
 

@@ -24,7 +24,7 @@ import torch
 from truenorm._kernels import composite
 from truenorm._kernels.contract import Normalized, Options, Scalar, Tensor, Vector
 from truenorm._kernels.masks import by_channel
-from truenorm._kernels.torch import passes, synchronized
+from truenorm._kernels.torch import operators, passes, synchronized
 
 MOST_GROUPS = 32  # These three weigh time against digits.
 MOST_GROUPED_CHANNELS = 2**12  # More running sums than these do not stay in the cache.
@@ -48,6 +48,8 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     passes so do masks, and batches of one value or none.
     """
     axis, epsilon, mask, moving, relu, add, correct = options
+    if operators.takes(x, options):
+        return operators.normalize(x, gamma, beta, options)
     several = mask is not None and by_channel(mask, axis)
     if add is not None and correct is not None:
         alone = normalize(x, gamma, beta, options._replace(relu=False, add=None))

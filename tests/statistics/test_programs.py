@@ -51,6 +51,67 @@ def untouched(model: Any, data: Any, **options: Any) -> tn.Population:
     return population
 
 
+# --- the same program again ----------------------------------------------------------------------
+
+
+class Shift(keras.Layer):
+    """Adds a number, or an array, that no variable holds."""
+
+    by: Any = 1.0
+
+    def call(self, x: Any) -> Any:
+        return x + keras.ops.convert_to_tensor(self.by, x.dtype)
+
+
+@pytest.mark.parametrize("to", [5.0, np.float32([1, 2]), lambda: keras.ops.ones((2,)) * 3])
+def test_a_model_that_has_changed_is_seen_as_it_is(to: Any) -> None:
+    data, shift = drawn(16, 2), Shift()
+    model = keras.Sequential([keras.Input((2,)), shift, L.BatchNormalization(name="bn")])
+    check(tn.collect(model, data), "bn", data + 1)
+    for by in (to() if callable(to) else to, 7.0, np.float32([3, 4])):
+        shift.by = by
+        check(tn.collect(model, data), "bn", data + keras.ops.convert_to_numpy(by))
+
+
+def test_models_with_one_program_have_each_its_names_and_numbers() -> None:
+    data = drawn(16, 2)
+
+    def found(name: str) -> tuple[Any, tn.Population]:
+        dense = L.Dense(2)
+        model = keras.Sequential([keras.Input((2,)), dense, L.BatchNormalization(name=name)])
+        return keras.ops.convert_to_numpy(dense(data)), tn.collect(model, data)
+
+    for name in ("one", "two", "one"):
+        values, population = found(name)
+        assert [*population.sites] == [name]
+        check(population, name, values)
+
+
+def test_a_program_is_not_compiled_twice() -> None:
+    if BACKEND != "jax":
+        pytest.skip("only JAX takes long over it")
+    import jax
+
+    compiled: list[str] = []
+
+    def hear(event: str, _: float, **__: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    model = keras.Sequential([keras.Input((2,)), L.Dense(3), L.BatchNormalization()])
+    data = drawn(16, 2)
+    first = tn.collect(model, data)
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        again = tn.collect(model, data)
+        assert compiled == []
+        tn.collect(model, data[:8])
+        assert compiled != []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)
+    assert again.to_dict() == first.to_dict()
+
+
 # --- shapes --------------------------------------------------------------------------------------
 
 

@@ -102,7 +102,7 @@ SHARE = 16
 
 def batch_sums(
     x: Tensor, *, axis: int, mask: Tensor | None = None
-) -> tuple[Scalar | Vector, Tensor]:
+) -> tuple[int | Scalar | Vector, Tensor]:
     """Count and, per channel, shift, S and Q: float64 of shape (3, channels).
 
     Args:
@@ -111,8 +111,9 @@ def batch_sums(
         mask: A mask as the layer takes it, or None. False: the value does not count.
 
     Returns:
-        The count, an integer scalar, or one for each channel where the mask may differ between
-        them (``masks.by_channel``); and the sums.
+        The count: an integer of Python's where the shape says it, else an integer scalar, or one
+        for each channel where the mask may differ between them (``masks.by_channel``); and the
+        sums.
     """
     if hasattr(x, "flat_values"):  # TensorFlow's ragged tensors: the values that are there
         axis = axis % len(x.shape) - x.ragged_rank
@@ -128,9 +129,13 @@ def batch_sums(
     shape = ops.shape(x)
     rows = ops.reshape(x, (-1, shape[-1]))
     if mask is None:
-        count = ops.cast(ops.size(x) // shape[-1], "int32")
         sample = ops.cast(rows[::SHARE], dtype)
-        drawn = ops.maximum(ops.cast(ops.shape(sample)[0], dtype), 1.0)
+        count = rows.shape[0]
+        if isinstance(count, int):
+            drawn: Any = max(-(-count // SHARE), 1)
+        else:  # only the run will show it
+            count = ops.shape(rows)[0]
+            drawn = ops.maximum(ops.cast(ops.shape(sample)[0], dtype), 1.0)
         shift = ops.sum(sample, axis=0) / drawn
     else:
         several = by_channel(mask, -1)

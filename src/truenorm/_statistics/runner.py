@@ -213,9 +213,11 @@ class Runner:
         calls: list[tuple[str, Any, Any]] = []
         program = collecting.program()
         mapping = zip(self.variables, state, strict=True)
+        are_given = table[0] > 0
 
         def handle(layer: Any, original: Any, x: Any, mask: Any = None, **given: Any) -> Any:
             path = self.layers[layer]
+            part = self.slices[path]
             added = {name: given[name] for name in given if name == "add"}
             if in_symbolic_scope():  # Keras looks for shapes: nothing is computed
                 return original(x, training=False, **added)
@@ -229,7 +231,8 @@ class Runner:
             else:
                 self._hidden = path
                 collecting.tell(partial(self._hear, path), collecting.joined([(count, sums)]))
-            with _normalising(layer, _in_use(layer, table[:, self.slices[path]], count, sums)):
+            own = are_given[part], table[1, part], table[2, part]
+            with _normalising(layer, _in_use(layer, own, count, sums)):
                 return original(x, training=False, **added)
 
         with keras.StatelessScope(state_mapping=mapping) as scope:
@@ -310,22 +313,22 @@ def _normalising(layer: Any, statistics: tuple[Any, Any]) -> Generator[None]:
             scope.add_update(update)
 
 
-def _in_use(layer: Any, own: Any, count: Any, found: Any) -> tuple[Any, Any]:
+def _in_use(layer: Any, use: tuple[Any, Any, Any], count: Any, sums: Any) -> tuple[Any, Any]:
     """The statistics that a call normalises with; the layer's own if the batch has no value."""
     moving_mean, moving_variance = layer.moving_mean.value, layer.moving_variance.value
     dtype = kernels.statistics_dtype(moving_mean.dtype)
-    found, own = ops.cast(found, dtype), ops.cast(own, dtype)
-    shift, first, second = found[0], found[1], found[2]
-    given, mean, variance = own[0] > 0, own[1], own[2]
-    some = ops.cast(ops.maximum(count, 1), dtype)
-    delta = first / some
-    batch_variance = second / some - delta * delta
-    batch_variance = ops.where(batch_variance < 0, 0.0, batch_variance)
-    batch_mean = shift + delta
-    known = count > 0
-    batch_mean = ops.where(known, batch_mean, ops.cast(moving_mean, dtype))
-    batch_variance = ops.where(known, batch_variance, ops.cast(moving_variance, dtype))
+    sums = ops.cast(sums, dtype)
+    given, mean, variance = use[0], ops.cast(use[1], dtype), ops.cast(use[2], dtype)
+    counted = isinstance(count, int)
+    some = max(count, 1) if counted else ops.cast(ops.maximum(count, 1), dtype)
+    delta = sums[1] / some
+    batch_mean = sums[0] + delta
+    batch_variance = ops.maximum(sums[2] / some - delta * delta, 0.0)
+    if not counted or not count:
+        known = ops.convert_to_tensor(count) > 0
+        batch_mean = ops.where(known, batch_mean, ops.cast(moving_mean, dtype))
+        batch_variance = ops.where(known, batch_variance, ops.cast(moving_variance, dtype))
     scaled, shifted = batch_variance * variance, batch_mean + mean * ops.sqrt(batch_variance)
-    if len(count.shape) > 0:  # each channel has its own; a silent one gives beta
+    if not counted and len(count.shape) > 0:  # each channel has its own; a silent one gives beta
         scaled = ops.where(silent(count, 0), np.inf, scaled)
     return ops.where(given, mean, shifted), ops.where(given, variance, scaled)

@@ -7,6 +7,8 @@ made. Both sums are one reduction: XLA on a CPU would otherwise read the rows tw
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -40,10 +42,11 @@ def centred_sums(rows: Tensor, shift: Vector) -> Tensor:
     whole = len(rows) // GROUP * GROUP
     with float64():
         shift = shift.astype("float64")
-        rest = _both(rows[whole:] - shift, 0)
         grouped = (rows[:whole] - shift).reshape(-1, GROUP, rows.shape[1])
-        groups = _both(grouped, 1)
-        first, second = (g.sum(0) + r for g, r in zip(groups, rest, strict=True))
+        first, second = (group.sum(0) for group in _both(grouped, 1))
+        if whole < len(rows):
+            rest = _both(rows[whole:] - shift, 0)
+            first, second = first + rest[0], second + rest[1]
         return jnp.stack([shift, first, second])
 
 
@@ -60,16 +63,57 @@ def _both(deviations: Tensor, axis: int) -> Any:
 def joined(parts: Sequence[tuple[Vector, Tensor]]) -> Tensor:
     """Counts and sums of all calls side by side, shape (4, channels of all calls)."""
     with float64():
-        rows = [
-            jnp.concatenate([jnp.broadcast_to(count, sums.shape[1:])[None].astype("float64"), sums])
-            for count, sums in parts
+        counts = [
+            jnp.broadcast_to(count, sums.shape[1:]).astype("float64") for count, sums in parts
         ]
-        return jnp.concatenate([jnp.zeros((4, 0), "float64"), *rows], axis=1)
+        row = jnp.concatenate([jnp.zeros(0, "float64"), *counts])
+        sums = jnp.concatenate([jnp.zeros((3, 0), "float64"), *(sums for _, sums in parts)], axis=1)
+        return jnp.concatenate([row[None], sums])
 
 
 def compiled(function: Callable[..., Any], jit: bool) -> Callable[..., Any]:
-    """The function as one program, where the model allows it."""
-    return jax.jit(function) if jit else function
+    """The function as one program, where the model allows it; see :func:`_program`."""
+    if not jit:
+        return function
+    jitted = jax.jit(function)
+    if jax.device_count() > 1:  # arrays may be spread over devices, in a way of their own each time
+        return jitted
+    programs: dict[Any, Callable[..., Any]] = {}
+
+    def run(*arguments: Any) -> Any:
+        leaves, structure = jax.tree.flatten(arguments)
+        key = (structure, *((leaf.shape, leaf.dtype) for leaf in map(jax.typeof, leaves)))
+        if key not in programs:
+            programs[key] = _program(jitted, arguments)
+        return programs[key](*arguments)
+
+    return run
+
+
+MOST = 8
+"""Programs that are kept."""
+
+_kept: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+
+
+def _program(jitted: Any, arguments: Any) -> Callable[..., Any]:
+    """The function, traced for these arguments; compiled, unless the same program has been before.
+
+    Compiling takes ten times as long as tracing, and a model that is looked at again gives the same
+    program: what has changed in it is either an argument or stands in the program's text. What is
+    not wholly in there (arrays of a user's own function, calls of Python) is not kept.
+    """
+    traced = jitted.trace(*arguments)
+    lowered = traced.lower()
+    text = lowered.as_text()
+    if traced.jaxpr.consts or "callback" in text:
+        return jitted
+    key = (hashlib.sha256(text.encode()).digest(), lowered.in_tree, lowered.out_tree)
+    found = _kept.pop(key, None) or lowered.compile()
+    _kept[key] = found
+    if len(_kept) > MOST:
+        _kept.popitem(last=False)
+    return found
 
 
 def anew(function: Any) -> Callable[..., Any] | None:

@@ -19,11 +19,13 @@ test: $(addprefix test-,$(BACKENDS))
 
 # One process per backend: Keras fixes its backend at import. One thread each for PyTorch's
 # operations: the workers fill the cores. What does not depend on how a backend computes runs on
-# PyTorch here, and on the others in `make long`.
+# PyTorch here, and on the others in `make long`. Files of many tests come first, so that no worker is
+# left with a long one at the end; but on JAX in their order, since folders compile in two ways.
 .PHONY: $(addprefix test-,$(BACKENDS))
 $(addprefix test-,$(BACKENDS)): test-%: $(VENV)/test.stamp
 	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
-		--no-loadscope-reorder $(if $(filter torch,$*),,-m "not long and not any_backend") \
+		$(if $(filter jax,$*),--no-loadscope-reorder) \
+		$(if $(filter torch,$*),,-m "not long and not any_backend") \
 		$(if $(filter $*,$(COVERAGE)),--cov --cov-report=term:skip-covered)
 
 # Programs as users have them; in `make test` JAX compiles in less time (tests/conftest.py).

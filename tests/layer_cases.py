@@ -181,13 +181,21 @@ def gradients(
 
     They can be differentiated again when called inside another ``gradients``.
     """
+    output, found, _ = gradients_and_state(lambda *a: (function(*a), ()), arguments, upstream)
+    return output, found
+
+
+def gradients_and_state(
+    function: Callable[..., tuple[Any, Any]], arguments: Sequence[Any], upstream: Any
+) -> tuple[Any, list[Any], Any]:
+    """As :func:`gradients`, of a function that gives its output and what is not differentiated."""
     if keras.config.backend() == "jax":
         import jax
 
         @jax.jit
         def run(arguments: Any, upstream: Any) -> Any:
-            output, pull = jax.vjp(function, *arguments)
-            return output, list(pull(upstream))
+            output, pull, state = jax.vjp(function, *arguments, has_aux=True)
+            return output, list(pull(upstream)), state
 
         return run(tuple(arguments), upstream)
     if keras.config.backend() == "tensorflow":
@@ -195,19 +203,20 @@ def gradients(
 
         with tf.GradientTape() as tape:
             tape.watch(arguments)
-            output = function(*arguments)
-        return output, tape.gradient(
+            output, state = function(*arguments)
+        found = tape.gradient(
             output, list(arguments), upstream, unconnected_gradients=tf.UnconnectedGradients.ZERO
         )
+        return output, found, state
     import torch
 
     nested = any(a.requires_grad for a in arguments)
     leaves = [a if a.requires_grad else a.detach().requires_grad_() for a in arguments]
-    output = function(*leaves)
+    output, state = function(*leaves)
     found = torch.autograd.grad(
         output, leaves, upstream, create_graph=nested, allow_unused=True, materialize_grads=True
     )
-    return output, list(found)
+    return output, list(found), state
 
 
 @dataclass(frozen=True)
@@ -231,25 +240,19 @@ def train(layer: Any, drawn: Drawn, dtype: str) -> Step:
     weights = [w for w in (layer.gamma, layer.beta) if w is not None]
     moving = [v.value for v in layer.non_trainable_variables]
 
-    def call(x: Any, *values: Any) -> Any:
+    def call(x: Any, *values: Any) -> tuple[Any, Any]:
         pairs = [(w, v) for w, v in zip(weights, values, strict=True)]
         with keras.StatelessScope(
             state_mapping=[*pairs, *zip(layer.non_trainable_variables, moving, strict=True)]
         ) as scope:
             output = layer(x, training=True, mask=mask)
-        call.updated = [  # type: ignore[attr-defined]
-            scope.get_current_value(v) for v in (layer.moving_mean, layer.moving_variance)
-        ]
-        return output
+        after = (layer.moving_mean, layer.moving_variance)
+        return output, [scope.get_current_value(v) for v in after]
 
     upstream = keras.ops.cast(tensor(drawn.gradient, dtype), layer.compute_dtype)
     wide = "float64" if dtype == "float64" else "float32"
     values = [tensor(v, wide) for v in (drawn.gamma, drawn.beta) if v is not None]
-    output, found = gradients(call, [x, *values], upstream)
-    updated = call.updated  # type: ignore[attr-defined]
-    if keras.config.backend() == "jax":  # The traced call holds tracers: run it once more.
-        call(x, *values)
-        updated = call.updated  # type: ignore[attr-defined]
+    output, found, updated = gradients_and_state(call, [x, *values], upstream)
     if keras.config.backend() == "torch":
         output, found = output.detach(), [f.detach() for f in found]
     by_weight = iter(found[1:])

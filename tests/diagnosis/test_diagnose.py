@@ -18,6 +18,8 @@ from truenorm._demo.tasks import digits
 from truenorm._diagnosis.table import RULES
 from truenorm._records.diagnosis import Diagnosis, Finding
 
+pytestmark = pytest.mark.any_backend
+
 PAGES = Path(__file__).parents[2] / "docs" / "findings"
 L = keras.layers
 

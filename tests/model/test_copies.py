@@ -16,6 +16,8 @@ from truenorm._errors import ModelError
 from truenorm._model.rebuild import rebuild
 from truenorm._model.values import numbers
 
+pytestmark = pytest.mark.any_backend
+
 L = keras.layers
 IMAGE, SERIES = (8, 8, 3), (6, 4)
 

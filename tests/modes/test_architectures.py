@@ -28,11 +28,13 @@ ARCHITECTURES = {
     "InceptionV3": Expected(94, {}),
     "Xception": Expected(24, {"Add": 12, "MaxPooling2D": 4}),
 }
-LARGE = [pytest.param(name, marks=pytest.mark.long) for name in ("InceptionV3", "Xception")]
 pytestmark = [
     pytest.mark.any_backend,
     pytest.mark.long,
-    pytest.mark.parametrize("name", ["ResNet50", *LARGE]),
+    # Each by one worker, which makes and compiles it once.
+    pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ARCHITECTURES]
+    ),
 ]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import truenorm as tn
 
-pytestmark = pytest.mark.any_backend
+pytestmark = [pytest.mark.any_backend, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,6 @@ def test_an_import_of_keras_that_failed_may_be_tried_again(file: Path) -> None:
     assert fresh(code, file, keras.config.backend(), KERAS_BACKEND="no-such-backend") == "bn"
 
 
-@pytest.mark.long
 def test_spawned_workers_load_a_file(file: Path, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
@@ -92,7 +91,6 @@ def test_the_import_of_keras_is_as_ever_otherwise() -> None:
     assert fresh(code) == "keras True True True"
 
 
-@pytest.mark.long
 def test_any_room_may_be_imported_first() -> None:
     """Before Keras is: the layer is registered once all is there that it needs."""
     root = Path(tn.__file__).parent

@@ -23,6 +23,8 @@ from small_models import (
 
 import truenorm as tn
 
+pytestmark = pytest.mark.any_backend
+
 L = keras.layers
 EPSILON = 1e-3
 
@@ -381,7 +383,6 @@ def test_an_option_that_changes_the_function_is_refused_with_those_that_do_not()
     assert "epsilon," not in str(caught.value)
 
 
-@pytest.mark.any_backend
 def test_conversions_are_variants_of_a_study() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(48, 5)).astype("float32")

@@ -79,6 +79,7 @@ import sys
 sys.modules["truenorm"] = None
 import keras, numpy
 model = keras.models.load_model(sys.argv[1])
+model.jit_compile = False  # JAX's files ask for it, and PyTorch compiles for many seconds
 numpy.save(sys.argv[3], model.predict(numpy.load(sys.argv[2]), verbose=0))
 """
 

@@ -11,6 +11,8 @@ from small_models import predict, shake
 
 import truenorm as tn
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ from truenorm._model.sites import describe, site_calls
 from truenorm._model.values import numbers
 from truenorm._rewrites.verify import TOLERANCE
 
+pytestmark = pytest.mark.any_backend
+
 L = keras.layers
 SHARDS = 4
 """Parts of equal size, for the workers to share."""

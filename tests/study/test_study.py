@@ -30,6 +30,8 @@ from truenorm._study.plan import Plan, read_plan
 from truenorm._study.pool import Progress
 from truenorm._study.variants import Variant
 
+pytestmark = pytest.mark.any_backend
+
 POSITIONS = ("before_activation", "after_activation")
 SPEC = Spec("hash", "none", 3, 2, 4, False, False, False, "float32", "float32")
 
@@ -213,7 +215,7 @@ def test_a_finished_study_repeats_nothing(
     assert {p for p in later if later[p] != times.get(p)} == {folder / ".lock"}
 
 
-@pytest.mark.any_backend
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's
 def test_broken_results_are_run_again_and_give_the_same(
     original: tuple[Path, Study], folder: Path, processes: list[Any]
@@ -261,7 +263,6 @@ def test_settings_that_cannot_be_read(folder: Path) -> None:
         run(folder)
 
 
-@pytest.mark.any_backend
 def test_no_cut_of_a_result_passes_for_a_result(tmp_path: Path) -> None:
     (tmp_path / "trials").mkdir()
     values = {"loss": (1.0, float("nan"))}
@@ -301,7 +302,6 @@ def test_no_cut_of_a_result_passes_for_a_result(tmp_path: Path) -> None:
         refused()
 
 
-@pytest.mark.any_backend
 def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     path.write_text("old")
@@ -325,7 +325,6 @@ def forget(folder: Path, *names: str) -> None:
         (folder / f"trials/{name}.json").unlink()
 
 
-@pytest.mark.any_backend
 def test_a_study_without_a_folder_works_in_one_that_can_be_found_after_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,7 +361,6 @@ def failing_in_trials() -> Any:
     return build()
 
 
-@pytest.mark.any_backend
 def test_a_worker_that_raises_says_why(folder: Path) -> None:
     forget(folder, "after_activation-seed0")
     result = run(folder, build=failing_in_trials)
@@ -371,7 +369,6 @@ def test_a_worker_that_raises_says_why(folder: Path) -> None:
     assert error.endswith("ValueError: not in this process")
 
 
-@pytest.mark.any_backend
 def test_trials_that_take_too_long(processes: list[Any]) -> None:
     with pytest.raises(StudyError) as caught:
         run(None, seeds=1, timeout=0.1)
@@ -395,7 +392,6 @@ def fail(event: Progress) -> None:
     raise BrokenPipeError(event.kind)
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("handler", "error"), [(interrupt, KeyboardInterrupt), (fail, BrokenPipeError)]
 )

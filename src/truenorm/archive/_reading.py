@@ -14,7 +14,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from typing import Any, cast
 
 import h5py
@@ -249,7 +249,7 @@ def _children(entry: Mapping[str, Any], path: str) -> Iterator[tuple[Mapping[str
             yield child, f"layers/{name}_{number}" if number else f"layers/{name}"
 
 
-@cache
+@lru_cache(1024)
 def _snake_case(name: str) -> str:
     """A class's name as Keras makes a path of it (``keras.src.utils.naming``)."""
     name = re.sub(r"\W+", "", name)

@@ -11,10 +11,11 @@ A, …), after a warm-up that compiles:
 - *without*: the same without BatchNormalization (``place(…, "none")``).
 
 A step is ``train_on_batch``, which is what ``fit`` runs: compiled on JAX and TensorFlow, eager on
-PyTorch. It ends when a weight that it has changed is read. The overhead is a step's time less that
-of *without* in the same round: the median of all rounds and the quartiles. Beside the times: the
-loss of the first step, the same for the first three but for rounding; and on PyTorch the memory
-that is kept for the backward pass and, on a GPU, how far the memory in use rises in a step.
+PyTorch (with ``--compile`` by Inductor there, and by XLA on TensorFlow). It ends when a weight that
+it has changed is read. The overhead is a step's time less that of *without* in the same round: the
+median of all rounds and the quartiles. Beside the times: the loss of the first step, the same for
+the first three but for rounding; and on PyTorch, where it is eager, the memory that is kept for the
+backward pass and, on a GPU, how far the memory in use rises in a step.
 
 ``--monitor`` measures something else: epochs of ``fit`` with and without ``callbacks.Monitor`` at
 its default setting, in turns. Each step is compared with the same step of the epoch without, round
@@ -59,9 +60,10 @@ def candidates(size: int) -> dict[str, Any]:
     }
 
 
-def training(model: Any, x: np.ndarray, y: np.ndarray) -> Step:
+def training(model: Any, x: np.ndarray, y: np.ndarray, jit_compile: bool | str) -> Step:
     """A step that learns next to nothing, so that no step differs from the others."""
-    model.compile(keras.optimizers.SGD(1e-9), "sparse_categorical_crossentropy")
+    optimizer = keras.optimizers.SGD(1e-9)
+    model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=jit_compile)
 
     def step() -> float:
         loss = model.train_on_batch(x, y)
@@ -124,14 +126,14 @@ def table(models: dict[str, Any], steps: dict[str, Step], rounds: int) -> None:
         name: [a - b for a, b in zip(taken, times["without"], strict=True)]
         for name, taken in times.items()
     }
-    torch = keras.config.backend() == "torch"
+    eager = keras.config.backend() == "torch" and not models["stock"].jit_compile
     print(
         f"{'':10}  median ms  least ms  over without, ms [quartiles]       loss  kept MB  peak MB"
     )
     keeping: dict[str, float] = {}
     for name, step in steps.items():
         taken = times[name]
-        megabytes = (kept(models[name], step), peak(step)) if torch else (None, None)
+        megabytes = (kept(models[name], step), peak(step)) if eager else (None, None)
         keeping[name] = megabytes[0] or 0.0
         columns = (f"{'-' if m is None else f'{m:.0f}':>8}" for m in megabytes)
         print(
@@ -141,7 +143,7 @@ def table(models: dict[str, Any], steps: dict[str, Step], rounds: int) -> None:
         )
     middle = {name: statistics.median(differences) for name, differences in over.items()}
     least = {name: min(taken) - min(times["without"]) for name, taken in times.items()}
-    if torch:
+    if eager:
         print(f"kept by fused over what stock keeps: {keeping['fused'] / keeping['stock']:.2f}")
     for name in ("truenorm", "fused"):
         print(f"overhead of {name} over that of stock: {share(name, middle)}", end="")
@@ -244,6 +246,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--monitor", action="store_true", help="what callbacks.Monitor costs")
     parser.add_argument("--steps", type=int, default=20, help="steps per epoch, with --monitor")
+    parser.add_argument("--compile", action="store_true", help="jit_compile=True on all backends")
     parser.add_argument("--dtype", default="float32", help="dtype policy, as mixed_bfloat16")
     given = parser.parse_args()
     keras.utils.set_random_seed(0)
@@ -258,7 +261,8 @@ def main() -> None:
         monitored(model, Repeated((x, y), given.steps), given.rounds)
         return
     models = candidates(given.size)
-    steps = {name: training(model, x, y) for name, model in models.items()}
+    jit_compile = given.compile or "auto"
+    steps = {name: training(model, x, y, jit_compile) for name, model in models.items()}
     framework = importlib.import_module(keras.config.backend())
     threads = getattr(framework, "get_num_threads", os.cpu_count)()
     print(

@@ -102,8 +102,8 @@ def train_a_domain(model: Any) -> None:
 
 def train_masked_in_other_dtype(model: Any) -> None:
     del model
-    masked = keras.layers.Masking()(np.ones((2, 3, 4), "float64"))
-    tn.BatchNormalization(dtype="float64")(masked, training=True)
+    masked = keras.layers.Masking()(np.ones((2, 3, 4), "float32"))
+    tn.BatchNormalization(dtype="float16")(masked, training=True)
 
 
 # --- what is taken away -------------------------------------------------------------------------

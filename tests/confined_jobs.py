@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -75,3 +76,17 @@ def nothing_open(folder: str) -> None:
     found = {int(one) for one in os.listdir("/proc/self/fd")}  # noqa: PTH208
     found = {one for one in found if os.path.exists(f"/proc/self/fd/{one}")}  # noqa: PTH110
     assert found <= {0, 1, 2}, (folder, found)
+
+
+def fail_without_a_word(folder: str) -> None:
+    """Raise where nothing can be written of it."""
+    os.close(2)
+    raise KeyError(folder)
+
+
+def outlive_exceptions(folder: str) -> None:
+    """Go on after whatever a handler of signals may raise."""
+    del folder
+    for _ in range(2):
+        with suppress(Exception):
+            time.sleep(60)

@@ -52,13 +52,19 @@ def test_it_can_write_to_its_folder_only_and_open_no_socket(tmp_path: Path) -> N
 
 
 COPIED = """
-import json, os, subprocess, sys
+import json, os, signal, subprocess, sys
+from truenorm.archive import _isolation
 from truenorm.archive._isolation import confined
 subprocess.Popen = None  # it is not started anew
 sys.path.insert(0, sys.argv[1])
 job, memory = f"confined_jobs:{sys.argv[2]}", int(sys.argv[3])
 given = {} if len(sys.argv) < 5 else {"outside": sys.argv[4], "parent": os.getpid()}
 held = os.open(sys.argv[1], os.O_RDONLY)
+if sys.argv[2] == "outlive_exceptions":
+    signal.signal(signal.SIGALRM, lambda *_: 1 / 0)
+    _isolation.SECONDS = 0.5
+if sys.argv[2] == "nothing_open":
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as some services start their commands
 with confined(job, given, memory=memory, copied=True) as ended:
     made = ended.folder / "outcomes.json"
     made = made.read_text() if made.exists() else None
@@ -85,6 +91,8 @@ def test_how_a_copy_of_a_process_ends_is_told() -> None:
     code, complaints, *_ = ended("fail")
     assert code == 1
     assert 100 < complaints < 10_000  # a traceback
+    assert ended("fail_without_a_word") == [1, 0, None, False]
+    assert ended("outlive_exceptions")[0] == -signal.SIGALRM
     assert ended("nothing_open")[:2] == [0, 0]
 
 

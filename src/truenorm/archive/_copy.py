@@ -8,6 +8,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import IO, Any
 
 from truenorm.archive import _confinement
@@ -35,7 +36,11 @@ class Copy:
         reading, writing = os.pipe()
         self._process = os.fork()
         if not self._process:
-            os._exit(_ended(lambda: _do(job, environment, writing)))
+            code = 1
+            try:
+                code = _ended(lambda: _do(job, environment, writing))
+            finally:  # whatever it is, it must not go on as this process would
+                os._exit(code)
         os.close(writing)
         self.stderr: IO[bytes] = os.fdopen(reading, "rb")
         self.returncode: int | None = None
@@ -43,23 +48,33 @@ class Copy:
     def wait(self) -> int:
         """Its exit code; below 0 the signal that ended it."""
         if self.returncode is None:
-            _, status = os.waitpid(self._process, 0)
-            self.returncode = os.waitstatus_to_exitcode(status)
+            try:
+                _, status = os.waitpid(self._process, 0)
+                self.returncode = os.waitstatus_to_exitcode(status)
+            except ChildProcessError:  # SIGCHLD is ignored here; subprocess answers so, too
+                self.returncode = 0
         return self.returncode
 
     def kill(self) -> None:
         """End it, if it has not ended."""
         if self.returncode is None:
-            os.kill(self._process, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(self._process, signal.SIGKILL)
 
 
 def _do(job: Mapping[str, Any], environment: Mapping[str, str], writing: int) -> None:
-    """In the copy: nothing of this process is open but its standard output."""
+    """In the copy: it handles no signal, and nothing is open but the standard output."""
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(writing, 2)
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    for number in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
+        if number > 2:
+            with suppress(OSError):  # one was that of the list
+                os.close(number)
     os.environ.update(environment)
     tempfile.tempdir = job["folder"]
     _confinement.run(job)
@@ -70,13 +85,11 @@ def _ended(run: Callable[[], None]) -> int:
     code: Any = 0
     try:
         run()
-        if sys.stdout is not None:
-            sys.stdout.flush()
     except SystemExit as end:
         code = end.code
-    except BaseException:  # whatever it is, it must not go on as this process would
+    except BaseException:
         traceback.print_exc()
         code = 1
-    if sys.stderr is not None:
-        sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     return code if isinstance(code, int) else int(code is not None)

@@ -103,7 +103,7 @@ def confined(
         job = {"folder": str(folder), "memory": memory, "seconds": SECONDS, "entry": entry,
                "arguments": arguments, "path": sys.path}  # fmt: skip
         environment = {"TMPDIR": str(folder), "JOBLIB_MULTIPROCESSING": "0"}
-        if copied and _copy.is_safe():
+        if copied and output is None and _copy.is_safe():
             process = _copy.Copy(job, environment)
         else:
             process = subprocess.Popen(  # noqa: S603 (this Python, and a file of ours)

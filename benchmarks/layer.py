@@ -330,7 +330,8 @@ def measure(task: Task, pairs: int, only: Sequence[str] | None = None) -> dict[s
     """Print the table of one input; the median ratios."""
     builders = {"jax": jax_steps, "tensorflow": tensorflow_steps, "torch": torch_steps}
     steps, kept = builders[keras.config.backend()](task)
-    steps = {name: step for name, step in steps.items() if only is None or name in only}
+    kept_back = {*(only or steps), "keras", "keras XLA"}
+    steps = {name: step for name, step in steps.items() if name in kept_back}
     truth, target = task.truth(), np.empty_like(task.x)
     memcpy = median_time(9, lambda: np.copyto(target, task.x))
     for step in steps.values():

@@ -84,6 +84,16 @@ def test_a_copy_takes_arrays_too(kind: Any) -> None:
         assert one(VALUES.astype("float64")).shape == VALUES.shape
 
 
+def test_a_subclass_that_forgets_its_base_is_told_so() -> None:
+    messages = []
+    for kind in KINDS:
+        made = type("Forgetful", (kind,), {"__init__": lambda _: None})()
+        with pytest.raises(RuntimeError, match="'Forgetful', you forgot to call") as raised:
+            made(VALUES)
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
 def test_flags_can_be_set_and_set_back() -> None:
     layer = tn.BatchNormalization()
     for value in (True, False, True):

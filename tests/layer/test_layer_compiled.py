@@ -230,6 +230,28 @@ if BACKEND == "torch":
         ours = [node for node in nodes if node.startswith("truenorm")]
         assert ours == ["truenorm.forward.default", "truenorm.backward.default"]
 
+    def test_torch_compile_of_no_channel() -> None:
+        import torch
+
+        made = BatchNormalization()
+        made.build((8, 0))
+        compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+        assert compiled(torch.zeros(8, 0), training=True).shape == (8, 0)
+
+    def test_torch_compile_in_forward_mode() -> None:
+        import torch
+        from torch.autograd import forward_ad
+
+        layer = new_layer(activation=None)
+        x, toward = torch.tensor(X), torch.tensor(GRADIENT)
+        found: list[np.ndarray] = []
+        for run in (layer, torch.compile(layer, backend="eager", fullgraph=True)):
+            torch.compiler.reset()
+            with forward_ad.dual_level():
+                output = run(forward_ad.make_dual(x, toward), training=True)
+                found.append(array(forward_ad.unpack_dual(output).tangent.detach()))
+        np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
+
     def test_torch_compile_for_second_derivatives() -> None:
         import torch
 

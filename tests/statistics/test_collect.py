@@ -390,3 +390,20 @@ def test_what_a_variable_cannot_hold_is_refused() -> None:
     with pytest.raises(tn.DataError, match="not finite numbers; nothing was written"):
         tn.recalibrate(model, x)
     assert snapshot(model) == before
+
+
+@pytest.mark.skipif(keras.config.backend() == "jax", reason="its arrays are float32 here")
+def test_numbers_of_a_float64_model_stay_float64() -> None:
+    """Their squares are beyond float32."""
+    keras.config.set_floatx("float64")
+    try:
+        first, dense = tn.BatchNormalization(), keras.layers.Dense(3)
+        last = keras.layers.BatchNormalization(name="last")
+        model = keras.Sequential([keras.Input((4,)), first, dense, last])
+        x = np.random.default_rng(0).normal(size=(64, 4)) * 1e21
+        found = tn.collect(model, x, batch_size=64).sites["last"]
+    finally:
+        keras.config.set_floatx("float32")
+    kernel, bias = weights(dense)
+    expected = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3) @ kernel + bias
+    np.testing.assert_allclose(found.variance, expected.var(0), rtol=1e-7)

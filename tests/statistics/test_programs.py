@@ -87,6 +87,21 @@ def test_models_with_one_program_have_each_its_names_and_numbers() -> None:
         check(population, name, values)
 
 
+@pytest.mark.parametrize("behind", ["a", "b"])
+def test_models_that_differ_in_what_they_leave_unused(behind: str) -> None:
+    """Both have the same layers, and in both programs one kernel is multiplied by the data."""
+    data, inputs = np.arange(32, dtype="float32").reshape(16, 2), keras.Input((2,))
+    layers = {name: L.Dense(2, use_bias=False, name=name) for name in "ab"}
+    ends = {name: layer(inputs) for name, layer in layers.items()}
+    for name in ends:
+        end = L.BatchNormalization(name="bn") if name == behind else L.ReLU(name="other")
+        ends[name] = end(ends[name])
+    model = keras.Model(inputs, L.Add()([*ends.values()]), name="same")
+    for layer, factor in zip(layers.values(), (2.0, 3.0), strict=True):
+        layer.set_weights([factor * np.eye(2)])
+    check(tn.collect(model, data), "bn", data * (2 if behind == "a" else 3))
+
+
 def test_a_program_is_not_compiled_twice() -> None:
     if BACKEND != "jax":
         pytest.skip("only JAX takes long over it")

@@ -86,7 +86,7 @@ def _side_by_side(
     beta: Vector | None,
     options: Options,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """As :func:`_one_by_one` in one call, of an array that lies as the given one does."""
+    """As :func:`_one_by_one` in one call, with the groups as channels."""
     samples, channels, *inner = ops.shape(x)
     rows = ops.reshape(x, [samples // groups, groups * channels, *inner])
     scale, offset = (None if w is None else ops.tile(w, groups) for w in (gamma, beta))

@@ -135,7 +135,7 @@ def batch_sums(
             drawn: Any = max(-(-count // SHARE), 1)
         else:  # only the run will show it
             count = ops.shape(rows)[0]
-            drawn = ops.maximum(ops.cast(ops.shape(sample)[0], dtype), 1.0)
+            drawn = ops.cast(ops.maximum(ops.shape(sample)[0], 1), dtype)
         shift = ops.sum(sample, axis=0) / drawn
     else:
         several = by_channel(mask, -1)

@@ -16,6 +16,9 @@ ops: Any = keras.ops
 tree: Any = keras.tree
 
 
+_FLAGS = ("_called", "built")
+
+
 class LeanCall(keras.layers.Layer):
     """A layer whose ``__call__`` does what Keras's does, in less time.
 
@@ -25,19 +28,22 @@ class LeanCall(keras.layers.Layer):
     that are set already, which has it look each time whether they are to be tracked.
     """
 
+    _lean = False
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         hand_on_arguments(self)
+        self._lean = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As ``keras.layers.Layer.__call__``."""
-        if not self._is_plain(args, kwargs):
+        if self._lean and not self._is_plain(args, kwargs):
             args, kwargs = (tree.map_structure(self._converted, given) for given in (args, kwargs))
         return super().__call__(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As ``keras.layers.Layer.__setattr__``."""
-        if value is not True or vars(self).get(name) is not True:
+        if name not in _FLAGS or value is not True or vars(self).get(name) is not True:
             super().__setattr__(name, value)
 
     def _is_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -323,7 +323,8 @@ def _in_use(layer: Any, use: tuple[Any, Any, Any], count: Any, sums: Any) -> tup
     some = max(count, 1) if counted else ops.cast(ops.maximum(count, 1), dtype)
     delta = sums[1] / some
     batch_mean = sums[0] + delta
-    batch_variance = ops.maximum(sums[2] / some - delta * delta, 0.0)
+    batch_variance = sums[2] / some - delta * delta
+    batch_variance = ops.where(batch_variance < 0, 0.0, batch_variance)  # maximum loses float64
     if not counted or not count:
         known = ops.convert_to_tensor(count) > 0
         batch_mean = ops.where(known, batch_mean, ops.cast(moving_mean, dtype))

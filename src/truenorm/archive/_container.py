@@ -225,7 +225,7 @@ def _checked_size(owner: Named, value: Any, where: str) -> int:
     if kept.get_external_count() or kept.get_layout() == low.h5d.VIRTUAL:
         raise _refused(owner, where, "data in the file itself", "data that is kept elsewhere")
     size = math.prod(value.shape or ())
-    declared = size * value.get_type().get_size()
+    declared = size * value.dtype.itemsize  # which refuses a type that NumPy has not
     stored = value.get_storage_size()
     if declared > ALLOWANCE and stored < declared * STORED_AT_LEAST:
         raise _refused(owner, where, f"{declared} bytes, as declared", f"{stored} stored")

@@ -75,16 +75,17 @@ def compiled(function: Callable[..., Any], jit: bool) -> Callable[..., Any]:
     """The function as one program, where the model allows it; see :func:`_program`."""
     if not jit:
         return function
-    jitted = jax.jit(function)
+    jitted = jax.jit(function, keep_unused=True)  # or the text says not which are used
     if jax.device_count() > 1:  # arrays may be spread over devices, in a way of their own each time
         return jitted
     programs: dict[Any, Callable[..., Any]] = {}
 
     def run(*arguments: Any) -> Any:
         leaves, structure = jax.tree.flatten(arguments)
-        key = (structure, *((leaf.shape, leaf.dtype) for leaf in map(jax.typeof, leaves)))
+        kinds = ((jax.typeof(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)
+        key = (structure, *((kind.shape, kind.dtype, place) for kind, place in kinds))
         if key not in programs:
-            programs[key] = _program(jitted, arguments)
+            programs[key] = _program(jitted, arguments, key)
         return programs[key](*arguments)
 
     return run
@@ -96,7 +97,7 @@ MOST = 8
 _kept: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
 
-def _program(jitted: Any, arguments: Any) -> Callable[..., Any]:
+def _program(jitted: Any, arguments: Any, kinds: Any) -> Callable[..., Any]:
     """The function, traced for these arguments; compiled, unless the same program has been before.
 
     Compiling takes ten times as long as tracing, and a model that is looked at again gives the same
@@ -108,7 +109,7 @@ def _program(jitted: Any, arguments: Any) -> Callable[..., Any]:
     text = lowered.as_text()
     if traced.jaxpr.consts or "callback" in text:
         return jitted
-    key = (hashlib.sha256(text.encode()).digest(), lowered.in_tree, lowered.out_tree)
+    key = (hashlib.sha256(text.encode()).digest(), lowered.out_tree, kinds)
     found = _kept.pop(key, None) or lowered.compile()
     _kept[key] = found
     if len(_kept) > MOST:

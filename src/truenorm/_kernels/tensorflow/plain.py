@@ -153,7 +153,9 @@ def moments_of_values(values: Tensor, share: Scalar, counts: Tensor | None) -> c
         return closed_form.moments(ROWS, values, share, counts)
     some = values[::APART]
     shift = _total(some) * _share(_count(some, None, values.dtype))
-    shift = tf.stop_gradient(tf.where(tf.math.is_finite(shift), shift, 0.0))  # see composite.py
+    first = _first(values)  # see composite.py
+    first = tf.where(tf.math.is_finite(first), first, 0.0)
+    shift = tf.stop_gradient(tf.where(tf.math.is_finite(shift), shift, first))
     deviations = values - _spread(shift, values)
     delta = _total(deviations) * share
     variance = _total(tf.square(deviations - _spread(delta, values))) * share

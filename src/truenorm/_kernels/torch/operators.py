@@ -30,6 +30,7 @@ def takes(x: Tensor, options: Options) -> bool:
         and plain
         and options.moving is not None
         and options.moving.momentum is not None
+        and type(x) in passes.PLAIN
         and x.device.type == "cpu"
         and x.dtype in native.DTYPES
         and _can_run()
@@ -40,7 +41,8 @@ def takes(x: Tensor, options: Options) -> bool:
 def _can_run() -> bool:
     """Asked while the graph is made."""
     transformed: Any = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-    return library.loaded() is not None and not transformed()
+    forward_mode = getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+    return library.loaded() is not None and not transformed() and not forward_mode
 
 
 def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options) -> Normalized:
@@ -54,7 +56,8 @@ def normalize(x: Tensor, gamma: Vector | None, beta: Vector | None, options: Opt
     output, rows = _forward(x, gamma, beta, mean, variance, *how, moving.momentum, moving.unbiased)
     rows = rows.detach()
     moved = (rows[4].to(moving.mean.dtype), rows[5].to(moving.variance.dtype))
-    return Normalized(output, rows[0], rows[1], x.numel() // x.shape[channel], moved=moved)
+    count = x.numel() // max(x.shape[channel], 1)
+    return Normalized(output, rows[0], rows[1], count, moved=moved)
 
 
 @torch.library.custom_op(

@@ -10,8 +10,6 @@ import pytest
 
 import truenorm as tn
 
-pytestmark = pytest.mark.any_backend
-
 L: Any = keras.layers
 X = np.random.default_rng(0).normal(size=(16, 8)).astype("float32")
 

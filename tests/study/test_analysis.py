@@ -210,6 +210,37 @@ def test_an_interval_ends_where_the_metric_does() -> None:
     assert loss.tables()[1].rows[0][2] == "-0.0050 [-1.0850, 1.0750]"
 
 
+def test_an_accuracy_in_percent_is_not_cut() -> None:
+    """Student's of the differences -0.5, -1.5 and 2: 4.3027 times 1.8028 / sqrt(3)."""
+    metric, rows = "val_accuracy_percent", {B: [60.0, 70.0, 65.0], A: [60.5, 71.5, 63.0]}
+    study = judged(trials_of(metric, **rows), (B, A))
+    means, pairs, others = study.tables()[:3]
+    assert means.rows[0][2].startswith("65.0000 [52.5")
+    assert pairs.rows[0][2] == "0.0000 [-4.4783, 4.4783]"
+    assert others.rows[0][2] != "none"
+    told = " ".join(study.verdict)
+    assert " 0 [-4.48, 4.48]; with 3 seeds a true difference must be " in told
+    assert "%" not in told
+    assert study.drawing("values").unit == metric  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("metric", "share"),
+    [
+        *((f"val_{name}", True) for name in ("acc", "sparse_categorical_accuracy", "auc_1")),
+        *((f"val_{name}", True) for name in ("precision", "head_recall")),
+        *((f"val_{name}", False) for name in ("acceleration_mae", "distance_accumulated")),
+        ("val_accuracy_error", False),
+    ],
+)
+def test_a_share_is_known_by_whole_words(metric: str, share: bool) -> None:
+    study = judged(trials_of(metric, **{B: [0.90, 0.98], A: [0.99, 0.90]}), (B, A))
+    expected = "[-1.0000, 1.0000]" if share else "[-1.0850, 1.0750]"
+    assert study.tables()[1].rows[0][2] == f"-0.0050 {expected}"
+    assert ("[-100.00, 100.00]" in " ".join(study.verdict)) is share
+    assert (study.drawing("values").unit == metric) is not share  # type: ignore[attr-defined]
+
+
 def test_equal_differences_are_not_taken_for_proof() -> None:
     study = judged(trials_of(**{B: [0.9, 0.8, 0.7], A: [0.8, 0.7, 0.6]}), (B, A))
     assert study.comparisons[0].p_value is None

@@ -25,6 +25,8 @@ EXACT = 'model = tn.replace(model, to="truenorm").model'
 ASK = "tn.diagnose(model, data, y)"
 """Where only the loss can tell what helps."""
 
+_UNDO = "; and its undo(), if the model does worse"
+
 
 def recalibrate(facts: Facts, options: str = "") -> str:
     """Statistics of the data for the layers that learn from batches; or who can tell if it helps.
@@ -38,7 +40,7 @@ def recalibrate(facts: Facts, options: str = "") -> str:
     if not certain and not facts.labelled:
         return ASK
     call = _recalibrate(facts, learning, options)
-    return call if certain else f"{call}; and its undo(), if the model does worse"
+    return call if certain else call + _UNDO
 
 
 def recalibrate_alone(facts: Facts, layer: BatchNormalizationLike) -> str:
@@ -47,6 +49,11 @@ def recalibrate_alone(facts: Facts, layer: BatchNormalizationLike) -> str:
         return "set its moving statistics: tn.recalibrate does not know what its class does"
     everywhere = _recalibrate(facts, [*facts.layers])
     return everywhere if recalibrate(facts) == everywhere else _recalibrate(facts, [layer])
+
+
+def recalibrate_after_dropout(facts: Facts, layer: BatchNormalizationLike) -> str:
+    """Statistics of the data, also for a layer that is held: perhaps only since it was trained."""
+    return _recalibrate(facts, [layer]) + _UNDO if layer in facts.held else recalibrate(facts)
 
 
 def _recalibrate(facts: Facts, layers: Collection[Any], options: str = "") -> str:

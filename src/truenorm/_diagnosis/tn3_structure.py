@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import keras
 import numpy as np
 
 from truenorm._diagnosis import remedies
-from truenorm._diagnosis.averages import off, output_error
+from truenorm._diagnosis.averages import is_untouched, noticeable, output_error, stored
 from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.rule import Fault
 from truenorm._diagnosis.tn1_batches import SKEW, recalibration_harms
@@ -25,6 +26,10 @@ SMALLEST_RATE = 0.1
 """Dropout rate from which the variance shift is told: the variance that BatchNormalization sees in
 inference is then (1 - rate) of that in training (at mean 0), its output 5 % off in scale."""
 
+FREE = 0.5
+"""Share of the output error that dropout makes, at mean 0, up to which statistics have been taken
+without it, however few the samples."""
+
 _DROPOUT = (keras.layers.Dropout, keras.layers.GaussianDropout)
 
 
@@ -39,20 +44,24 @@ def without(facts: Facts) -> Iterator[Fault]:
 
 
 def after_dropout(facts: Facts) -> Iterator[Fault]:
-    """TN302. Statistics taken without dropout are right: only data shows which these are."""
+    """TN302. Statistics taken without dropout are right: only enough data shows which these are."""
     dropouts = {site: call for site in facts.sites if (call := _dropout_before(site)) is not None}
     known = dropouts != {} and facts.lacks("data") is None
     if known and recalibration_harms(facts):
         return
-    errors = {path: one.error for path, one, _ in off(facts)} if known else {}
     for site, call in dropouts.items():
-        rate, path = _rate(call.operation), facts.layers[site.operation]
+        layer, rate = site.operation, _rate(call.operation)
         evidence = {"dropout": call.path, "rate": rate, "variance_kept": 1 - rate}
-        if not known:
+        right = facts.seen.training.sites.get(facts.layers[layer]) if known else None
+        if right is None or is_untouched(layer):
             yield Fault(site.path, evidence, remedies.ASK)
-        elif path in errors:
-            evidence["output_error"] = errors[path]
-            yield Fault(site.path, evidence, remedies.recalibrate(facts))
+            continue
+        error = output_error(layer, *stored(layer), right)
+        if error > noticeable(facts):
+            evidence["output_error"] = error
+            yield Fault(site.path, evidence, remedies.recalibrate_after_dropout(facts, layer))
+        elif error > FREE * (1 - math.sqrt(1 - rate)):
+            yield Fault(site.path, evidence, remedies.ASK)
 
 
 def _dropout_before(site: Call) -> Call | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -221,7 +222,7 @@ class Study(Record, Drawn):
                 (
                     position,
                     str(max(i.n for i in row.values())),
-                    *(interval(possible_mean(row[m], m)) for m in metrics),
+                    *(interval(possible_mean(self, position, m)) for m in metrics),
                 )
                 for position, row in self.summaries.items()
             ),
@@ -237,7 +238,7 @@ class Study(Record, Drawn):
                     number(c.p_value, 2),
                     number(c.p_adjusted, 2),
                 )
-                for c in map(possible, self.comparisons)
+                for c in (possible(self, c) for c in self.comparisons)
             ),
         )
         return (positions, pairs, self._other_tests(), Table("Verdict", (), (), self.verdict))
@@ -293,42 +294,50 @@ class Study(Record, Drawn):
                     f"{c.first} − {c.second}",
                     number(c.p_flips, 2),
                     *((_ends(c.narrow), number(c.p_equivalent, 2)) if asked else ()),
-                    _detectable(c),
+                    _detectable(self, c),
                     "–" if c.seeds_needed is None else str(c.seeds_needed),
                 )
-                for c in map(possible, self.comparisons)
+                for c in (possible(self, c) for c in self.comparisons)
                 if c.metric == self.metric
             ),
         )
 
 
-_SHARES = ("acc", "auc", "precision", "recall")
+_SHARE = re.compile("(^|_)(acc|accuracy|auc|precision|recall)(_|$)")
 
 
-def possible(comparison: Comparison) -> Comparison:
+def is_share(study: Study, metric: str) -> bool:
+    """Whether a metric is a share, such as an accuracy: so called, and from 0 to 1 in this study.
+
+    A training metric is judged by that of validation: the study has no mean of its own of it.
+    """
+    if not _SHARE.search(metric) or lower_is_better(metric):
+        return False
+    names = (metric, f"val_{metric}")
+    means = [row[name].mean for row in study.summaries.values() for name in names if name in row]
+    return all(0 <= mean <= 1 for mean in means if math.isfinite(mean))
+
+
+def possible(study: Study, comparison: Comparison) -> Comparison:
     """The same, its intervals cut at what a difference of two shares can be: -1 to 1.
 
     So cut they hold the true difference as often, since it is never in what is cut off. Student's
     interval of two seeds is 13 standard errors wide, and knows nothing of the metric.
     """
-    if not is_share(comparison.metric):
+    if not is_share(study, comparison.metric):
         return comparison
     narrow = comparison.narrow and _cut(comparison.narrow, -1.0)
     return replace(comparison, difference=_cut(comparison.difference, -1.0), narrow=narrow)
 
 
-def possible_mean(value: Interval, metric: str) -> Interval:
-    """The same of the interval of a mean: a share is between 0 and 1."""
-    return _cut(value, 0.0) if is_share(metric) else value
-
-
-def is_share(metric: str) -> bool:
-    """Whether a metric is a share, such as an accuracy, by the words that Keras uses for them."""
-    return any(word in metric for word in _SHARES)
+def possible_mean(study: Study, position: str, metric: str) -> Interval:
+    """The interval of a position's mean, cut in the same way: a share is between 0 and 1."""
+    value = study.summaries[position][metric]
+    return _cut(value, 0.0) if is_share(study, metric) else value
 
 
 def _cut(value: Interval, least: float) -> Interval:
-    if value.low is None or value.high is None or not least <= value.mean <= 1.0:
+    if value.low is None or value.high is None:
         return value
     return replace(value, low=max(value.low, least), high=min(value.high, 1.0))
 
@@ -340,10 +349,10 @@ def interval(value: Interval) -> str:
     return f"{value.mean:.4f} [{value.low:.4f}, {value.high:.4f}]"
 
 
-def _detectable(comparison: Comparison) -> str:
+def _detectable(study: Study, comparison: Comparison) -> str:
     """The difference that so many seeds show in four of five studies, if there can be one."""
     least = comparison.detectable
-    if least is not None and least > 1 and is_share(comparison.metric):
+    if least is not None and least > 1 and is_share(study, comparison.metric):
         return "none"
     return number(least, 2)
 

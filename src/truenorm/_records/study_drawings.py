@@ -20,7 +20,7 @@ from truenorm._records.drawings.curves import Curves, Line
 from truenorm._records.drawings.drawing import Drawing, Message
 from truenorm._records.drawings.pairs import Columns, Difference, Differences
 from truenorm._records.drawings.rows import Rows, Span
-from truenorm._records.study import possible, possible_mean
+from truenorm._records.study import is_share, possible, possible_mean
 from truenorm._records.tables import number
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def curves(study: Study, metric: str, *, bands: bool = False) -> Drawing:
         alt=_curves_in_words(metric, runs, lines, judged),
         notes=(*notes, *_missing(study, metric, runs)),
         lines=lines,
-        unit=_unit(metric),
+        unit=_unit(study, metric),
         result="judged" if judged else "",
         limits=(low, high),
     )
@@ -78,7 +78,7 @@ def _judged(study: Study, metric: str) -> Mapping[str, Interval]:
     if not study.settings.get("recalibrate"):
         return {}
     rows = {
-        name: possible_mean(row[metric], metric)
+        name: possible_mean(study, name, metric)
         for name, row in study.summaries.items()
         if metric in row
     }
@@ -151,7 +151,7 @@ def values(study: Study, metric: str) -> Drawing:
             *_missing(study, metric, runs),
         ),
         values=ends,
-        unit=_unit(metric),
+        unit=_unit(study, metric),
     )
 
 
@@ -162,7 +162,7 @@ def differences(study: Study, metric: str) -> Drawing:
         OptionError: No trial recorded this metric.
     """
     runs = _runs(study, metric)
-    every = [possible(c) for c in study.comparisons if c.metric == metric]
+    every = [possible(study, c) for c in study.comparisons if c.metric == metric]
     pairs = [c for c in every if math.isfinite(c.difference.mean)]
     title = f"{metric}: paired differences"
     if not pairs:
@@ -223,7 +223,7 @@ def statistics(study: Study, metric: str) -> Drawing:
             f"{number(min(after), 4)} to {number(max(after), 4)}."
         ),
         names=[f"{trial.position}, seed {trial.seed}" for trial in trials],
-        unit=_unit(metric),
+        unit=_unit(study, metric),
         spans=[Span("moving statistics, as trained", "recalibrated", before, after, "orange")],
         log=False,
     )
@@ -314,8 +314,8 @@ def _missing(study: Study, metric: str, runs: Runs) -> list[str]:
     return words
 
 
-def _unit(metric: str) -> str:
-    return short(metric, 34) + (" (fraction)" if "acc" in metric else "")
+def _unit(study: Study, metric: str) -> str:
+    return short(metric, 34) + (" (fraction)" if is_share(study, metric) else "")
 
 
 def _in_words(pair: Comparison) -> str:

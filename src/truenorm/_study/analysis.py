@@ -17,7 +17,15 @@ from typing import Any
 import numpy as np
 
 from truenorm._errors import StudyError
-from truenorm._records.study import Comparison, Interval, Study, Trial, lower_is_better, possible
+from truenorm._records.study import (
+    Comparison,
+    Interval,
+    Study,
+    Trial,
+    is_share,
+    lower_is_better,
+    possible,
+)
 from truenorm._study.equivalence import two_one_sided
 from truenorm._study.power import detectable, planned
 from truenorm._study.sign_flips import sign_flip
@@ -94,13 +102,14 @@ def analyse(
 
 def verdict(study: Study) -> tuple[str, ...]:
     """The sentences that a record leads to; nothing but the record decides them."""
-    deciding = tuple(possible(c) for c in study.comparisons if c.metric == study.metric)
+    deciding = tuple(possible(study, c) for c in study.comparisons if c.metric == study.metric)
     metrics = tuple(dict.fromkeys(name for row in study.summaries.values() for name in row))
     seeds = _common_seeds(study.trials, tuple(study.summaries))
     ends = {(t.position, t.seed): t.final for t in study.trials}
     outcome = Outcome(
         metric=study.metric,
         lower_is_better=lower_is_better(study.metric),
+        in_points=is_share(study, study.metric),
         best=study.best,
         winner=study.winner,
         means={p: row[study.metric].mean for p, row in study.summaries.items()},

@@ -18,6 +18,7 @@ class Outcome:
     Args:
         metric: The metric that decides.
         lower_is_better: Whether small values of it are good.
+        in_points: Whether it is a share, better told in percentage points.
         best: The position with the best mean.
         winner: That one, if it is shown to differ from every other.
         means: Mean of the metric per position.
@@ -32,6 +33,7 @@ class Outcome:
 
     metric: str
     lower_is_better: bool
+    in_points: bool
     best: str
     winner: str | None
     means: Mapping[str, float]
@@ -60,13 +62,8 @@ class Outcome:
         return self.metric.replace("val_", "validation ", 1).replace("_", " ")
 
     def amount(self, value: float) -> str:
-        """A difference without its unit: in percentage points for accuracies."""
+        """A difference without its unit: in percentage points for shares."""
         return f"{100 * value:.2f}" if self.in_points else f"{value:.3g}"
-
-    @property
-    def in_points(self) -> bool:
-        """Whether the metric is a share, better told in percentage points."""
-        return "acc" in self.metric
 
     @property
     def unit(self) -> str:

@@ -540,6 +540,7 @@ def test_inspect_shows_what_is_inside(pair: tuple[Any, Any], tmp_path: Path) -> 
     assert "inside" in stored.tables()[0].columns
 
 
+@pytest.mark.any_backend
 def test_modes_and_findings(pair: tuple[Any, Any]) -> None:
     model, new = pair
     x = inputs_for(model)

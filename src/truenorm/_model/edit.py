@@ -63,6 +63,13 @@ def copy_of(
     return Piece(from_config(layer, type(layer), **changes), layer, values, arguments, frozen)
 
 
+def free_name(name: str, taken: Collection[str]) -> str:
+    """The name, or one like it that is not taken."""
+    while name in taken:
+        name += "_"
+    return name
+
+
 def activation_of(layer: Any, name: str) -> Piece:
     """What a layer does last, its activation, as a layer that shares nothing with it."""
     inside = layer.activation

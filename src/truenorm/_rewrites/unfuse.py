@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from truenorm._keras_internals import layers_in
-from truenorm._model.edit import Edit, Piece, activation_of, through
+from truenorm._model.edit import Edit, Piece, activation_of, free_name, through
 from truenorm._model.hooks import patched
 from truenorm._model.probe import run
 from truenorm._model.sites import channel_axis, spots
@@ -98,7 +98,6 @@ def _with_added(layer: Any, value: Any, given: Mapping[str, Any]) -> Any:
 
 
 def _new(name: str, names: set[str]) -> str:
-    while name in names:
-        name += "_"
+    name = free_name(name, names)
     names.add(name)
     return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,48 @@ def test_an_activation_that_no_graph_shows_stays() -> None:
         ("keras", "Keras's layer has nothing like its activation"), ("group", why), ("affine", why),
     ):  # fmt: skip
         assert receipt(tn.replace(model, to=to)) == {"td/bn": reason}
+
+
+@pytest.mark.parametrize("tool", ["keras", "group", "affine", "fold"])
+@pytest.mark.parametrize("kind", [L.LeakyReLU, L.PReLU])
+def test_an_activation_that_is_a_layer_is_copied(tool: str, kind: Any) -> None:
+    """By hand; the models share nothing, and the new one has the old one's numbers."""
+    layer = BatchNormalization(activation=kind(), name="bn")
+    before, behind = L.Dense(4, activation="tanh"), L.Dense(2, activation="tanh")
+    model: Any = keras.Sequential([keras.Input((6,)), before, layer, L.Dropout(0.1), behind])
+    x, inside = inputs_for(model), layer.activation
+    change: Any = tn.fold if tool == "fold" else partial(tn.replace, to=tool)
+    if not inside.built:
+        why = "its activation is a layer without weights as yet: call the model once"
+        assert receipt(change(model)) == {"bn": why}
+    predict(shake(model), x)
+    slope = np.float64(0.3 if kind is L.LeakyReLU else 0.0)
+    for alpha in inside.weights:
+        slope = np.array([-0.5, 0.1, 0.2, 0.3])
+        alpha.assign(slope)
+    old = snapshot(model)
+    new = change(model).model
+    copy = new.get_layer("bn_activation")
+    assert type(copy) is kind
+    assert copy is not inside
+    if tool != "group":
+        np.testing.assert_allclose(predict(new, x)[0], predict(model, x)[0], rtol=1e-4, atol=1e-5)
+    h = np.random.default_rng(2).normal(size=(5, 4)).astype("float32")
+    y = keras.ops.convert_to_numpy(copy(h))
+    np.testing.assert_allclose(y, np.where(h > 0, h, h * slope), rtol=1e-5)
+    new.compile("sgd", "mse")
+    new.fit(x, np.ones((len(x), 2)), verbose=0)
+    assert snapshot(model) == old
+
+
+@pytest.mark.any_backend
+def test_an_activation_that_is_a_layer_stays_in_its_wrapper() -> None:
+    layer = BatchNormalization(activation=L.PReLU(), name="bn")
+    model = keras.Sequential([keras.Input((3, 4)), L.Dense(4), L.TimeDistributed(layer, name="td")])
+    predict(shake(model), inputs_for(model))
+    assert receipt(tn.fold(model)) == {
+        "td/bn": "its activation is a layer, which its wrapper calls for each step"
+    }
 
 
 @pytest.mark.any_backend
@@ -497,6 +540,7 @@ def test_inspect_shows_what_is_inside(pair: tuple[Any, Any], tmp_path: Path) -> 
     assert "inside" in stored.tables()[0].columns
 
 
+@pytest.mark.any_backend
 def test_modes_and_findings(pair: tuple[Any, Any]) -> None:
     model, new = pair
     x = inputs_for(model)

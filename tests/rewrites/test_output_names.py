@@ -40,25 +40,60 @@ def test_outputs_keep_the_names_by_which_losses_are_told(tool: Any, single: bool
     new.fit(x, y, verbose=0)
 
 
-@pytest.mark.parametrize("tool", [tn.fold, lambda m: tn.place(m, "none")])
-def test_outputs_keep_their_dtype(tool: Any) -> None:
+def functional(chain: list[Any]) -> Any:
+    inputs = keras.Input((4,))
+    x: Any = inputs
+    for layer in chain:
+        x = layer(x)
+    return keras.Model(inputs, x)
+
+
+def sequential(chain: list[Any]) -> Any:
+    return keras.Sequential([keras.Input((4,)), *chain])
+
+
+def two_outputs(chain: list[Any]) -> Any:
+    model = functional(chain)
+    return keras.Model(model.input, [model.output, keras.layers.Dense(2)(model.input)])
+
+
+@pytest.mark.parametrize("tool", ["fold", "place"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        functional, sequential, two_outputs,
+        lambda chain: functional([functional(chain)]),
+        lambda chain: functional([sequential(chain)]),
+        lambda chain: sequential([functional(chain)]),
+        lambda chain: sequential([sequential(chain)]),
+    ],
+    ids=["functional", "sequential", "two", "f in f", "s in f", "f in s", "s in s"],
+)  # fmt: skip
+def test_outputs_keep_their_dtype(build: Any, tool: str) -> None:
     """Of a float32 output of a model that computes in 16 bits, whose last layer goes."""
-    keras.mixed_precision.set_global_policy("mixed_bfloat16")
-    try:
-        layers = [keras.layers.Dense(3), keras.layers.BatchNormalization(name="n", dtype="float32")]
-        inputs = keras.Input((4,))
-        x = layers[1](layers[0](inputs))
-        for outputs in (x, [x, keras.layers.Dense(2)(inputs)]):
-            model = keras.Model(inputs, outputs)
-            new = tool(model).model
-            assert [y.dtype for y in new.outputs] == [y.dtype for y in model.outputs]
-            x = np.ones((2, 4), "float32")
-            made, expected = (keras.tree.flatten(m(x, training=False)) for m in (new, model))
-            assert [keras.backend.standardize_dtype(y.dtype) for y in made] == [
-                keras.backend.standardize_dtype(y.dtype) for y in expected
-            ]
-    finally:
-        keras.mixed_precision.set_global_policy("float32")
+    site = keras.layers.BatchNormalization(name="n", dtype="float32")
+    dense = keras.layers.Dense(3, dtype="float32" if tool == "fold" else "mixed_bfloat16")
+    model = build([dense, keras.layers.Dropout(0.1, dtype="mixed_bfloat16"), site])
+    rewrite = tn.fold(model) if tool == "fold" else tn.place(model, "none")
+    assert len(rewrite.changed) == 1
+    assert [y.dtype for y in rewrite.model.outputs] == [y.dtype for y in model.outputs]
+    made = keras.tree.flatten(rewrite.model(np.ones((2, 4), "float32"), training=False))
+    assert {keras.backend.standardize_dtype(y.dtype) for y in made} == {"float32"}
+
+
+@pytest.mark.parametrize("build", [functional, sequential])
+def test_an_output_that_keeps_its_dtype_has_a_name_that_is_free(build: Any) -> None:
+    bfloat = {"dtype": "mixed_bfloat16"}
+    model = build([
+        keras.layers.Dense(6, name="n_output"),
+        keras.layers.Dense(3, **bfloat),
+        keras.layers.ReLU(**bfloat, name="r"),
+        keras.layers.BatchNormalization(dtype="float32", name="n"),
+    ])  # fmt: skip
+    new = tn.place(model, "before_activation").model
+    assert [layer.name for layer in new.layers][-3:] == ["n", "r", "n_output_"]
+    assert new.outputs[0].dtype == "float32"
+    assert predict(new, np.ones((2, 4), "float32"))[0].dtype == np.float32
 
 
 def test_of_an_output_that_is_an_input_of_another_only_the_other_is_named() -> None:

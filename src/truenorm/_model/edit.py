@@ -63,6 +63,30 @@ def copy_of(
     return Piece(from_config(layer, type(layer), **changes), layer, values, arguments, frozen)
 
 
+def free_name(name: str, taken: Collection[str]) -> str:
+    """The name, or one like it that is not taken."""
+    while name in taken:
+        name += "_"
+    return name
+
+
+def activation_of(layer: Any, name: str) -> Piece:
+    """What a layer does last, its activation, as a layer that shares nothing with it."""
+    inside = layer.activation
+    if not isinstance(inside, keras.Layer):
+        return Piece(keras.layers.Activation(inside, name=name, dtype=layer.dtype_policy))
+    piece = copy_of(inside, name=name)
+    if not inside.built:  # Keras does so at its first call: it has no state yet
+        piece.source = None
+    return piece
+
+
+def own_variables(layer: Any) -> list[Any]:
+    """The variables of a layer without those of an activation that is a layer."""
+    theirs = {id(variable) for variable in getattr(layer.activation, "variables", ())}
+    return [variable for variable in layer.variables if id(variable) not in theirs]
+
+
 def through(chain: Sequence[Piece], operation: Any, args: Any, kwargs: Any) -> Any:
     """What the chain that stands in the place of an operation makes of its arguments."""
     value = given = args[0] if args else next(iter(kwargs.values()))

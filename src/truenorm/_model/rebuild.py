@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, cast
@@ -30,7 +30,7 @@ from truenorm._keras_internals import (
     run_through_graph,
 )
 from truenorm._model.duplicate import Duplicator
-from truenorm._model.edit import Edit, Piece, from_config, through
+from truenorm._model.edit import Edit, Piece, free_name, from_config, through
 from truenorm._model.graph import graph_of
 from truenorm._model.snapshot import same_randomness
 from truenorm._model.state import carry_flags, carry_values, scope
@@ -127,8 +127,7 @@ class _Builder:
     def _functional(self, old: Any) -> Any:
         inputs = keras.tree.map_structure(self._new_input, old.input)
         outputs = run_through_graph(old, inputs, operation_fn=self._called, call_fn=self._call)
-        if old is self.root:
-            outputs = self._outputs_like(old, outputs)
+        outputs = self._outputs_like(old, outputs)
         return self._of_class(old, functional_class(), inputs, outputs)
 
     def _outputs_like(self, old: Any, outputs: Any) -> Any:
@@ -137,19 +136,27 @@ class _Builder:
         A layer that was moved keeps its own name; its output is named after what makes it now.
         """
         named: dict[Any, Any] = {}
-        told = _tells_outputs_by_name(old)
+        told = old is self.root and _tells_outputs_by_name(old)
         found: list[Any] = []
-        taken = {piece.layer.name for piece in self.pieces}
+        taken = self._names_in_place_of(node.operation for node in nodes(old))
         for tensor, new in zip(old.outputs, keras.tree.flatten(outputs), strict=True):
             maker = operation_of(tensor)
             lost = told and maker.name not in taken
             if maker in self.edit and (lost or new.dtype != tensor.dtype):
                 if maker not in named:
-                    name = f"{maker.name}_output" if maker.name in taken else maker.name
-                    named[maker] = keras.layers.Identity(name=name, dtype=tensor.dtype)
+                    names = taken | {made.name for made in named.values()}
+                    named[maker] = _keeper(maker.name, names, tensor.dtype)
                 new = named[maker](new)
             found.append(new)
         return keras.tree.pack_sequence_as(outputs, found)
+
+    def _names_in_place_of(self, operations: Iterable[Any]) -> set[str]:
+        """The names of what stands in the place of operations."""
+        names: set[str] = set()
+        for one in operations:
+            chain = self.edit.get(one)
+            names |= {one.name} if chain is None else {piece.layer.name for piece in chain}
+        return names
 
     def _sequential(self, old: Any) -> Any:
         chain = [self._new_input(old.inputs[0])]
@@ -158,6 +165,10 @@ class _Builder:
             chain += [self.counterpart(layer)] if pieces is None else [p.layer for p in pieces]
         if len(chain) == 1:  # nothing is left, and Keras calls no Sequential model without layers
             chain.append(keras.layers.Identity(name=f"{old.name}_identity"))
+        last, end, dtype = old.layers[-1], chain[-1], old.outputs[0].dtype
+        made = end.compute_dtype if graph_of(end) is None else end.outputs[0].dtype
+        if last in self.edit and made != dtype:
+            chain.append(_keeper(last.name, {one.name for one in chain}, dtype))
         return self._of_class(old, keras.Sequential, chain)
 
     def _of_class(self, old: Any, base: Any, *arguments: Any) -> Any:
@@ -221,6 +232,13 @@ class _Builder:
         for piece in self.pieces:
             for variable in piece.layer.variables if piece.frozen else ():
                 variable.trainable &= variable.name not in piece.frozen
+
+
+def _keeper(name: str, taken: Collection[str], dtype: str) -> Any:
+    """A layer that gives an output the dtype and, if it is free, the name that it had."""
+    if name in taken:
+        name = free_name(f"{name}_output", taken)
+    return keras.layers.Identity(name=name, dtype=dtype)
 
 
 def _same_variables(piece: Piece) -> Iterator[tuple[Any, Any]]:

@@ -30,6 +30,7 @@ from truenorm._rewrites.passing import (
     parts,
     passed,
     picks,
+    why_not_behind,
 )
 from truenorm._rewrites.wrappers import Inside, inside, normalizes_its_kernel
 
@@ -57,6 +58,11 @@ def why_unfit(call: Call) -> str | None:
         return f"it is called with {', '.join(others)}"
     if channel_axis(layer) == 0:
         return "its axis is that of the batch"
+    if layer is not call.operation and isinstance(getattr(layer, "activation", None), keras.Layer):
+        return "its activation is a layer, which its wrapper calls for each step"
+    stuck = why_not_behind(layer)
+    if stuck:
+        return stuck
     affine = affine_of(layer)
     if not (np.isfinite(affine.scale).all() and np.isfinite(affine.shift).all()):
         return "its moving statistics, gamma or beta are not finite numbers"

@@ -166,11 +166,12 @@ def _called(call: Call, edit: Edit, inputs: list[Any]) -> Any:
     args, kwargs = filled_in(call.node, inputs)
     if call.written is not None and isinstance(call.operation, keras.Layer):
         kwargs["training"] = call.written[1]
-    # A piece without a source is an activation that was inside, or a sum.
-    chain = [p for p in edit.get(call.operation, ()) if p.source is not None or p.call is not None]
-    if call.operation in edit:
-        return through(chain, call.operation, args, kwargs)
-    return call.operation(*args, **kwargs)
+    operation = call.operation
+    # A piece that does not stand for the operation is an activation that was inside, or a sum.
+    chain = [p for p in edit.get(operation, ()) if p.source is operation or p.call is not None]
+    if operation in edit:
+        return through(chain, operation, args, kwargs)
+    return operation(*args, **kwargs)
 
 
 def shaken(tensors: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from truenorm._model.edit import Piece, copy_of
+from truenorm._model.edit import Piece, activation_of, copy_of, own_variables
 from truenorm._model.graph import Call, is_batch_normalization, label_of, nearby
 from truenorm._model.sites import fused_activation, is_activation, is_linear
 
@@ -57,16 +57,8 @@ def insertion(
 
 def split(layer: Any) -> tuple[Piece, Piece]:
     """A convolution or dense layer without its activation, and this as a layer of its own."""
-    inside, name = layer.activation, split_name(layer)
-    theirs = {id(variable) for variable in getattr(inside, "variables", ())}
-    own = [variable for variable in layer.variables if id(variable) not in theirs]
-    if not isinstance(inside, keras.Layer):
-        activation = Piece(keras.layers.Activation(inside, name=name, dtype=layer.dtype_policy))
-    else:
-        activation = copy_of(inside, name=name)
-        if not inside.built:  # Keras does so at its first call: it has no state yet
-            activation.source = None
-    return copy_of(layer, own, activation="linear"), activation
+    bare = copy_of(layer, own_variables(layer), activation="linear")
+    return bare, activation_of(layer, split_name(layer))
 
 
 def split_name(layer: Any) -> str:

@@ -84,6 +84,14 @@ def has_activation(layer: Any) -> bool:
     return getattr(layer, "activation", None) not in (None, keras.activations.linear)
 
 
+def why_not_behind(layer: Any) -> str | None:
+    """Why the activation of a layer cannot stand behind it; None if it can."""
+    inside = getattr(layer, "activation", None)
+    if isinstance(inside, keras.Layer) and not inside.built:
+        return "its activation is a layer without weights as yet: call the model once"
+    return None
+
+
 def _passed(call: Call, seen: Inside, affine: Affine, *, back: bool) -> Affine | None:
     layer, kind, rank = seen.layer, type(seen.layer), len(seen.shapes[0])
     if kind in _NOTHING_IN_INFERENCE or (kind is L.Activation and not has_activation(layer)):

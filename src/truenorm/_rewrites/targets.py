@@ -21,6 +21,7 @@ from truenorm._model.rebuild import build_like
 from truenorm._model.sites import Spot, batch_normalizations, channel_axis, is_own_class, spots
 from truenorm._model.values import as_float64, numbers
 from truenorm._records.tables import counted
+from truenorm._rewrites.passing import why_not_behind
 
 To = Literal["truenorm", "keras", "group", "layer", "affine"]
 
@@ -176,7 +177,7 @@ def _why_not_replaced(
     if spot.call is not None:  # there it goes behind the layer
         config.pop("activation", None)
     option = _only_ours({**config, **options})
-    return option and f"Keras's layer has nothing like its {option}"
+    return f"Keras's layer has nothing like its {option}" if option else why_not_behind(layer)
 
 
 def _replaced(
@@ -184,7 +185,8 @@ def _replaced(
 ) -> Piece:
     own = {"activation": keras.activations.relu} if layer in rectifying else {}
     new = from_config(layer, _CLASSES[to], **options, **own)
-    return Piece(new, layer, _values(layer, new) if options else None)
+    loses = isinstance(getattr(layer, "activation", None), keras.Layer) and to == "keras"
+    return Piece(new, layer, _values(layer, new) if options or loses else None)
 
 
 def _values(layer: Any, new: Any) -> list[Any]:
@@ -237,7 +239,7 @@ def _why_not_converted(to: str, spot: Spot) -> str | None:
         return "its channels are not on the last axis, as LayerNormalization needs it on PyTorch"
     if int(layer.moving_mean.shape[0]) == 1 and (to == "layer" or layer.input_spec.ndim == 2):
         return "it has one channel, which would be constant"
-    return None
+    return why_not_behind(layer)
 
 
 def _converted(to: str, layer: Any, **changes: Any) -> Piece:

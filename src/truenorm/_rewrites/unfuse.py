@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from truenorm._keras_internals import layers_in
-from truenorm._model.edit import Edit, Piece, through
+from truenorm._model.edit import Edit, Piece, activation_of, free_name, through
 from truenorm._model.hooks import patched
 from truenorm._model.probe import run
 from truenorm._model.sites import channel_axis, spots
@@ -36,9 +36,7 @@ def behind(layer: Any, names: set[str], *, adds: bool) -> list[Piece]:
         total = keras.layers.Add(name=_new(f"{layer.name}_add", names), dtype=layer.dtype_policy)
         pieces.append(Piece(total, call=_with_added))
     if has_activation(layer):
-        name = _new(f"{layer.name}_activation", names)
-        activation = keras.layers.Activation(layer.activation, name=name, dtype=layer.dtype_policy)
-        pieces.append(Piece(activation))
+        pieces.append(activation_of(layer, _new(f"{layer.name}_activation", names)))
     return pieces
 
 
@@ -90,7 +88,7 @@ def _compare(
 
         whole = pair(chain)
         with patched([(layer, "activation", None)]):
-            bare = pair(chain and [p for p in chain if p.source is not None or p.call is not None])
+            bare = pair(chain and [p for p in chain if p.source is layer or p.call is not None])
         results += [by_channel(channel_axis(layer), *both) for both in (bare, whole)]
     return results
 
@@ -100,7 +98,6 @@ def _with_added(layer: Any, value: Any, given: Mapping[str, Any]) -> Any:
 
 
 def _new(name: str, names: set[str]) -> str:
-    while name in names:
-        name += "_"
+    name = free_name(name, names)
     names.add(name)
     return name

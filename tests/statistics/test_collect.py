@@ -395,7 +395,9 @@ def test_what_a_variable_cannot_hold_is_refused() -> None:
 @pytest.mark.skipif(keras.config.backend() == "jax", reason="its arrays are float32 here")
 def test_numbers_of_a_float64_model_stay_float64() -> None:
     """Their squares are beyond float32."""
+    before = keras.config.dtype_policy()
     keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
     try:
         first, dense = tn.BatchNormalization(), keras.layers.Dense(3)
         last = keras.layers.BatchNormalization(name="last")
@@ -404,6 +406,7 @@ def test_numbers_of_a_float64_model_stay_float64() -> None:
         found = tn.collect(model, x, batch_size=64).sites["last"]
     finally:
         keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy(before)
     kernel, bias = weights(dense)
     expected = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3) @ kernel + bias
     np.testing.assert_allclose(found.variance, expected.var(0), rtol=1e-7)

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from diagnosed import conv, dropped, functional, only, set_statistics
 from small_models import dense, nested, residual, shake, subclassed, two_towers
 
 import truenorm as tn
@@ -40,11 +41,6 @@ def chain() -> Any:
     return model
 
 
-def set_statistics(layer: Any, mean: Any, variance: Any) -> None:
-    layer.moving_mean.assign(mean)
-    layer.moving_variance.assign(variance)
-
-
 def statistics(layer: Any) -> tuple[np.ndarray, np.ndarray]:
     return tuple(  # type: ignore[return-value]
         np.float64(keras.ops.convert_to_numpy(v))
@@ -54,14 +50,6 @@ def statistics(layer: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def codes(diagnosis: tn.Diagnosis) -> set[str]:
     return {finding.code for finding in diagnosis.findings}
-
-
-def only(diagnosis: tn.Diagnosis) -> tn.Finding:
-    (finding,) = diagnosis.findings
-    return finding
-
-
-# --- statistics --------------------------------------------------------------------------------
 
 
 def forget(layer: Any, share: float) -> None:
@@ -246,17 +234,6 @@ def zero() -> Any:
 # --- structure ---------------------------------------------------------------------------------
 
 
-def functional(*layers: Any, shape: tuple[int, ...] = (6, 6, 3)) -> Any:
-    inputs = x = keras.Input(shape)
-    for layer in layers:
-        x = layer(x)
-    return keras.Model(inputs, x, name="model")
-
-
-def conv(name: str | None = None, **options: Any) -> Any:
-    return L.Conv2D(4, 3, padding="same", name=name, **options)
-
-
 def forgotten() -> Any:
     norm = L.BatchNormalization
     return functional(
@@ -273,13 +250,6 @@ def gated() -> Any:
     x = L.BatchNormalization()(conv()(x * L.Reshape((1, 1, 4))(gate)))
     x = L.BatchNormalization()(conv()(x))
     return keras.Model(inputs, L.Dense(2)(x))
-
-
-def dropped(rate: float = 0.5, *, late: bool = False, depth: bool = False) -> Any:
-    dropout = L.Dropout(rate, noise_shape=(None, 1, 1, 1) if depth else None, name="drop")
-    chain = [conv(), L.BatchNormalization(name="bn"), L.ReLU()]
-    layers = [*chain, dropout] if late else [dropout, *chain]
-    return functional(*layers, L.Flatten(), L.Dense(1))
 
 
 def twice() -> Any:
@@ -340,78 +310,6 @@ def test_without_data(
     assert found[0].site == site
     assert found[0].evidence
     assert not tn.diagnose(healthy(), select=code).findings
-
-
-def test_dropout_before_statistics_that_were_taken_without_it_is_no_fault() -> None:
-    """What the remedy mends is found no more; what training has made is."""
-    keras.utils.set_random_seed(1)
-    x = GENERATOR.normal(2.0, 1.0, (512, 6, 6, 3)).astype("float32")
-    y = x.mean(axis=(1, 2))[:, :1]
-    model = dropped()
-    model.compile(keras.optimizers.SGD(0.0), "mse")
-    model.fit(x, y, batch_size=32, epochs=40, verbose=0)
-    finding = only(tn.diagnose(model, x, select="TN302"))
-    assert (finding.site, finding.remedy) == ("bn", "tn.recalibrate(model, data)")
-    assert finding.evidence["output_error"] > 0.15  # by hand: 1 - 1 / sqrt(2), of mean 0
-    assert only(tn.diagnose(model, select="TN302")).remedy == "tn.diagnose(model, data, y)"
-    tn.recalibrate(model, x)
-    assert not tn.diagnose(model, x, select="TN302").findings
-
-
-def after_dropout(samples: int, rate: float, kept: float) -> tuple[Any, Any]:
-    """A model and its data, of mean 0, with `kept` times the right variances; and their layer."""
-    x = np.random.default_rng(7).normal(0.0, 1.0, (samples, 4)).astype("float32")
-    x -= x.mean(axis=0)
-    layer = L.BatchNormalization(name="bn", epsilon=1e-7)
-    model = keras.Sequential([keras.Input((4,)), L.Dropout(rate), layer, L.Dense(1)])
-    set_statistics(layer, np.zeros(4), kept * np.float64(x).var(axis=0))
-    return model, x
-
-
-@pytest.mark.parametrize(
-    ("samples", "rate", "told"),
-    [
-        (512, 0.5, "output_error"),
-        (64, 0.5, ""),  # too few: an error of 0.29 could be theirs
-        (512, 0.2, ""),  # an error of 0.1056; noticeable are 0.1326
-        (4096, 0.2, "output_error"),
-        (512, 0.1, ""),
-        (4096, 0.1, ""),  # an error of 0.05; below 0.1 nothing is told with certainty
-    ],
-)
-def test_dropout_before_statistics_that_hold_its_variance(
-    samples: int, rate: float, told: str
-) -> None:
-    """By hand: the variance of training is 1 / (1 - rate) times that of inference."""
-    model, x = after_dropout(samples, rate, 1 / (1 - rate))
-    finding = only(tn.diagnose(model, x, select="TN302"))
-    assert finding.site == "bn"
-    if told:
-        assert finding.evidence[told] == pytest.approx(1 - np.sqrt(1 - rate), abs=1e-4)
-        assert finding.remedy == "tn.recalibrate(model, data)"
-    else:
-        assert "output_error" not in finding.evidence
-        assert finding.remedy == "tn.diagnose(model, data, y)"
-    tn.recalibrate(model, x)
-    assert not tn.diagnose(model, x, select="TN302").findings
-
-
-def test_dropout_before_frozen_statistics_that_hold_its_variance() -> None:
-    model, x = after_dropout(512, 0.5, 2.0)
-    model.get_layer("bn").trainable = False
-    finding = only(tn.diagnose(model, x, select="TN302"))
-    assert finding.evidence["output_error"] == pytest.approx(1 - np.sqrt(0.5), abs=1e-4)
-    assert finding.remedy == (
-        "tn.recalibrate(model, data); and its undo(), if the model does worse"
-    )
-    tn.recalibrate(model, x)
-    assert not tn.diagnose(model, x, select="TN302").findings
-
-
-def test_dropout_before_statistics_that_never_moved() -> None:
-    model, x = after_dropout(512, 0.5, 1.0)
-    set_statistics(model.get_layer("bn"), np.zeros(4), np.ones(4))
-    assert only(tn.diagnose(model, x, select="TN302")).remedy == "tn.diagnose(model, data, y)"
 
 
 def test_channels_with_a_fault_are_named() -> None:

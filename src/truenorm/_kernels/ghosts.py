@@ -47,15 +47,14 @@ def normalize_ghosts(
     samples, *inner = ops.shape(x)
     static = isinstance(samples, int)
     groups = max(1, samples // size) if static else ops.maximum(1, samples // size)
-    if each is not None and static and samples % groups == 0:
-        if channel == 1 and mask is None:
-            output, ghosts = _side_by_side(each, groups, x, gamma, beta, options)
-            return Normalized(output, *_pooled(ghosts, groups, several))
-        if groups <= most_calls:
-            fallback = None if moving is None else Moving(moving.mean, moving.variance)
-            options = options._replace(axis=channel, moving=fallback)
-            output, ghosts = _one_by_one(each, groups, x, gamma, beta, options)
-            return Normalized(output, *_pooled(ghosts, groups, several))
+    rows_of_channels = channel == 1 and mask is None
+    equal = static and samples % groups == 0
+    if each is not None and equal and (rows_of_channels or groups <= most_calls):
+        fallback = None if moving is None else Moving(moving.mean, moving.variance)
+        options = options._replace(axis=channel, moving=fallback)
+        run = _side_by_side if rows_of_channels else _one_by_one
+        output, ghosts = run(each, groups, x, gamma, beta, options)
+        return Normalized(output, *_pooled(ghosts, groups, several))
     rows = -(-samples // groups)
     padding = rows * groups - samples
 
@@ -90,7 +89,7 @@ def _side_by_side(
     samples, channels, *inner = ops.shape(x)
     rows = ops.reshape(x, [samples // groups, groups * channels, *inner])
     scale, offset = (None if w is None else ops.tile(w, groups) for w in (gamma, beta))
-    found = each(rows, scale, offset, options._replace(axis=1, moving=None))
+    found = each(rows, scale, offset, options._replace(moving=None))
     mean, variance = (ops.reshape(v, [1, groups, -1]) for v in (found.mean, found.variance))
     count = ops.reshape(ops.cast(found.count, mean.dtype), [1, 1, 1])
     return ops.reshape(found.output, ops.shape(x)), (mean, variance, count)

@@ -431,9 +431,8 @@ class BatchNormalization(LeanCall, keras.layers.BatchNormalization):
         batch = kernel(inputs, gamma, beta, options)
         if batch.moved != () and not repeated:
             self._step(batch, weights)
-        output = batch.output
-        if dtype != self.compute_dtype:
-            output = ops.cast(output, self.compute_dtype)
+        same = dtype == self.compute_dtype
+        output = batch.output if same else ops.cast(batch.output, self.compute_dtype)
         return output if rectifies else self._finished(output, None if adds else add)
 
     def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:

@@ -5,8 +5,9 @@ Exits with code 2 if that backend finds no GPU.
 
 In one process and in turns (A, B, C, A, …): Keras's own layer, truenorm's, and the framework's own
 operation (cuDNN's, on PyTorch and TensorFlow; JAX has none); each alone and with a ReLU behind it,
-and truenorm's with the ReLU inside (``activation="relu"``). PyTorch runs eagerly, JAX jitted,
-TensorFlow in a graph, and compiled by XLA, which is what ``fit`` does on a GPU. A step is forward
+and truenorm's with the ReLU inside (``activation="relu"``). PyTorch runs eagerly (with
+``--compile`` by Inductor), JAX jitted, TensorFlow in a graph, and compiled by XLA, which is what
+``fit`` does on a GPU. A step is forward
 and backward, and all gradients are outputs. Some steps are queued at once and then waited for, as
 in ``fit``, where nobody waits after one layer: the time is that of the queue over its length.
 Warm-up and compilation come before the clock.
@@ -109,36 +110,40 @@ def through(chain: tuple[Any, ...], x: Any) -> Any:
     return y
 
 
-def torch_steps(x: Any, dy: Any, dtype: str) -> dict[str, Step]:
-    """Steps on PyTorch, eager."""
+def torch_steps(x: Any, dy: Any, dtype: str, compiled: bool = False) -> dict[str, Step]:
+    """Steps on PyTorch, eager or by ``torch.compile``."""
     import torch
     from torch.nn import functional
 
     x.requires_grad_()
 
+    def step(forward: Callable[[Any], Any], *weights: Any) -> Step:
+        if compiled:
+            forward = torch.compile(forward, dynamic=False)
+
+        def run() -> tuple[Any, ...]:
+            y = forward(x)
+            return (y, *torch.autograd.grad(y, (x, *weights), dy))
+
+        return run
+
     def of(chain: tuple[Any, ...]) -> Step:
         layer = chain[0]
         layer.build(x.shape)
-
-        def step() -> tuple[Any, ...]:
-            y = through(chain, x)
-            return (y, *torch.autograd.grad(y, (x, layer.gamma.value, layer.beta.value), dy))
-
-        return step
+        return step(partial(through, chain), layer.gamma.value, layer.beta.value)
 
     ones, zeros = (make(x.shape[-1], device=x.device) for make in (torch.ones, torch.zeros))
     mean, variance = zeros.clone(), ones.clone()
     gamma, beta = ones.requires_grad_(), zeros.requires_grad_()
 
     def native(behind: Callable[[Any], Any] | None = None) -> Step:
-        def step() -> tuple[Any, ...]:
+        def forward(x: Any) -> Any:
             # Of rank 4, the view is what PyTorch calls channels_last.
             view = x.movedim(-1, 1)
             y = functional.batch_norm(view, mean, variance, gamma, beta, True, 0.01, 1e-3)
-            y = (y if behind is None else behind(y)).movedim(1, -1)
-            return (y, *torch.autograd.grad(y, (x, gamma, beta), dy))
+            return (y if behind is None else behind(y)).movedim(1, -1)
 
-        return step
+        return step(forward, gamma, beta)
 
     steps = {name: of(chain) for name, chain in layers(dtype).items()}
     return {**steps, "native": native(), "native, relu": native(torch.relu)}
@@ -246,7 +251,9 @@ def working(steps: Mapping[str, Step], queue: int) -> dict[str, Step]:
     return works
 
 
-def measure(shape: tuple[int, ...], dtype: str, rounds: int, queue: int) -> None:
+def measure(
+    shape: tuple[int, ...], dtype: str, rounds: int, queue: int, compiled: bool = False
+) -> None:
     """Print the table of one shape and dtype."""
     ops: Any = keras.ops
     random = np.random.default_rng(0)
@@ -262,7 +269,8 @@ def measure(shape: tuple[int, ...], dtype: str, rounds: int, queue: int) -> None
     tx, tdy = (ops.cast(ops.convert_to_tensor(a), dtype) for a in (x, dy))
     size = ops.convert_to_numpy(tdy).nbytes
     print(f"{shape} {dtype}, T = {size / 1e6:.1f} MB")
-    builders = {"jax": jax_steps, "tensorflow": tensorflow_steps, "torch": torch_steps}
+    of_torch = partial(torch_steps, compiled=compiled)
+    builders = {"jax": jax_steps, "tensorflow": tensorflow_steps, "torch": of_torch}
     steps = builders[keras.config.backend()](tx, tdy, dtype)
     steps = working({"copy": lambda: (ops.negative(tdy),), **steps}, queue)
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -315,9 +323,12 @@ def main() -> None:
     parser.add_argument("--queue", type=int, default=10, help="steps that are asked for at once")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--shape", help="one shape, as numbers with commas; default: a set")
+    parser.add_argument("--compile", action="store_true", help="PyTorch: by torch.compile")
     parser.add_argument("--cpu", action="store_true", help="go on without a GPU, to try this out")
     given = parser.parse_args()
     backend, device = keras.config.backend(), gpu()
+    if given.compile and backend != "torch":
+        parser.error("--compile is PyTorch's: set KERAS_BACKEND=torch")
     if device is None and not given.cpu:
         parser.exit(2, f"{backend} finds no GPU here: nothing is measured\n")
     print(f"{backend} {importlib.import_module(backend).__version__}, {device or 'no GPU'}")
@@ -326,7 +337,7 @@ def main() -> None:
         shapes = (tuple(int(n) for n in given.shape.split(",")),)
     for shape in shapes:
         for dtype in given.dtype:
-            measure(shape, dtype, given.rounds, given.queue)
+            measure(shape, dtype, given.rounds, given.queue, given.compile)
 
 
 if __name__ == "__main__":

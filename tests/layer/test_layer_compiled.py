@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import pathlib
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
@@ -149,6 +152,7 @@ if BACKEND == "tensorflow":
 
 
 if BACKEND == "torch":
+    CHANNELS_LAST = lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1)  # noqa: E731
 
     @pytest.mark.parametrize(
         ("options", "how"),
@@ -178,22 +182,36 @@ if BACKEND == "torch":
         compiled = torch.compile(layer, backend="eager", fullgraph=True)  # a break is an error
         assert error(array(compiled(torch.tensor(X))), array(eager(torch.tensor(X)))) < 1e-6
 
+    @contextlib.contextmanager
+    def as_on_a_gpu() -> Iterator[None]:
+        """Triton's passes, by its interpreter where there is no GPU."""
+        pytest.importorskip("triton")
+        passes = importlib.import_module("truenorm._kernels.torch.passes")
+        triton = importlib.import_module("truenorm._kernels.torch.triton_passes")
+        with mock.patch.object(passes, "_passes", return_value=triton):
+            yield
+
+    @pytest.mark.parametrize("added", [False, True], ids=["", "a sum inside"])
     @pytest.mark.parametrize(
-        ("laid_out", "relu", "dtype"),
+        ("laid_out", "relu", "dtype", "on"),
         [
-            (lambda x: x, False, "float32"),
-            (lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1), True, "bfloat16"),
-            (lambda x: x.repeat_interleave(2, 0)[::2], True, "float64"),
+            (lambda x: x, False, "float32", contextlib.nullcontext),
+            (lambda x: x, True, "float32", as_on_a_gpu),
+            (CHANNELS_LAST, True, "bfloat16", contextlib.nullcontext),
+            (CHANNELS_LAST, False, "bfloat16", as_on_a_gpu),
+            (lambda x: x.repeat_interleave(2, 0)[::2], True, "float64", contextlib.nullcontext),
         ],
-        ids=["channels first", "channels last", "with gaps"],
+        ids=["channels first", "on a GPU", "channels last", "last, on a GPU", "with gaps"],
     )
     def test_torch_compile_holds_the_passes_as_one_node_each_way(
-        laid_out: Callable[[Any], Any], relu: bool, dtype: str
+        laid_out: Callable[[Any], Any], relu: bool, dtype: str, on: Any, added: bool
     ) -> None:
         import torch
         from functorch.compile import make_boxed_func
         from torch._dynamo.backends.common import aot_autograd
 
+        if dtype == "float64" and torch.cuda.is_available():
+            pytest.skip("a GPU's passes do not take it")
         nodes: list[str] = []
 
         def noted(graph: Any, _: Any) -> Any:
@@ -206,7 +224,7 @@ if BACKEND == "torch":
         made(np.ones((2, 4, 3, 5)))  # Keras's state of before any call would be another graph's.
         torch.compiler.reset()
         compiled = torch.compile(
-            lambda x: made(x, training=True),
+            lambda x, add: made(x, add=add, training=True) if added else made(x, training=True),
             backend=aot_autograd(fw_compiler=noted, bw_compiler=noted),
             fullgraph=True,
             dynamic=True,
@@ -214,18 +232,23 @@ if BACKEND == "torch":
         within = 0.02 if dtype == "bfloat16" else 1e-6
         for samples in (6, 8):  # one graph for both
             made.moving_mean.assign([0.0] * 4)
-            at, toward = (
+            at, beside, toward = (
                 torch.tensor(RNG.normal(2, 3, (samples, 4, 3, 5))).to(getattr(torch, dtype))
-                for _ in range(2)
+                for _ in range(3)
             )
             at = laid_out(at).requires_grad_()
-            output = compiled(at)
-            output.backward(toward)
-            x, dy, y = (array(t.detach().double()) for t in (at, toward, output))
+            beside.requires_grad_()
+            with on():
+                output = compiled(at, beside)
+                output.backward(toward)
+            x, add, dy, y = (array(t.detach().double()) for t in (at, beside, toward, output))
             truth = reference.forward(x, axis=1)
-            backward = reference.backward(dy * (y > 0) if relu else dy, x, axis=1)
-            assert error(y, np.maximum(truth.output, 0) if relu else truth.output) < within
+            expected = truth.output + add if added else truth.output
+            dy = dy * (y > 0) if relu else dy
+            assert error(y, np.maximum(expected, 0) if relu else expected) < within
+            backward = reference.backward(dy, x, axis=1)
             assert error(array(at.grad.double()), backward.x) < within
+            assert not added or error(array(beside.grad.double()), dy) < within
             assert error(array(made.moving_mean), truth.mean / 2) < within
         ours = [node for node in nodes if node.startswith("truenorm")]
         assert ours == ["truenorm.forward.default", "truenorm.backward.default"]

@@ -46,6 +46,7 @@ class Cut(NamedTuple):
     width: int  # channels of a tile, and of a block
     strip: int  # rows of a program: some tiles
     strips: int
+    most: int  # strips, up to a power of 2
     blocks: int
 
 
@@ -94,7 +95,7 @@ def backward(
     del mask
     grid, parts, sizes = _divided(x, plan.layout)
     d_x = torch.empty_like(x) if needed else None
-    found = torch.empty(2, plan.layout[1], dtype=torch.float32, device=x.device)
+    d_gamma, d_beta = rows.new_empty(plan.layout[1]), rows.new_empty(plan.layout[1])
     relu = plan.relu and output is None
     with torch.cuda.device_of(x):
         _products[grid](
@@ -103,12 +104,12 @@ def backward(
             num_warps=WARPS,
         )
         _gradient[grid if needed else (grid[0], 1)](
-            *(x, gradient if behind is None else behind, d_x, rows, gamma, beta, parts, found),
-            relu,
+            *(x, gradient if behind is None else behind, d_x, rows, gamma, beta, parts),
+            *(d_gamma, d_beta, relu),
             *sizes,
             num_warps=WARPS,
         )
-    return d_x, found[0], found[1]
+    return d_x, d_gamma, d_beta
 
 
 def moments(plan: Plan, x: Tensor, mask: None) -> Tensor:
@@ -194,9 +195,8 @@ def _divided(x: Tensor, layout: Layout) -> tuple[tuple[int, int], Tensor, tuple[
     outer, channels, inner = layout
     cut = _cut(outer * inner, channels, inner, _programs(x.device))
     parts = torch.empty(cut.strips, 2, channels, dtype=torch.float64, device=x.device)
-    most = triton.next_power_of_2(cut.strips)
     sizes = (outer * inner, channels, cut.strip, cut.tile, cut.width, inner, x.numel() >= 2**31)
-    return (cut.blocks, cut.strips), parts, (*sizes, cut.strips, most)
+    return (cut.blocks, cut.strips), parts, (*sizes, cut.strips, cut.most)
 
 
 @cache
@@ -216,7 +216,8 @@ def _cut(rows: int, channels: int, inner: int, programs: int) -> Cut:
     tiles = triton.cdiv(rows, tile)
     strips = min(tiles, triton.cdiv(programs, blocks))
     strip = triton.cdiv(tiles, strips) * tile
-    return Cut(tile, width, strip, triton.cdiv(rows, strip), blocks)
+    strips = triton.cdiv(rows, strip)
+    return Cut(tile, width, strip, strips, triton.next_power_of_2(strips), blocks)
 
 
 @triton.jit
@@ -398,17 +399,17 @@ def _products(
 
 @triton.jit(do_not_specialize=("rows", "strips"))
 def _gradient(
-    x, gradient, d_x, statistics, gamma, beta, parts, found, relu: tl.constexpr, rows, channels,
-    strip, tile: tl.constexpr, width: tl.constexpr, inner: tl.constexpr, wide: tl.constexpr,
-    strips, most: tl.constexpr,
+    x, gradient, d_x, statistics, gamma, beta, parts, d_gamma, d_beta, relu: tl.constexpr, rows,
+    channels, strip, tile: tl.constexpr, width: tl.constexpr, inner: tl.constexpr,
+    wide: tl.constexpr, strips, most: tl.constexpr,
 ):  # fmt: skip
     """The gradients of gamma and beta, from the sums of strips; that of x in a strip."""
     mean, scale, offset, low, rstd = _constants(statistics, gamma, beta, channels, width)
     total = tl.sum(_parts(parts, 0, channels, strips, most, width), 0)
     normalized = (tl.sum(_parts(parts, 1, channels, strips, most, width), 0) - low * total) * rstd
     if tl.program_id(1) == 0:
-        _write(found, 0, channels, width, normalized)
-        _write(found, 1, channels, width, total)
+        _write(d_gamma, 0, channels, width, normalized)
+        _write(d_beta, 0, channels, width, total)
     if d_x is not None:
         count = tl.cast(rows, tl.float64)
         factor = tl.where(rows > 1, scale, 0.0)  # of one value the output is beta, whatever it is

@@ -27,7 +27,7 @@ def started(program: Path, argument: str, **environment: str) -> Generator[list[
         subprocess.Popen(
             [sys.executable, "-W", "ignore", str(program), str(rank), argument, *ports],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, **environment},
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},  # not for two of them
         )
         for rank in range(2)
     ]  # fmt: skip

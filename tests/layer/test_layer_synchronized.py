@@ -31,7 +31,10 @@ def run(folder: pathlib.Path, cases: list[dict[str, Any]]) -> list[list[dict[str
     for path, case in zip(given, cases, strict=True):
         np.savez(path, **case | {"options": json.dumps(case["options"])})
     program = pathlib.Path(__file__).parents[1] / "training_replica.py"
-    environment = {**os.environ, "KERAS_BACKEND": BACKEND, "GLOO_SOCKET_IFNAME": "lo"}
+    # Two processes cannot have one GPU: they compute on processors.
+    processors = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    here = {"KERAS_BACKEND": BACKEND, "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, **here, **processors}
     started = [
         subprocess.Popen(
             [sys.executable, program, rank, *given],

@@ -37,7 +37,7 @@ from truenorm._layer.recomputation import is_repeated, repeatable
 from truenorm._layer.renorm import Renorm
 
 ops: Any = keras.ops
-
+KERAS_TRAINABLE: Any = keras.layers.Layer.trainable
 DEFAULTS: dict[str, Any] = {
     "virtual_batch_size": None,
     "bessel_correction": False,
@@ -297,7 +297,7 @@ class BatchNormalization(LeanCall, keras.layers.BatchNormalization):
     @property
     def trainable(self) -> bool:
         """As ``keras.layers.Layer.trainable``; True does not thaw gamma and beta under "affine"."""
-        return bool(super().trainable)
+        return bool(KERAS_TRAINABLE.fget(self))  # a super().trainable would break Dynamo's graph
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
@@ -305,7 +305,7 @@ class BatchNormalization(LeanCall, keras.layers.BatchNormalization):
 
     def _set_trainable(self, value: bool) -> None:
         # Not by assignment: on TensorFlow that ends early where trainable is the value already.
-        cast(Any, keras.layers.Layer.trainable).__set__(self, value)
+        KERAS_TRAINABLE.fset(self, value)
         self._hold_affine()
 
     def _hold_affine(self) -> None:

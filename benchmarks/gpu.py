@@ -116,6 +116,8 @@ def torch_steps(x: Any, dy: Any, dtype: str, compiled: bool = False) -> dict[str
     from torch.nn import functional
 
     x.requires_grad_()
+    if compiled:
+        torch.compiler.reset()  # It compiles one function so many times only.
 
     def step(forward: Callable[[Any], Any], *weights: Any) -> Step:
         if compiled:

@@ -7,7 +7,7 @@ import sys
 from typing import Annotated, Any
 
 from truenorm._checks import meant
-from truenorm._records.width import NARROW, terminal_width
+from truenorm._records.terminal_width import NARROW, terminal_width
 
 try:
     import typer

@@ -9,7 +9,7 @@ from typing import Any
 
 from truenorm._cli.apart import handed_over
 from truenorm._records.tables import Record, printable
-from truenorm._records.width import terminal_width
+from truenorm._records.terminal_width import terminal_width
 
 
 def show(record: Record, *, as_json: bool) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 
 from truenorm._errors import DataError
 from truenorm._records import population_file as storage
+from truenorm._records.drawings.before_after import Rows, Span
 from truenorm._records.drawings.drawing import Drawing, Drawn
-from truenorm._records.drawings.rows import Rows, Span
 from truenorm._records.moments import ROWS, Moments, Spread, from_rows, to_rows
 from truenorm._records.tables import Record, Table, counted, number
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from truenorm._records.drawings.before_after import Rows, Span
 from truenorm._records.drawings.drawing import Drawing, Drawn, Message
-from truenorm._records.drawings.rows import Rows, Span
 from truenorm._records.population import Population
 from truenorm._records.tables import NOT_DATA, Record, Table, counted, number
 

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from truenorm._errors import OptionError
+from truenorm._records.drawings.before_after import Rows, Span
 from truenorm._records.drawings.canvas import margins, short
 from truenorm._records.drawings.curves import Curves, Line
 from truenorm._records.drawings.drawing import Drawing, Message
 from truenorm._records.drawings.pairs import Columns, Difference, Differences
-from truenorm._records.drawings.rows import Rows, Span
 from truenorm._records.study import is_share, possible, possible_mean
 from truenorm._records.tables import number
 

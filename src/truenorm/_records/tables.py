@@ -88,7 +88,7 @@ class Record:
     def __str__(self) -> str:
         from rich.console import Console
 
-        from truenorm._records.width import terminal_width
+        from truenorm._records.terminal_width import terminal_width
 
         console = Console(width=terminal_width(), color_system=None, record=False)
         with console.capture() as capture:

@@ -18,7 +18,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from truenorm._records.tables import printable
-from truenorm._records.width import NARROW
+from truenorm._records.terminal_width import NARROW
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -30,7 +30,7 @@ from truenorm._model.sites import (
     spots,
 )
 from truenorm._model.values import as_float64
-from truenorm._rewrites.changed_places import Place, by_channel, shaken
+from truenorm._rewrites.verify_places import Place, by_channel, shaken
 
 _SAMPLES, _LENGTH = 32, 2
 """Not those of the model: of few values a variance may be next to nothing, and all digits rounding.

@@ -13,9 +13,9 @@ from truenorm._model.hooks import patched
 from truenorm._model.probe import run
 from truenorm._model.sites import channel_axis, spots
 from truenorm._model.values import as_float64
-from truenorm._rewrites.changed_places import Place, by_channel, shaken
 from truenorm._rewrites.fuse import PLAIN_BATCHES, noise_for
 from truenorm._rewrites.passing import has_activation
+from truenorm._rewrites.verify_places import Place, by_channel, shaken
 
 
 def names_in(model: Any) -> set[str]:

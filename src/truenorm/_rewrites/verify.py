@@ -18,7 +18,7 @@ from truenorm._model.probe import make_inputs, outputs
 from truenorm._model.progress import Line
 from truenorm._model.values import in_memory
 from truenorm._records.moments import Array
-from truenorm._rewrites.changed_places import Place, compared_places, shaken
+from truenorm._rewrites.verify_places import Place, compared_places, shaken
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 5e-2, "bfloat16": 1e-1}
 """Largest relative difference that rounding may explain, by compute dtype."""

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from truenorm._errors import ArchiveError
 from truenorm.archive._code import CODE
+from truenorm.archive._limits import MOST_BATCH
 
 AREAS = frozenset(
     {"activations", "constraints", "dtype_policies", "initializers", "layers", "losses", "metrics",
@@ -35,9 +36,6 @@ NUMBERS = frozenset(
      "bfloat16", "float32", "float64", "complex64", "complex128"}
 )  # fmt: skip
 """What a constant may consist of: NumPy also knows text of a billion letters."""
-
-MOST_BATCH = 65_536
-"""Largest batch that a model may be fixed to: stateful layers hold a state for each sample."""
 
 
 @dataclass(frozen=True)

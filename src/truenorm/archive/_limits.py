@@ -1,4 +1,4 @@
-"""What a file of other people may take: parameters, memory and time.
+"""What a file of other people may take: parameters, batches, memory and time.
 
 Apart from what loads it, since the commands show it and need nothing else of it.
 """
@@ -12,6 +12,8 @@ from pathlib import Path
 MOST_PARAMETERS = 200_000_000
 """What a model may have unless more is allowed: more than any model with BatchNormalization that
 Keras brings along."""
+MOST_BATCH = 65_536
+"""Largest batch that a model may be fixed to: stateful layers hold a state for each sample."""
 GIB = 2**30
 MEMORY, FOR_EACH_PROCESSOR, FOR_EACH_BYTE = 3 * GIB, 64 * 2**20, 16
 """What an isolated process may take: a framework with its compiler, its threads, and a multiple of

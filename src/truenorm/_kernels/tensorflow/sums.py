@@ -10,6 +10,7 @@ import tensorflow  # noqa: ICN001 - its types are wrong: it becomes Any
 
 from truenorm._errors import DistributedError
 from truenorm._kernels.contract import Tensor, Vector
+from truenorm._kernels.tensorflow import native, plain
 
 tf: Any = tensorflow
 GROUP = 32
@@ -20,6 +21,17 @@ FEW = 2048
 
 MOST = 16
 """Graphs that are kept: sequences may have any length."""
+
+
+def compiled_sums(rows: Tensor) -> Tensor | None:
+    """The same of all rows about their mean, by the compiled pass; None where it is not there."""
+    if not native.takes(rows):
+        return None
+    nothing = tf.zeros(0, "float64")
+    plan = plain.Plan(0.0, relu=False, step=None, masked=False)
+    (kept,) = native.moments(plan, rows, nothing, nothing)
+    count = tf.cast(tf.shape(rows)[0], "float64")
+    return tf.stack([kept[0] + kept[2], tf.zeros_like(kept[0]), kept[1] * count])
 
 
 @tf.function(jit_compile=True, reduce_retracing=True, autograph=False)

@@ -35,9 +35,11 @@ Only the files named after a framework import one, and only that of the backend 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from truenorm._kernels.contract import Scalar, Tensor, Vector, statistics_dtype
 from truenorm._kernels.masks import aligned, by_channel
@@ -50,7 +52,7 @@ if keras.config.backend() == "jax":
         compiled_sums,
         gather,
         is_mapped,
-        joined,
+        joined as together,
         processes,
         program,
         tell,
@@ -64,7 +66,7 @@ elif keras.config.backend() == "tensorflow":
         compiled_sums,
         gather,
         is_mapped,
-        joined,
+        joined as together,
         processes,
         program,
         tell,
@@ -78,7 +80,7 @@ else:
         compiled_sums,
         gather,
         is_mapped,
-        joined,
+        joined as together,
         processes,
         program,
         tell,
@@ -101,6 +103,17 @@ __all__ = [
 ops: Any = keras.ops
 SHARE = 16
 """The shift is the mean of one value in so many."""
+
+
+def joined(parts: Sequence[tuple[int | Scalar | Vector, Tensor]]) -> Tensor:
+    """Counts and sums of all calls side by side, shape (4, channels of all calls)."""
+    counts = [
+        np.full(sums.shape[1], count, np.float64)
+        for count, sums in parts
+        if isinstance(count, int) and sums.shape[1] is not None
+    ]
+    known = bool(parts) and len(counts) == len(parts)
+    return together(parts, np.concatenate(counts) if known else None)
 
 
 def batch_sums(

@@ -318,13 +318,14 @@ def _in_use(layer: Any, use: Any, count: Any, sums: Any) -> tuple[Any, Any]:
     """The statistics that a call normalises with; the layer's own if the batch has no value."""
     moving_mean, moving_variance = layer.moving_mean.value, layer.moving_variance.value
     dtype = kernels.statistics_dtype(moving_mean.dtype)
-    sums = ops.cast(sums, dtype)
-    given, (mean, variance) = use[0] > 0, ops.cast(use[1:], dtype)
+    shift, total, squares = ops.unstack(ops.cast(sums, dtype))
+    given, mean, variance = ops.unstack(ops.cast(use, dtype))
+    given = given > 0
     counted = isinstance(count, int)
     some = max(count, 1) if counted else ops.cast(ops.maximum(count, 1), dtype)
-    delta = sums[1] / some
-    batch_mean = sums[0] + delta
-    batch_variance = sums[2] / some - delta * delta
+    delta = total / some
+    batch_mean = shift + delta
+    batch_variance = squares / some - delta * delta
     batch_variance = ops.where(batch_variance < 0, 0.0, batch_variance)  # maximum loses float64
     if not counted or not count:
         known = ops.convert_to_tensor(count) > 0

@@ -81,14 +81,20 @@ def _both(deviations: Tensor, axis: int) -> Any:
     )
 
 
-def joined(parts: Sequence[tuple[Vector, Tensor]]) -> Tensor:
-    """Counts and sums of all calls side by side, shape (4, channels of all calls)."""
+def joined(
+    parts: Sequence[tuple[Vector, Tensor]], counts: np.ndarray[Any, Any] | None = None
+) -> Tensor:
+    """Counts and sums of all calls side by side, shape (4, channels of all calls).
+
+    ``counts`` is their row where it is known beforehand: a number for each channel of each call.
+    """
     with float64():
-        counts = [
-            jnp.broadcast_to(count, sums.shape[1:]).astype("float64") for count, sums in parts
-        ]
-        row = jnp.concatenate([jnp.zeros(0, "float64"), *counts])
         sums = jnp.concatenate([jnp.zeros((3, 0), "float64"), *(sums for _, sums in parts)], axis=1)
+        if counts is None:
+            rows = [jnp.broadcast_to(n, s.shape[1:]).astype("float64") for n, s in parts]
+            row = jnp.concatenate([jnp.zeros(0, "float64"), *rows])
+        else:
+            row = jnp.asarray(counts)
         return jnp.concatenate([row[None], sums])
 
 

@@ -62,13 +62,20 @@ def _total(values: Tensor) -> Vector:
     return groups.sum(0, dtype=torch.float64) + values[whole:].sum(0, dtype=torch.float64)
 
 
-def joined(parts: Sequence[tuple[Vector, Tensor]]) -> Tensor:
-    """Counts and sums of all calls side by side, shape (4, channels of all calls)."""
-    rows = [
-        torch.cat([torch.as_tensor(count, device=sums.device).expand(sums.shape[1:])[None], sums])
-        for count, sums in parts
-    ]
-    return torch.cat(rows, dim=1) if rows else torch.zeros((4, 0), dtype=torch.float64)
+def joined(
+    parts: Sequence[tuple[Vector, Tensor]], counts: np.ndarray[Any, Any] | None = None
+) -> Tensor:
+    """Counts and sums of all calls side by side, shape (4, channels of all calls).
+
+    ``counts`` is their row where it is known beforehand: a number for each channel of each call.
+    """
+    if not parts:
+        return torch.zeros((4, 0), dtype=torch.float64)
+    sums = torch.cat([sums for _, sums in parts], dim=1)
+    if counts is None:
+        rows = [torch.as_tensor(n, device=s.device).expand(s.shape[1:]) for n, s in parts]
+        return torch.cat([torch.cat(rows).to(sums)[None], sums])
+    return torch.cat([torch.as_tensor(counts, device=sums.device)[None], sums])
 
 
 def compiled(function: Callable[..., Any], jit: bool) -> Callable[..., Any]:

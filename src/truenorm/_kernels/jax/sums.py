@@ -88,13 +88,11 @@ def joined(
 
     ``counts`` is their row where it is known beforehand: a number for each channel of each call.
     """
+    del counts  # an array would stand beside the program, which is then not kept
     with float64():
-        sums = jnp.concatenate([jnp.zeros((3, 0), "float64"), *(sums for _, sums in parts)], axis=1)
-        if counts is None:
-            rows = [jnp.broadcast_to(n, s.shape[1:]).astype("float64") for n, s in parts]
-            row = jnp.concatenate([jnp.zeros(0, "float64"), *rows])
-        else:
-            row = jnp.asarray(counts)
+        rows = [jnp.broadcast_to(n, s.shape[1:]).astype("float64") for n, s in parts]
+        row = jnp.concatenate([jnp.zeros(0, "float64"), *rows])
+        sums = jnp.concatenate([jnp.zeros((3, 0), "float64"), *(s for _, s in parts)], axis=1)
         return jnp.concatenate([row[None], sums])
 
 

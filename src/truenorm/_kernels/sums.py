@@ -52,11 +52,13 @@ if keras.config.backend() == "jax":
         compiled_sums,
         gather,
         is_mapped,
-        joined as together,
         processes,
         program,
         tell,
         told,
+    )
+    from truenorm._kernels.jax.sums import (
+        joined as together,
     )
 elif keras.config.backend() == "tensorflow":
     from truenorm._kernels.tensorflow.sums import (
@@ -66,11 +68,13 @@ elif keras.config.backend() == "tensorflow":
         compiled_sums,
         gather,
         is_mapped,
-        joined as together,
         processes,
         program,
         tell,
         told,
+    )
+    from truenorm._kernels.tensorflow.sums import (
+        joined as together,
     )
 else:
     from truenorm._kernels.torch.sums import (
@@ -80,11 +84,13 @@ else:
         compiled_sums,
         gather,
         is_mapped,
-        joined as together,
         processes,
         program,
         tell,
         told,
+    )
+    from truenorm._kernels.torch.sums import (
+        joined as together,
     )
 
 __all__ = [

@@ -168,8 +168,11 @@ class Runner:
         return run
 
     def _table(self, use: Use) -> dict[str, Any]:
-        """One small array per layer: parts of one large array would be other code in each layer,
-        and XLA compiles equal code of all layers once."""
+        """One small array per layer.
+
+        Its part of one large array would be other code in each layer, and XLA compiles equal code
+        once for all layers: a fifth of the time.
+        """
         rows = np.stack([use.given, use.mean, use.variance]).astype(self._dtype)
         return {path: ops.convert_to_tensor(rows[:, p].copy()) for path, p in self.slices.items()}
 

@@ -11,8 +11,10 @@ is the processor's, of all threads together, which other load on the machine dis
 the growth of the process's largest memory are printed per layer, with the ratio to the smallest
 model.
 
-``diagnose`` is also compared with ``predict`` over the same data (each with what it compiles, and
-without), and ``truenorm inspect FILE --static`` with a Python that does nothing.
+``diagnose`` is also compared with ``predict`` over the same data (the first call, with what it
+compiles, and later ones): of models whose moving statistics are the initial ones, about which it
+has most to find out, and of recalibrated ones; with ``--resnet``, of ResNet50. And
+``truenorm inspect FILE --static`` is compared with a Python that does nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ TOOLS = ("inspect", "fold", "place", "collect", "diagnose")
 LAYERS = (50, 150, 500)
 BATCHES = (8, 64, 256)
 SIDE, CHANNELS = 8, 8
+PICTURE = (64, 64, 3)
 
 
 def model_of(layers: int, dense: bool) -> Any:
@@ -50,6 +53,15 @@ def model_of(layers: int, dense: bool) -> Any:
         x = keras.layers.ReLU()(keras.layers.BatchNormalization()(made(x)))
     x = x if dense else keras.layers.GlobalAveragePooling2D()(x)
     model = keras.Model(inputs, keras.layers.Dense(4, activation="softmax")(x))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    return model
+
+
+def resnet() -> Any:
+    """ResNet50 for pictures of 64 x 64, 10 classes."""
+    import keras
+
+    model = keras.applications.ResNet50(weights=None, input_shape=PICTURE, classes=10)
     model.compile("sgd", "sparse_categorical_crossentropy")
     return model
 
@@ -80,22 +92,33 @@ def forget() -> int:
     return peak()
 
 
-def once(tool: str, layers: int, batch: int, batches: int, dense: bool, again: bool) -> None:
+def once(given: Any) -> None:
     """Measure one call, in this process, and print seconds and bytes as JSON."""
     import keras
     import numpy as np
 
+    import truenorm as tn
+
     sys.setrecursionlimit(10**5)  # Keras walks a model's graph by recursion
     keras.utils.set_random_seed(0)
-    random = np.random.default_rng(0)
-    shape = (batch * batches, *((CHANNELS,) if dense else (SIDE, SIDE, CHANNELS)))
-    x, y = random.normal(size=shape).astype("float32"), random.integers(0, 4, shape[0])
-    runs(model_of(2, dense), x, y, batch)[tool]()  # what the process does once and for all
-    run = runs(model_of(layers, dense), x, y, batch)[tool]
+    random, samples = np.random.default_rng(0), given.batch * given.batches
+
+    def drawn(*shape: int) -> tuple[Any, Any, int]:
+        x = random.normal(size=(samples, *shape)).astype("float32")
+        return x, random.integers(0, 4, samples), given.batch
+
+    shape = (CHANNELS,) if given.dense else (SIDE, SIDE, CHANNELS)
+    # What the process does once and for all:
+    runs(model_of(2, given.dense), *drawn(*shape))[given.once]()
+    model = resnet() if given.resnet else model_of(given.layers, given.dense)
+    data = drawn(*(PICTURE if given.resnet else shape))
+    if given.recalibrated:
+        tn.recalibrate(model, data[0], batch_size=given.batch)
+    run = runs(model, *data)[given.once]
     before = forget()
     first = timed(run)
     grown = peak() - before
-    print(json.dumps([first, grown, min(timed(run) for _ in range(3)) if again else 0.0]))
+    print(json.dumps([first, grown, min(timed(run) for _ in range(3)) if given.again else 0.0]))
 
 
 def timed(run: Callable[[], Any]) -> float:
@@ -105,11 +128,11 @@ def timed(run: Callable[[], Any]) -> float:
     return sum(os.times()[:4]) - start
 
 
-def measured(tool: str, layers: int, given: Any, batch: int, again: bool = False) -> list[float]:
+def measured(tool: str, layers: int, given: Any, batch: int, *more: str) -> list[float]:
     """Seconds, bytes and, if wanted, the least seconds of later calls, in a process of its own."""
     command = [sys.executable, __file__, "--once", tool, "--layers", str(layers)]
     command += ["--batch", str(batch), "--batches", str(given.batches)]
-    command += ["--dense"] * given.dense + ["--again"] * again
+    command += [*["--dense"] * given.dense, *more]
     done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -141,14 +164,19 @@ def growth_with_batches(given: Any) -> None:
 
 def against_predict(given: Any) -> None:
     """Print what diagnose takes, over what predict takes."""
-    for layers in given.sizes[:2]:
-        found = {k: measured(k, layers, given, given.batch, True) for k in ("diagnose", "predict")}
-        (first, _, later), (base, _, least) = found["diagnose"], found["predict"]
-        print(
-            f"diagnose over predict, {layers} layers, {given.batches} batches of {given.batch}: "
-            f"first calls {first:.2f} s / {base:.2f} s = {first / base:.1f}, "
-            f"later ones {later:.2f} s / {least:.2f} s = {later / least:.1f}"
-        )
+    known = ["--again", *["--resnet"] * given.resnet]
+    for layers in given.sizes[: 1 if given.resnet else 2]:
+        name = "ResNet50" if given.resnet else f"{layers} layers"
+        base, _, least = measured("predict", layers, given, given.batch, *known)
+        for statistics in ((), ("--recalibrated",)):
+            first, _, later = measured("diagnose", layers, given, given.batch, *known, *statistics)
+            print(
+                f"diagnose over predict, {name}, {given.batches} batches of {given.batch}"
+                f"{', recalibrated' if statistics else ''}: "
+                f"first calls {first:.2f} s / {base:.2f} s = {first / base:.1f}, "
+                f"later ones {later:.2f} s / {least:.2f} s = {later / least:.1f}",
+                flush=True,
+            )
 
 
 def static(rounds: int) -> None:
@@ -182,10 +210,12 @@ def main() -> None:
     parser.add_argument("--only", choices=("layers", "batches", "predict", "static"))
     parser.add_argument("--once", choices=(*TOOLS, "predict"), help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, default=50, help=argparse.SUPPRESS)
+    parser.add_argument("--resnet", action="store_true", help="ResNet50, with --only predict")
+    parser.add_argument("--recalibrated", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.once:
-        once(given.once, given.layers, given.batch, given.batches, given.dense, given.again)
+        once(given)
         return
     if given.only in (None, "layers"):
         growth_with_layers(given)

@@ -157,3 +157,18 @@ def test_the_sums_of_a_batch_have_its_moments_however_large_its_mean(
     assert int(count) == len(wide)
     np.testing.assert_allclose(mean, wide.mean(0), rtol=0, atol=1e-7 * wide.std(0).max())
     np.testing.assert_allclose(variance, wide.var(0), rtol=4e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_compiled_sums_have_the_digits_of_float64(axis: int, dtype: str) -> None:
+    x = np.random.default_rng(0).normal(50.0, 1.0, (5009, 3, 7) if axis == 1 else (40_009, 3))
+    given = keras.ops.cast(tensor(x.astype("float32")), dtype)
+    if not PASSES.takes(given):
+        pytest.skip("there are no compiled passes here")
+    true = reference.forward(array(given), axis=axis)
+    count, sums = batch_sums(given, axis=axis)
+    mean, nothing, squares = array(sums)
+    assert not nothing.any()
+    np.testing.assert_allclose(mean, true.mean, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(squares / int(count), true.variance, rtol=1e-12)

@@ -48,7 +48,8 @@ def diagnose(
         data: What ``fit`` takes, best the training set: arrays, ``(x, y)``, a PyDataset, or an
             iterable of batches. It is read twice (an iterator is kept in memory): all of it for
             the statistics, then up to 32 batches, spread evenly, on which training and inference
-            are compared. Without it the rules that need it are skipped, and the record says so.
+            are compared; these once more where only then a rule asks what recalibration would
+            change. Without it the rules that need it are skipped, and the record says so.
         y: Labels of array data that comes without them. With labels and a compiled model, its own
             loss and metrics are compared between training and inference mode; where these labels
             do not make a loss, the outputs are.

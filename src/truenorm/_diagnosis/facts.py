@@ -217,18 +217,33 @@ class Facts:
     @cached_property
     def answers(self) -> Answers:
         """What the model gives in inference, and would once recalibrated."""
-        runner, population = self._runner, self.seen.training
+        population = self.seen.training
         learning = {p: m for p, m in population.sites.items() if p not in self._held_paths}
-        uses: dict[When, Use] = {
-            "in_inference": runner.moving(),
-            "recalibrated": runner.given(replace(population, sites=learning)),
-        }
-        return ask(runner, uses, self.batches, self._judge, population.batches)
+        return self._ask(
+            {
+                "in_inference": self._runner.moving(),
+                "recalibrated": self._runner.given(replace(population, sites=learning)),
+            }
+        )
+
+    @property
+    def inference(self) -> Answers:
+        """What the model gives in inference; of a healthy one with a loss no rule asks for more."""
+        enough = self.seen.scores and self.seen.training.batches > 1
+        return self._alone if enough and "answers" not in self.__dict__ else self.answers
+
+    @cached_property
+    def _alone(self) -> Answers:
+        return self._ask({"in_inference": self._runner.moving()})
+
+    def _ask(self, uses: Mapping[When, Use]) -> Answers:
+        return ask(self._runner, uses, self.batches, self._judge, self.seen.training.batches)
 
     @property
     def compared(self) -> tuple[int, ...] | None:
         """On how many batches training and inference were compared, of how many; None: on all."""
-        answers: Answers | None = self.__dict__.get("answers")
+        known = self.__dict__
+        answers: Answers | None = known.get("answers") or known.get("_alone")
         if answers is None or len(answers.batches) == self.seen.training.batches:
             return None
         return len(answers.batches), self.seen.training.batches
@@ -241,7 +256,7 @@ class Facts:
     @property
     def scored(self) -> bool:
         """Whether the model's own loss could be computed, each way to normalise."""
-        return bool(self.seen.scores and all(self.answers.scores.values()))
+        return bool(self.seen.scores and all(self.inference.scores.values()))
 
     @property
     def unscored(self) -> str | None:
@@ -251,13 +266,13 @@ class Facts:
 
     def scores(self, when: When) -> Scores:
         """The loss and the metrics, one value per batch that was compared."""
-        if when != "in_training":
-            return self.answers.scores[when]
-        return {name: one[[*self.answers.batches]] for name, one in self.seen.scores.items()}
+        if when == "in_training":
+            return {n: one[[*self.inference.batches]] for n, one in self.seen.scores.items()}
+        return (self.answers if when == "recalibrated" else self.inference).scores[when]
 
     def score(self, when: When, name: str) -> float:
         """The loss or a metric over all that was compared."""
-        return float(np.average(self.scores(when)[name], weights=self.answers.sizes))
+        return float(np.average(self.scores(when)[name], weights=self.inference.sizes))
 
     @cached_property
     def _held_paths(self) -> frozenset[str]:

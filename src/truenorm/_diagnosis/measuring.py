@@ -66,7 +66,8 @@ class Answers:
 
     Args:
         change: Root mean square of ``output(in_inference) - output(recalibrated)`` over the
-            standard deviation of ``output(recalibrated)``; the largest over the model's outputs.
+            standard deviation of ``output(recalibrated)``; the largest over the model's outputs; 0
+            where one of them was not asked for.
         scores: As in :class:`Seen`.
         sizes: Samples per batch.
         batches: Which batches of the data these are of.
@@ -106,7 +107,7 @@ def look(
 def ask(
     runner: Runner, uses: Mapping[When, Use], batches: Batches, judge: Judge | None, there_are: int
 ) -> Answers:
-    """The second reading of the data: the answers in inference, and once recalibrated."""
+    """The second reading of the data: the answers in inference, and perhaps once recalibrated."""
     chosen = {*np.linspace(0, there_are - 1, min(there_are, COMPARED)).astype(int).tolist()}
     asked: list[int] = []
     runs: dict[When, Callable[[Any], Run]] = {w: runner.using(use) for w, use in uses.items()}
@@ -125,7 +126,8 @@ def ask(
             scores[when].append({} if judge is None else judge.scores(made.outputs, labels))
             outputs[when] = keras.tree.flatten(made.outputs)
         for index, pair in enumerate(zip(*outputs.values(), strict=True)):
-            sums[index].add(*pair)
+            if len(pair) > 1:
+                sums[index].add(*pair)
         sizes.append(size_of(inputs))
     if not asked:
         raise DataError(

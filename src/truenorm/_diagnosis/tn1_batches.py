@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from truenorm._diagnosis.facts import Facts
 from truenorm._diagnosis.measuring import When
 from truenorm._diagnosis.rule import Fault
 from truenorm._layer.protocol import BatchNormalizationLike
-from truenorm._records.moments import Array, Spread
+from truenorm._records.moments import Array, Moments, Spread
 
 EFFECTIVE = 12
 """Independent values per batch below which batches are too small. ImageNet error of ResNet50 with
@@ -73,20 +73,26 @@ def _enough(facts: Facts, layer: BatchNormalizationLike, path: str) -> int:
 
 def skew(facts: Facts) -> Iterator[Fault]:
     """TN109."""
-    training, inputs = facts.seen.training.sites, facts.answers.inputs
-    now, then = (
-        {
-            path: output_error(layer, moments.mean, moments.variance, inputs[when][path])
-            for layer, path in facts.layers.items()
-            if (moments := training.get(path)) is not None
-        }
-        for when in ("in_inference", "recalibrated")
-    )
+    first = _skews(facts, facts.inference.inputs["in_inference"])
+    if not any(error > SKEW for error in first.values()):
+        return
+    inputs = facts.answers.inputs
+    now, then = (_skews(facts, inputs[when]) for when in ("in_inference", "recalibrated"))
     found = {path: error for path, error in now.items() if error > SKEW}
     if found and not recalibration_harms(facts):
         remedy = _against_skew(facts, max(found.values()), max(then.values()))
         for path, error in found.items():
             yield Fault(path, {"input_differs_by": error}, remedy)
+
+
+def _skews(facts: Facts, inputs: Mapping[str, Moments]) -> dict[str, float]:
+    """The output error that these inputs make with the statistics of those in training."""
+    training = facts.seen.training.sites
+    return {
+        path: output_error(layer, moments.mean, moments.variance, inputs[path])
+        for layer, path in facts.layers.items()
+        if (moments := training.get(path)) is not None
+    }
 
 
 def _against_skew(facts: Facts, now: float, then: float) -> str:
@@ -105,18 +111,18 @@ def _batches_of(samples: int) -> str:
 
 def otherwise_in_inference(facts: Facts) -> Iterator[Fault]:
     """TN110."""
-    answers = facts.answers
-    if facts.scored and len(answers.sizes) > 1:
+    if facts.scored and len(facts.inference.sizes) > 1:
         bad = _is_worse(facts, "in_inference", "in_training")
     else:
-        bad = answers.change > noticeable(facts)
+        bad = facts.answers.change > noticeable(facts)
     if bad:
+        change = facts.answers.change
         scores = {
             f"{name}_{when}": facts.score(when, name)
             for name in (facts.seen.scores if facts.scored else ())
             for when in _WHEN
         }
-        evidence = {**scores, "outputs_differ_by": answers.change}
+        evidence = {**scores, "outputs_differ_by": change}
         yield Fault(facts.model.name, evidence, _against_the_difference(facts))
 
 
@@ -155,10 +161,13 @@ def recalibration_harms(facts: Facts) -> bool:
 
 def _is_worse(facts: Facts, one: When, other: When) -> bool:
     """Whether the loss is higher, beyond the batches' noise; False where there is none."""
-    if not facts.scored or len(facts.answers.sizes) < 2:
+    if not facts.seen.scores:
+        return False
+    answers = facts.answers if "recalibrated" in (one, other) else facts.inference
+    if not facts.scored or len(answers.sizes) < 2:
         return False
     difference = facts.scores(one)["loss"] - facts.scores(other)["loss"]
-    mean = float(np.average(difference, weights=facts.answers.sizes))
+    mean = float(np.average(difference, weights=answers.sizes))
     error = float(np.std(difference, ddof=1)) / np.sqrt(len(difference))
     return mean > SURE * error and mean > (WORSE - 1) * abs(facts.score(other, "loss"))
 

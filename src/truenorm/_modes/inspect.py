@@ -33,8 +33,12 @@ from truenorm._modes.observe import watched
 from truenorm._records.inspection import ENTRY_POINTS, Inspection
 from truenorm._records.observation import Mode
 
-_RUNS_EAGERLY = keras.config.backend() == "tensorflow"
-"""A graph would show what is traced, both branches of a conditional for one, not what runs."""
+_EAGER: tuple[str, ...] = {"tensorflow": ENTRY_POINTS, "jax": ("evaluate", "predict")}.get(
+    keras.config.backend(), ()
+)
+"""Entry points that run uncompiled. A graph of TensorFlow would show what is traced, both branches
+of a conditional for one, not what runs. On JAX the operations of these are those of ``model(x)``,
+each of which is compiled for that already: a program of them would be compiled for one batch."""
 
 
 @known_options
@@ -136,12 +140,12 @@ def _run_all(
     )
     modes: dict[str, tuple[Mode, ...]] = {}
     not_run: dict[str, str] = {}
-    model.run_eagerly = _RUNS_EAGERLY
     saved = [kept(variable) for variable in model.variables]
     for entry, run in zip(ENTRY_POINTS, runs, strict=True):
         line.step(f"running {entry}")
         try:
             targets = prepare() if entry in ("fit", "evaluate") else None
+            model.run_eagerly = entry in _EAGER
             with watched(model, places) as watch, lasting(variables_of(model)):
                 run(targets)
             modes[entry] = watch.modes()
@@ -184,7 +188,7 @@ def _prepare(model: Any, inputs: Any, y: Any) -> Any:
         losses,
         metrics=[] if earlier else None,
         auto_scale_loss=False,  # under mixed_float16 it would skip the one step that is looked at
-        run_eagerly=_RUNS_EAGERLY,
+        run_eagerly="fit" in _EAGER,
     )
     model.optimizer.build(model.trainable_variables)
     return targets

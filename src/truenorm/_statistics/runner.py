@@ -148,9 +148,7 @@ class Runner:
 
     def using(self, use: Use) -> Callable[[Any], Run]:
         """What runs one batch after the other with these statistics."""
-        table = ops.convert_to_tensor(
-            np.stack([use.given, use.mean, use.variance]).astype(self._dtype)
-        )
+        table = self._table(use)
         state = [ops.convert_to_tensor(variable) for variable in self.variables]
 
         def run(inputs: Any) -> Run:
@@ -168,6 +166,15 @@ class Runner:
             )
 
         return run
+
+    def _table(self, use: Use) -> dict[str, Any]:
+        """One small array per layer.
+
+        Its part of one large array would be other code in each layer, and XLA compiles equal code
+        once for all layers: a fifth of the time.
+        """
+        rows = np.stack([use.given, use.mean, use.variance]).astype(self._dtype)
+        return {path: ops.convert_to_tensor(rows[:, p].copy()) for path, p in self.slices.items()}
 
     def one_pass(
         self, batches: Iterable[Any], use: Use, enough: Callable[[Tally], bool] | None = None
@@ -213,11 +220,9 @@ class Runner:
         calls: list[tuple[str, Any, Any]] = []
         program = collecting.program()
         mapping = zip(self.variables, state, strict=True)
-        are_given = table[0] > 0
 
         def handle(layer: Any, original: Any, x: Any, mask: Any = None, **given: Any) -> Any:
             path = self.layers[layer]
-            part = self.slices[path]
             added = {name: given[name] for name in given if name == "add"}
             if in_symbolic_scope():  # Keras looks for shapes: nothing is computed
                 return original(x, training=False, **added)
@@ -231,8 +236,7 @@ class Runner:
             else:
                 self._hidden = path
                 collecting.tell(partial(self._hear, path), collecting.joined([(count, sums)]))
-            own = are_given[part], table[1, part], table[2, part]
-            with _normalising(layer, _in_use(layer, own, count, sums)):
+            with _normalising(layer, _in_use(layer, table[path], count, sums)):
                 return original(x, training=False, **added)
 
         with keras.StatelessScope(state_mapping=mapping) as scope:
@@ -313,17 +317,18 @@ def _normalising(layer: Any, statistics: tuple[Any, Any]) -> Generator[None]:
             scope.add_update(update)
 
 
-def _in_use(layer: Any, use: tuple[Any, Any, Any], count: Any, sums: Any) -> tuple[Any, Any]:
+def _in_use(layer: Any, use: Any, count: Any, sums: Any) -> tuple[Any, Any]:
     """The statistics that a call normalises with; the layer's own if the batch has no value."""
     moving_mean, moving_variance = layer.moving_mean.value, layer.moving_variance.value
     dtype = kernels.statistics_dtype(moving_mean.dtype)
-    sums = ops.cast(sums, dtype)
-    given, mean, variance = use[0], ops.cast(use[1], dtype), ops.cast(use[2], dtype)
+    shift, total, squares = ops.unstack(ops.cast(sums, dtype))
+    given, mean, variance = ops.unstack(ops.cast(use, dtype))
+    given = given > 0
     counted = isinstance(count, int)
     some = max(count, 1) if counted else ops.cast(ops.maximum(count, 1), dtype)
-    delta = sums[1] / some
-    batch_mean = sums[0] + delta
-    batch_variance = sums[2] / some - delta * delta
+    delta = total / some
+    batch_mean = shift + delta
+    batch_variance = squares / some - delta * delta
     batch_variance = ops.where(batch_variance < 0, 0.0, batch_variance)  # maximum loses float64
     if not counted or not count:
         known = ops.convert_to_tensor(count) > 0

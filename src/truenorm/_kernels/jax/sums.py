@@ -26,6 +26,7 @@ except ImportError:  # where it was before
 
 from truenorm._errors import DistributedError
 from truenorm._kernels.contract import Tensor, Vector
+from truenorm._kernels.jax import native
 
 GROUP = 32
 """Rows reduced at a time: XLA on a CPU vectorises a short middle axis, not a long first one."""
@@ -35,6 +36,26 @@ def float64() -> AbstractContextManager[None]:
     """Operations traced in here may be of float64."""
     before: Any = experimental  # where the name was before JAX 0.8
     return (jax if hasattr(jax, "enable_x64") else before).enable_x64(True)
+
+
+def compiled_sums(rows: Tensor) -> Tensor | None:
+    """The same of all rows about their mean, by the compiled pass; None where it is not there.
+
+    XLA compiles a call of it in no time, and loops over a float64 sum for as long as a layer.
+    """
+    if not native.takes(rows):
+        return None
+    with float64():
+        mean, low, variance = native.moments(rows, dtype="float64", plain=_moments)
+        return jnp.stack([mean + low, jnp.zeros_like(mean), variance * len(rows)])
+
+
+def _moments(rows: Tensor, dtype: Any) -> tuple[Vector, Vector, Vector]:
+    """Mean, what rounding takes from it, and variance: in a program that leaves this processor."""
+    with float64():
+        shift, first, second = centred_sums(rows, rows[0]).astype(dtype)
+        delta = first / len(rows)
+        return shift + delta, jnp.zeros_like(delta), second / len(rows) - delta * delta
 
 
 def centred_sums(rows: Tensor, shift: Vector) -> Tensor:
@@ -60,14 +81,18 @@ def _both(deviations: Tensor, axis: int) -> Any:
     )
 
 
-def joined(parts: Sequence[tuple[Vector, Tensor]]) -> Tensor:
-    """Counts and sums of all calls side by side, shape (4, channels of all calls)."""
+def joined(
+    parts: Sequence[tuple[Vector, Tensor]], counts: np.ndarray[Any, Any] | None = None
+) -> Tensor:
+    """Counts and sums of all calls side by side, shape (4, channels of all calls).
+
+    ``counts`` is their row where it is known beforehand: a number for each channel of each call.
+    """
+    del counts  # an array would stand beside the program, which is then not kept
     with float64():
-        counts = [
-            jnp.broadcast_to(count, sums.shape[1:]).astype("float64") for count, sums in parts
-        ]
-        row = jnp.concatenate([jnp.zeros(0, "float64"), *counts])
-        sums = jnp.concatenate([jnp.zeros((3, 0), "float64"), *(sums for _, sums in parts)], axis=1)
+        rows = [jnp.broadcast_to(n, s.shape[1:]).astype("float64") for n, s in parts]
+        row = jnp.concatenate([jnp.zeros(0, "float64"), *rows])
+        sums = jnp.concatenate([jnp.zeros((3, 0), "float64"), *(s for _, s in parts)], axis=1)
         return jnp.concatenate([row[None], sums])
 
 

@@ -84,7 +84,7 @@ static void merge_products(job *j)
 #undef OF_SUM
 
 #ifndef TN_NARROW
-/* Sums in double: of double. */
+/* Sums in double: of double, and of the others where that is asked for. */
 #define SUM double
 #define OF_SUM(f) f##_float64
 #include "statistics.h"
@@ -93,6 +93,24 @@ static void merge_products(job *j)
 #define NAME(f) f##_float64
 #define LOAD(v) (v)
 #define STORE(v) (v)
+#include "values.h"
+
+#define VALUE float
+#define NAME(f) f##_float32_wide
+#define LOAD(v) ((double)(v))
+#define STORE(v) ((float)(v))
+#include "values.h"
+
+#define VALUE uint16_t
+#define NAME(f) f##_bfloat16_wide
+#define LOAD(v) ((double)from_bfloat16(v))
+#define STORE(v) to_bfloat16((float)(v))
+#include "values.h"
+
+#define VALUE uint16_t
+#define NAME(f) f##_float16_wide
+#define LOAD(v) ((double)from_float16(v))
+#define STORE(v) to_float16((float)(v))
 #include "values.h"
 #endif
 
@@ -110,6 +128,9 @@ static const code codes[] = {
 #ifndef TN_NARROW
     [TN_FLOAT32] = CODE(4, float32, 4, float32),
     [TN_FLOAT64] = CODE(8, float64, 8, float64),
+    [TN_FLOAT32_WIDE] = CODE(4, float32_wide, 8, float64),
+    [TN_FLOAT16_WIDE] = CODE(2, float16_wide, 8, float64),
+    [TN_BFLOAT16_WIDE] = CODE(2, bfloat16_wide, 8, float64),
 #endif
     [TN_FLOAT16] = CODE(2, float16, 4, float32),
     [TN_BFLOAT16] = CODE(2, bfloat16, 4, float32),
@@ -213,6 +234,7 @@ static int run(job *j)
     if (call->dtype < 0 || call->dtype >= (int32_t)(sizeof codes / sizeof *codes))
         return TN_UNKNOWN_DTYPE;
     j->code = &codes[call->dtype];
+    if (!j->code->rows) return TN_UNKNOWN_DTYPE;
     j->chunks = most(1, least(least(MOST_CHUNKS, values / LEAST_CHUNK), most_chunks));
     j->threads = values < FEW || !call->parallel ? 1 : most(1, least(call->threads, j->chunks));
     if (!allocate(j)) return TN_NO_MEMORY;

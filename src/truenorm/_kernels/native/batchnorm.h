@@ -1,7 +1,8 @@
 /* Batch normalization on the processor: what the bindings of all frameworks call.
  *
  * An array is (outer, channels, inner), contiguous; inner is 1 where the channels are last. Numbers
- * per channel (mean, gamma and so on) are float, or double where the array is of doubles.
+ * per channel (mean, gamma and so on) are float, or double where the array is of doubles or of a
+ * dtype named WIDE: its values are those of the narrow type, and all is computed in double.
  */
 #ifndef TRUENORM_BATCHNORM_H
 #define TRUENORM_BATCHNORM_H
@@ -11,11 +12,17 @@
 /* The version of the interface between this library and the Python code that calls it. Raise it
  * here and in library.py when a function or a field of tn_call is added, moved or means something
  * else: library.py does not use a library of another version. */
-#define TN_INTERFACE 4
+#define TN_INTERFACE 5
 
 #define TN_EXPORT __attribute__((visibility("default")))
 
-enum { TN_FLOAT32, TN_FLOAT64, TN_FLOAT16, TN_BFLOAT16 };       /* tn_call.dtype */
+enum { /* tn_call.dtype */
+    TN_FLOAT32, TN_FLOAT64, TN_FLOAT16, TN_BFLOAT16,
+    TN_WIDE, /* what is added to a dtype, other than that of doubles, for sums in double */
+    TN_FLOAT32_WIDE = TN_FLOAT32 + TN_WIDE,
+    TN_FLOAT16_WIDE = TN_FLOAT16 + TN_WIDE,
+    TN_BFLOAT16_WIDE = TN_BFLOAT16 + TN_WIDE,
+};
 enum { TN_DONE = 0, TN_NO_MEMORY = -1, TN_UNKNOWN_DTYPE = -2 }; /* what a call returns */
 
 /* Runs work(context) on at most this many threads at once, and returns when all are done. The

@@ -1,7 +1,8 @@
 /* The moments as a typed call of XLA's foreign function interface:
  *
  *   x (outer, channels[, inner]) and, only without inner, perhaps a mask (outer)
- *   -> a matrix whose four rows are mean, variance, low and rstd
+ *   -> a matrix whose four rows are mean, variance, low and rstd; of doubles, if all is to be
+ *      computed in double
  */
 #define _GNU_SOURCE
 #include <sched.h>
@@ -33,7 +34,7 @@ static int dtype_of(int xla)
     case XLA_F64: return TN_FLOAT64;
     case XLA_F16: return TN_FLOAT16;
     case XLA_BF16: return TN_BFLOAT16;
-    default: return -1;
+    default: return -1 - TN_WIDE;
     }
 }
 
@@ -88,13 +89,15 @@ static int is_expected(const xla_call_frame *frame)
 static tn_call call_of(const xla_call_frame *frame)
 {
     const xla_buffer *x = frame->args.args[0];
-    const int64_t channels = x->dims[1], row = channels * (x->dtype == XLA_F64 ? 8 : 4);
+    const int doubles = frame->rets.args[0]->dtype == XLA_F64;
+    const int wide = doubles && x->dtype != XLA_F64 ? TN_WIDE : 0;
+    const int64_t channels = x->dims[1], row = channels * (doubles ? 8 : 4);
     char *rows = frame->rets.args[0]->data;
     return (tn_call){
         .outer = x->dims[0],
         .channels = channels,
         .inner = x->rank == 3 ? x->dims[2] : 1,
-        .dtype = dtype_of(x->dtype),
+        .dtype = dtype_of(x->dtype) + wide,
         .threads = processors(),
         .parallel = tn_own_threads,
         .x = x->data,

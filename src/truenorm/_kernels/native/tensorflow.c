@@ -9,7 +9,7 @@
  *
  * And the halves of the first, where something comes between them:
  *
- *   TruenormMoments: the same -> an array of no values; the same
+ *   TruenormMoments: the same -> an array of no values; the same, of doubles if gamma is
  *   TruenormNormalize: x, gamma, beta, mean, variance, low, rstd -> y; a matrix of no numbers
  *
  * The backward operation does not use epsilon; its derivative does.
@@ -79,7 +79,7 @@ static int dtype_of(int tensorflow)
     case TF_DOUBLE: return TN_FLOAT64;
     case TF_HALF: return TN_FLOAT16;
     case TF_BFLOAT16: return TN_BFLOAT16;
-    default: return -1;
+    default: return -1 - TN_WIDE;
     }
 }
 
@@ -90,11 +90,13 @@ static void take_inputs(execution *e, const options *asked, int count)
         if (has_failed(e)) return;
     }
     void **in = e->inputs;
+    const int doubles = tf.TensorType(in[GAMMA]) == TF_DOUBLE;
+    const int wide = doubles && tf.TensorType(in[X]) != TF_DOUBLE ? TN_WIDE : 0;
     e->call = (tn_call){
         .outer = tf.Dim(in[X], 0),
         .channels = tf.Dim(in[X], 1),
         .inner = tf.Dim(in[X], 2),
-        .dtype = dtype_of(tf.TensorType(in[X])),
+        .dtype = dtype_of(tf.TensorType(in[X])) + wide,
         .relu = asked->relu,
         .threads = (int32_t)asked->threads,
         .unbiased = asked->unbiased,
@@ -103,7 +105,7 @@ static void take_inputs(execution *e, const options *asked, int count)
         .gamma = tf.TensorData(in[GAMMA]),
         .beta = tf.TensorData(in[BETA]),
     };
-    e->width = e->call.dtype == TN_FLOAT64 ? 8 : 4;
+    e->width = doubles ? 8 : 4;
 }
 
 static void allocate_outputs(execution *e, int writes, int64_t row_count)
@@ -112,7 +114,7 @@ static void allocate_outputs(execution *e, int writes, int64_t row_count)
     const int64_t shape[] = {writes ? call->outer : 0, call->channels, call->inner};
     const int64_t matrix[] = {row_count, call->channels};
     const int type = tf.TensorType(e->inputs[X]), wide = e->width == 8 ? TF_DOUBLE : TF_FLOAT;
-    const size_t size = type == TF_HALF || type == TF_BFLOAT16 ? 2 : e->width;
+    const size_t size = type == TF_DOUBLE ? 8 : type == TF_FLOAT ? 4 : 2;
     const size_t bytes = (size_t)(shape[0] * shape[1] * shape[2]) * size;
     e->output = tf.AllocateOutput(e->context, 0, type, shape, 3, bytes, e->status);
     if (has_failed(e)) return;
@@ -226,10 +228,13 @@ static int add_kernels(const char *name, void (*compute)(void *, void *))
     static const struct {
         int type, wide;
     } types[] = {
-        {TF_FLOAT, TF_FLOAT}, {TF_DOUBLE, TF_DOUBLE}, {TF_HALF, TF_FLOAT}, {TF_BFLOAT16, TF_FLOAT}};
+        {TF_FLOAT, TF_FLOAT},     {TF_DOUBLE, TF_DOUBLE}, {TF_HALF, TF_FLOAT},
+        {TF_BFLOAT16, TF_FLOAT},  {TF_FLOAT, TF_DOUBLE},  {TF_HALF, TF_DOUBLE},
+        {TF_BFLOAT16, TF_DOUBLE},
+    };
     void *status = tf.NewStatus();
     int done = 1;
-    for (int i = 0; i < 4 && done; i++) {
+    for (size_t i = 0; i < sizeof types / sizeof *types && done; i++) {
         void *kernel = tf.NewKernelBuilder(name, "CPU", create, compute, free);
         tf.KernelBuilder_TypeConstraint(kernel, "T", types[i].type, status);
         done = tf.GetCode(status) == TF_OK;

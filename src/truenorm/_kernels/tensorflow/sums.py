@@ -10,6 +10,7 @@ import tensorflow  # noqa: ICN001 - its types are wrong: it becomes Any
 
 from truenorm._errors import DistributedError
 from truenorm._kernels.contract import Tensor, Vector
+from truenorm._kernels.tensorflow import native, plain
 
 tf: Any = tensorflow
 GROUP = 32
@@ -20,6 +21,19 @@ FEW = 2048
 
 MOST = 16
 """Graphs that are kept: sequences may have any length."""
+
+
+def compiled_sums(rows: Tensor) -> Tensor | None:
+    """The same of all rows about their mean, by the compiled pass; None where it is not there."""
+    if not native.takes(rows):
+        return None
+    nothing = tf.zeros(0, "float64")
+    plan = plain.Plan(0.0, relu=False, step=None, masked=False)
+    (kept,) = native.moments(plan, rows, nothing, nothing)
+    kept.set_shape((4, rows.shape[1]))
+    mean, variance, low, _ = tf.unstack(kept)
+    count = rows.shape[0] or tf.cast(tf.shape(rows)[0], "float64")
+    return tf.stack([mean + low, tf.zeros_like(mean), variance * count])
 
 
 @tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
@@ -47,13 +61,19 @@ def _sums(rows: Tensor, shift: Vector) -> Tensor:
     return tf.stack([tf.cast(shift, "float64"), first, second])
 
 
-def joined(parts: Sequence[tuple[Vector, Tensor]]) -> Tensor:
-    """Counts and sums of all calls side by side, shape (4, channels of all calls)."""
-    rows = [
-        tf.concat([tf.cast(tf.broadcast_to(count, tf.shape(sums)[1:]), "float64")[None], sums], 0)
-        for count, sums in parts
-    ]
-    return tf.concat([tf.zeros((4, 0), "float64"), *rows], axis=1)
+def joined(
+    parts: Sequence[tuple[Vector, Tensor]], counts: np.ndarray[Any, Any] | None = None
+) -> Tensor:
+    """Counts and sums of all calls side by side, shape (4, channels of all calls).
+
+    ``counts`` is their row where it is known beforehand: a number for each channel of each call.
+    """
+    sums = tf.concat([tf.zeros((3, 0), "float64"), *(sums for _, sums in parts)], axis=1)
+    row: Any = counts
+    if row is None:
+        rows = [tf.cast(tf.broadcast_to(n, tf.shape(s)[1:]), "float64") for n, s in parts]
+        row = tf.concat([tf.zeros(0, "float64"), *rows], axis=0)
+    return tf.concat([row[None], sums], axis=0)
 
 
 def compiled(function: Callable[..., Any], jit: bool) -> Callable[..., Any]:

@@ -136,9 +136,9 @@ def infer(
     return output
 
 
-def moments(plan: Plan, x: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean and variance of a part of a batch, in float64."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+def moments(plan: Plan, x: Tensor, mask: Tensor | None, *, exact: bool = False) -> Tensor:
+    """Mean and variance of a part of a batch, in float64; ``exact``: computed in it, too."""
+    wide = torch.float64 if exact or x.dtype == torch.float64 else torch.float32
     rows = torch.empty(4, plan.layout[1], dtype=wide, device="cpu")
     _half("tn_forward", plan, x, mask, rows)
     found = rows[:2].to(torch.float64)
@@ -190,10 +190,11 @@ def gradient(
 def _half(
     name: str, plan: Plan, x: Tensor, mask: Tensor | None, rows: Tensor, **given: Tensor | None
 ) -> None:
-    """One half of the forward or backward pass."""
+    """One half of the forward or backward pass, in the rows' dtype."""
     mean, variance, low, rstd = _addresses(rows)[:4]
+    wide = library.WIDE if rows.dtype == torch.float64 != x.dtype else 0
     call = library.Call(
-        *(*plan.layout, CODES[x.dtype]),
+        *(*plan.layout, CODES[x.dtype] + wide),
         relu=plan.relu,
         threads=torch.get_num_threads(),
         parallel=_parallel(),

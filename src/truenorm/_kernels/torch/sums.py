@@ -20,10 +20,26 @@ FEW = 2048
 """Up to so many rows all is float64; of more, the rounding of float32 averages out."""
 
 
+def compiled_sums(rows: Tensor) -> Tensor | None:
+    """The same of all rows about their mean, by the compiled pass; None where it is not there."""
+    if rows.device.type != "cpu" or not passes.takes(rows):
+        return None
+    count, channels = rows.shape
+    plan = passes.Plan((count, channels, 1), channel=1, epsilon=0.0, relu=False)
+    found = torch.zeros(3, channels, dtype=torch.float64)
+    found[::2] = native.moments(plan, rows.detach().contiguous(), None, exact=True)
+    found[2] *= count
+    return found
+
+
 def centred_sums(rows: Tensor, shift: Vector) -> Tensor:
     """Shift, sum and sum of squares of ``rows - shift`` per column, float64, as one array."""
-    if len(rows) > FEW and rows.device.type == "cpu" and passes.takes(rows):
-        return _by_the_compiled_pass(rows.detach().contiguous(), shift.to(torch.float64))
+    found = compiled_sums(rows) if len(rows) > FEW else None
+    if found is not None:  # rows that a mask excludes are in it, too: about the shift they are 0
+        apart = found[0] - shift
+        return torch.stack(
+            [found[0] - apart, apart * len(rows), found[2] + apart.square() * len(rows)]
+        )
     channels = max(rows.shape[1], 1)
     shift = shift.to(torch.float64) if len(rows) <= FEW else shift
     size = max(BLOCK // channels, GROUP) if rows.device.type == "cpu" else max(len(rows), 1)
@@ -40,31 +56,26 @@ def centred_sums(rows: Tensor, shift: Vector) -> Tensor:
     return torch.stack([shift.to(torch.float64), first, second])
 
 
-def _by_the_compiled_pass(rows: Tensor, shift: Vector) -> Tensor:
-    """The same from mean and variance.
-
-    They are of all rows, also those that a mask excludes; about the shift these add nothing.
-    """
-    count, channels = rows.shape
-    plan = passes.Plan((count, channels, 1), channel=1, epsilon=0.0, relu=False)
-    mean, variance = native.moments(plan, rows, None)
-    apart = mean - shift
-    return torch.stack([shift, apart * count, (variance + apart.square()) * count])
-
-
 def _total(values: Tensor) -> Vector:
     whole = len(values) // GROUP * GROUP
     groups = values[:whole].reshape(-1, GROUP, values.shape[1]).sum(1)
     return groups.sum(0, dtype=torch.float64) + values[whole:].sum(0, dtype=torch.float64)
 
 
-def joined(parts: Sequence[tuple[Vector, Tensor]]) -> Tensor:
-    """Counts and sums of all calls side by side, shape (4, channels of all calls)."""
-    rows = [
-        torch.cat([torch.as_tensor(count, device=sums.device).expand(sums.shape[1:])[None], sums])
-        for count, sums in parts
-    ]
-    return torch.cat(rows, dim=1) if rows else torch.zeros((4, 0), dtype=torch.float64)
+def joined(
+    parts: Sequence[tuple[Vector, Tensor]], counts: np.ndarray[Any, Any] | None = None
+) -> Tensor:
+    """Counts and sums of all calls side by side, shape (4, channels of all calls).
+
+    ``counts`` is their row where it is known beforehand: a number for each channel of each call.
+    """
+    if not parts:
+        return torch.zeros((4, 0), dtype=torch.float64)
+    sums = torch.cat([sums for _, sums in parts], dim=1)
+    if counts is None:
+        rows = [torch.as_tensor(n, device=s.device).expand(s.shape[1:]) for n, s in parts]
+        return torch.cat([torch.cat(rows).to(sums)[None], sums])
+    return torch.cat([torch.as_tensor(counts, device=sums.device)[None], sums])
 
 
 def compiled(function: Callable[..., Any], jit: bool) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 
 DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 PATH = Path(__file__).parent / "native" / "libtruenorm.so"
-INTERFACE = 4
+INTERFACE = 5
 """``TN_INTERFACE`` of ``native/batchnorm.h``; to be raised there and here together."""
 
 
@@ -30,7 +30,7 @@ FUNCTIONS = ("tn_forward", "tn_backward", "tn_infer", "tn_normalize", "tn_gradie
 class Call(NamedTuple):
     """The fields of ``tn_call`` in ``native/batchnorm.h``, where their meaning stands.
 
-    From ``parallel`` on they are addresses, 0 where there is nothing.
+    From ``parallel`` to ``dadd`` they are addresses, 0 where there is nothing.
     """
 
     outer: int
@@ -62,9 +62,11 @@ class Call(NamedTuple):
     add: int = 0
     out: int = 0
     dadd: int = 0
+    groups: int = 0
+    run: int = 0
 
 
-CALL = struct.Struct("@3q4i2d20P")
+CALL = struct.Struct("@3q4i2d20P2q")
 """A :class:`Call` as C lays it out."""
 
 

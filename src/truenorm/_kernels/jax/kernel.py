@@ -149,6 +149,7 @@ def _backward(plan: Plan, kept: Any, cotangents: Any) -> Any:
         *(delta, rstd, gamma, beta, _share(rows) / synchronized.parts(axes)),
         relu=plan.relu and passed is None,
         everyones=partial(synchronized.total, axes) if axes else None,
+        sums=partial(_compiled_products, rows, shift) if native.takes(rows) else None,
     )
     return d_rows.astype(rows.dtype), d_gamma, d_beta, None if passed is None else gradient
 
@@ -228,6 +229,43 @@ def _moving_values(at: Any, tangents: Any) -> Any:
     values, rows = at
     moments = _compiled_moments(values, rows)
     return moments, _moments_move(values, tangents[0], moments, _share(rows), True)
+
+
+def _compiled_products(
+    rows: Tensor, shift: Vector, gradient: Tensor, deviations: Tensor, delta: Vector, rstd: Vector
+) -> tuple[Vector, Vector]:
+    given = (rows, gradient.astype(rows.dtype), shift)
+    fixed = (jax.lax.stop_gradient(array) for array in given)
+    return _products_of(gradient, deviations, delta, rstd, *fixed)
+
+
+@jax.custom_jvp
+def _products_of(
+    gradient: Tensor,
+    deviations: Tensor,
+    delta: Vector,
+    rstd: Vector,
+    rows: Tensor,
+    narrow: Tensor,
+    shift: Vector,
+) -> Any:
+    """``closed_form.products``; the last three give gradient and deviations, too."""
+    del deviations
+    arrays = (rows, narrow, shift, delta, rstd)
+    return native.products(*arrays, dtype=gradient.dtype, plain=_products_of_rows)
+
+
+def _products_of_rows(
+    rows: Tensor, gradient: Tensor, shift: Vector, delta: Vector, rstd: Vector, dtype: Any
+) -> Any:
+    deviations = rows.astype(dtype) - _spread(shift, rows)
+    return closed_form.products(_ROWS, gradient.astype(dtype), deviations, delta, rstd)
+
+
+@_products_of.defjvp
+def _moving_products(at: Any, tangents: Any) -> Any:
+    plain = partial(closed_form.products, _ROWS)
+    return _products_of(*at), jax.jvp(plain, at[:4], tangents[:4])[1]
 
 
 def _moments_move(

@@ -127,10 +127,11 @@ static ALWAYS_INLINE void pause_briefly(void)
 static void take(job *j, pass_kind pass, atomic_llong *next, char *scratch)
 {
     const int second = pass == NORMALIZE || pass == GRADIENT, rows = j->call->inner == 1;
-    for (int64_t i; (i = atomic_fetch_add(next, 1)) < j->chunks;) {
-        const int64_t chunk = second ? j->chunks - 1 - i : i;
+    const int64_t all = j->groups * j->chunks;
+    for (int64_t i; (i = atomic_fetch_add(next, 1)) < all;) {
+        const int64_t chunk = second ? all - 1 - i : i;
         (rows ? j->code->rows : j->code->slices)(j, pass, chunk, scratch);
-        if (!second && atomic_fetch_add(&j->done, 1) == j->chunks - 1) {
+        if (!second && atomic_fetch_add(&j->done, 1) == all - 1) {
             j->between(j);
             atomic_store(&j->ready, 1);
         }
@@ -155,6 +156,12 @@ static void work(void *context)
     if (j->call->y) take(j, j->passes[1], &j->second, scratch);
 }
 
+/* How many values the array has. */
+static int64_t values_of(const tn_call *call)
+{
+    return call->outer * most(1, call->run) * call->channels * call->inner;
+}
+
 /* Asks Linux for large pages where the output is so large that the C library maps new memory for it
  * each time: getting it by pages of 4 KiB takes longer than filling it. Smaller outputs lie in a
  * heap that grows and shrinks, where large pages would be broken up again. A refusal changes
@@ -165,7 +172,7 @@ static void ask_for_large_pages(const job *j)
     const tn_call *call = j->call;
     const uintptr_t page = 4096, start = ((uintptr_t)call->y + page - 1) / page * page;
     const uintptr_t bytes =
-        (uintptr_t)(call->outer * call->channels * call->inner) * j->code->value;
+        (uintptr_t)values_of(call) * j->code->value;
     if (call->y && bytes >= LARGE)
         (void)madvise((void *)start, ((uintptr_t)call->y + bytes) / page * page - start,
                       MADV_HUGEPAGE);
@@ -179,8 +186,8 @@ static void count(job *j)
 {
     const tn_call *call = j->call;
     for (int64_t i = 0; i < j->chunks; i++) {
-        int64_t row = share(call->outer, i, j->chunks);
-        const int64_t end = share(call->outer, i + 1, j->chunks);
+        int64_t row = share(j->rows, i, j->chunks);
+        const int64_t end = share(j->rows, i + 1, j->chunks);
         j->counted[i + 1] = j->counted[i] + (call->mask ? 0 : end - row);
         for (; call->mask && row < end; row++) j->counted[i + 1] += call->mask[row] != 0;
     }
@@ -196,7 +203,7 @@ static int allocate(job *j)
     const size_t constants = CONSTANT_ARRAYS * channels * wide;
     /* Three numbers per channel, or a shift for each and the lanes of a group; and a gap, so that
      * no two threads write to one line of the cache. */
-    j->scratch_size = (3 * channels + GROUP * LANE_ARRAYS * LANES) * wide + 128;
+    j->scratch_size = (3 * (size_t)j->width + GROUP * LANE_ARRAYS * LANES) * wide + 128;
     j->sums = malloc(sums + constants + j->scratch_size * (size_t)j->threads);
     if (!j->sums) return 0;
     j->constants = (char *)j->sums + sums;
@@ -208,13 +215,15 @@ static int allocate(job *j)
 static int run(job *j)
 {
     const tn_call *call = j->call;
-    const int64_t values = call->outer * call->channels * call->inner;
-    const int64_t most_chunks = call->inner == 1 ? call->outer / BLOCK : call->channels;
+    const int64_t values = values_of(call);
+    const int64_t groups = most(1, call->groups), rows = call->outer * most(1, call->run);
+    const int64_t most_chunks = call->inner == 1 ? rows / BLOCK : call->channels;
     if (call->dtype < 0 || call->dtype >= (int32_t)(sizeof codes / sizeof *codes))
         return TN_UNKNOWN_DTYPE;
     j->code = &codes[call->dtype];
-    j->chunks = most(1, least(least(MOST_CHUNKS, values / LEAST_CHUNK), most_chunks));
-    j->threads = values < FEW || !call->parallel ? 1 : most(1, least(call->threads, j->chunks));
+    j->groups = groups, j->width = call->channels / groups, j->rows = rows;
+    j->chunks = most(1, least(least(MOST_CHUNKS, values / groups / LEAST_CHUNK), most_chunks));
+    j->threads = values < FEW || !call->parallel ? 1 : most(1, least(call->threads, groups * j->chunks));
     if (!allocate(j)) return TN_NO_MEMORY;
     ask_for_large_pages(j);
     count(j);

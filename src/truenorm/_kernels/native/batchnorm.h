@@ -2,6 +2,9 @@
  *
  * An array is (outer, channels, inner), contiguous; inner is 1 where the channels are last. Numbers
  * per channel (mean, gamma and so on) are float, or double where the array is of doubles.
+ *
+ * An array of ghost batches, of which each has statistics of its own, is (outer, groups, run,
+ * width): a sample of each group in turn, which is `run` rows. Its channels are groups x width.
  */
 #ifndef TRUENORM_BATCHNORM_H
 #define TRUENORM_BATCHNORM_H
@@ -11,7 +14,7 @@
 /* The version of the interface between this library and the Python code that calls it. Raise it
  * here and in library.py when a function or a field of tn_call is added, moved or means something
  * else: library.py does not use a library of another version. */
-#define TN_INTERFACE 4
+#define TN_INTERFACE 5
 
 #define TN_EXPORT __attribute__((visibility("default")))
 
@@ -48,6 +51,7 @@ typedef struct {
      * `dadd` the gradient that goes through the ReLU, which is that of `add`. */
     const void *add, *out;
     void *dadd;
+    int64_t groups, run; /* of ghost batches, with inner 1 and no mask; 0: it is one batch */
 } tn_call;
 
 /* tn_forward and tn_backward are a training step; tn_infer normalises with the mean and variance

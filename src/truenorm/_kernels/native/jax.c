@@ -1,7 +1,13 @@
-/* The moments as a typed call of XLA's foreign function interface:
+/* The moments, and the sums of the backward pass, as typed calls of XLA's foreign function interface:
  *
  *   x (outer, channels[, inner]) and, only without inner, perhaps a mask (outer)
  *   -> a matrix whose four rows are mean, variance, low and rstd
+ *
+ *   x (outer, channels[, inner]), dy (the same), mean, low, rstd (channels)
+ *   -> a matrix whose two rows are dgamma and dbeta
+ *
+ * x may be (outer, groups, run, width) of ghost batches (see batchnorm.h), without a mask; then there
+ * are numbers for groups x width channels.
  */
 #define _GNU_SOURCE
 #include <sched.h>
@@ -77,33 +83,37 @@ static int are_buffers(const xla_buffers *given, int64_t least, int64_t most)
     return 1;
 }
 
-/* Whether the arguments can be those of the call that the head of this file describes. */
-static int is_expected(const xla_call_frame *frame)
+/* Whether the arguments can be those of the calls that the head of this file describes. */
+static int is_expected(const xla_call_frame *frame, int64_t least, int64_t most)
 {
-    if (!are_buffers(&frame->args, 1, 2) || !are_buffers(&frame->rets, 1, 1)) return 0;
+    if (!are_buffers(&frame->args, least, most) || !are_buffers(&frame->rets, 1, 1)) return 0;
     const int64_t rank = frame->args.args[0]->rank;
-    return rank == 2 || (rank == 3 && frame->args.size == 1);
+    return rank == 2 || ((rank == 3 || rank == 4) && frame->args.size != 2);
 }
 
+/* The call for x, its first argument, without results. */
 static tn_call call_of(const xla_call_frame *frame)
 {
     const xla_buffer *x = frame->args.args[0];
-    const int64_t channels = x->dims[1], row = channels * (x->dtype == XLA_F64 ? 8 : 4);
-    char *rows = frame->rets.args[0]->data;
+    const int grouped = x->rank == 4;
     return (tn_call){
         .outer = x->dims[0],
-        .channels = channels,
+        .channels = grouped ? x->dims[1] * x->dims[3] : x->dims[1],
         .inner = x->rank == 3 ? x->dims[2] : 1,
+        .groups = grouped ? x->dims[1] : 0,
+        .run = grouped ? x->dims[2] : 0,
         .dtype = dtype_of(x->dtype),
         .threads = processors(),
         .parallel = tn_own_threads,
         .x = x->data,
-        .mean = rows,
-        .variance = rows + row,
-        .low = rows + 2 * row,
-        .rstd = rows + 3 * row,
-        .mask = frame->args.size > 1 ? frame->args.args[1]->data : NULL,
     };
+}
+
+/* The address of a row of the result. */
+static void *row_of(const xla_call_frame *frame, const tn_call *call, int64_t row)
+{
+    const int64_t size = call->dtype == TN_FLOAT64 ? 8 : 4;
+    return (char *)frame->rets.args[0]->data + row * call->channels * size;
 }
 
 static void *failure(const xla_call_frame *frame, int code, const char *message)
@@ -112,8 +122,10 @@ static void *failure(const xla_call_frame *frame, int code, const char *message)
     return frame->api->XLA_FFI_Error_Create(&error);
 }
 
-/* Returns NULL, or an error that XLA raises in the program that called it. */
-TN_EXPORT void *tn_xla_moments(xla_call_frame *frame)
+/* What is the same for both calls: answers XLA's questions, and carries out `pass` on what `given`
+ * makes of the arguments. Returns NULL, or an error that XLA raises in the program that called. */
+static void *answer(xla_call_frame *frame, int64_t least, int64_t most, tn_pass *pass,
+                    void (*given)(const xla_call_frame *, tn_call *))
 {
     if (frame->extension_start && frame->extension_start->type == XLA_METADATA) {
         tell_version(frame);
@@ -122,13 +134,44 @@ TN_EXPORT void *tn_xla_moments(xla_call_frame *frame)
     if (frame->struct_size < XLA_SIZE(xla_call_frame, rets) || !frame->api || !is_known(frame->api))
         abort(); /* such an XLA was refused above and does not call; no error could reach it */
     if (frame->stage != XLA_EXECUTE) return NULL;
-    if (!is_expected(frame))
+    if (!is_expected(frame, least, most))
         return failure(frame, XLA_INVALID_ARGUMENT, "BatchNormalization: unexpected arguments");
-    const tn_call call = call_of(frame);
-    switch (tn_forward(&call)) {
+    tn_call call = call_of(frame);
+    given(frame, &call);
+    switch (pass(&call)) {
     case TN_DONE: return NULL;
     case TN_NO_MEMORY:
         return failure(frame, XLA_RESOURCE_EXHAUSTED, "BatchNormalization: no memory for its sums");
     default: return failure(frame, XLA_INVALID_ARGUMENT, "BatchNormalization: unexpected dtype");
     }
+}
+
+static void of_moments(const xla_call_frame *frame, tn_call *call)
+{
+    call->mask = frame->args.size > 1 ? frame->args.args[1]->data : NULL;
+    call->mean = row_of(frame, call, 0);
+    call->variance = row_of(frame, call, 1);
+    call->low = row_of(frame, call, 2);
+    call->rstd = row_of(frame, call, 3);
+}
+
+static void of_products(const xla_call_frame *frame, tn_call *call)
+{
+    xla_buffer **args = frame->args.args;
+    call->dy = args[1]->data;
+    call->mean = args[2]->data;
+    call->low = args[3]->data;
+    call->rstd = args[4]->data;
+    call->dgamma = row_of(frame, call, 0);
+    call->dbeta = row_of(frame, call, 1);
+}
+
+TN_EXPORT void *tn_xla_moments(xla_call_frame *frame)
+{
+    return answer(frame, 1, 2, tn_forward, of_moments);
+}
+
+TN_EXPORT void *tn_xla_products(xla_call_frame *frame)
+{
+    return answer(frame, 5, 5, tn_backward, of_products);
 }

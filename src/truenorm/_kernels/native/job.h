@@ -36,7 +36,9 @@ typedef struct {
 struct job {
     const tn_call *call;
     const code *code;
-    int64_t chunks, threads;
+    int64_t groups, width;            /* how many groups, and channels of one; see batchnorm.h */
+    int64_t rows;                     /* channels last: rows of one group */
+    int64_t chunks, threads;          /* chunks of one group; threads in all */
     int64_t counted[MOST_CHUNKS + 1]; /* how many rows count before each chunk, channels last */
     int64_t count;                    /* how many values of each channel count */
     double *sums;                     /* two per channel; channels last: for each chunk */
@@ -62,6 +64,20 @@ static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* Where a part of a whole begins that is divided into equal parts. */
 static inline int64_t share(int64_t all, int64_t part, int64_t parts) { return all * part / parts; }
+
+/* Channels last: the number of the first value of a row of a group. */
+static inline int64_t place(const job *j, int64_t group, int64_t row)
+{
+    const int64_t run = j->call->run;
+    if (j->groups == 1) return row * j->width;
+    return ((row / run * j->groups + group) * run + row % run) * j->width;
+}
+
+/* Channels last: how many of these rows, from this one on, lie one after the other. */
+static inline int64_t together(const job *j, int64_t row, int64_t rows)
+{
+    return j->groups == 1 ? rows : least(rows, j->call->run - row % j->call->run);
+}
 
 /* How many rows from this one on are masked as it is. */
 static inline int64_t run_length(const uint8_t *mask, int64_t row, int64_t end)

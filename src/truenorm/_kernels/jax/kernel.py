@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 import jax
 from jax import numpy as jnp
 
-from truenorm._kernels import closed_form, composite
+from truenorm._kernels import closed_form, composite, ghosts
 from truenorm._kernels.contract import (
     Moving,
     Normalized,
@@ -62,8 +62,7 @@ def normalize(
     channels = x.shape[channel]
     before, after = math.prod(x.shape[:channel]), math.prod(x.shape[channel + 1 :])
     dtype = statistics_dtype(x.dtype)
-    scale = jnp.ones(channels, dtype) if gamma is None else gamma.astype(dtype)
-    offset = jnp.zeros(channels, dtype) if beta is None else beta.astype(dtype)
+    scale, offset = _weights(gamma, beta, channels, dtype)
     rows = x.reshape((before, channels, after) if after != 1 else (before, channels))
     add = None if add is None else add.reshape(rows.shape)
     if mask is None:
@@ -84,6 +83,38 @@ def normalize(
         jax.lax.stop_gradient(variance),
         count,
     )
+
+
+def normalize_ghosts(
+    x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options, *, size: int
+) -> Normalized:
+    """See :mod:`truenorm._kernels`."""
+    grouped = None if _is_spread_inside(x, x.ndim - 1) else _normalize_grouped
+    # What is left, XLA does better at once than one after the other.
+    kernels: dict[str, Any] = {"each": normalize, "grouped": grouped, "most_calls": 1}
+    return ghosts.normalize_ghosts(x, gamma, beta, options, size=size, **kernels)
+
+
+def _normalize_grouped(
+    x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options, *, groups: int
+) -> Normalized:
+    """Ghost batches without a mask, channels last: see ``ghosts.Grouped``."""
+    samples, *inner, width = x.shape
+    rows = x.reshape((samples // groups, groups, math.prod(inner), width))
+    weights = _weights(gamma, beta, groups * width, statistics_dtype(x.dtype))
+    given = synchronized.alike(rows, *weights, None)
+    output, *statistics = cast(Any, _normalize(Plan(options.epsilon, options.relu, ()), *given))
+    mean, variance = map(jax.lax.stop_gradient, statistics)
+    count = jnp.asarray(rows.shape[0] * rows.shape[2], mean.dtype)
+    return Normalized(output.reshape(x.shape), mean, variance, count)
+
+
+def _weights(
+    gamma: Vector | None, beta: Vector | None, channels: int, dtype: Any
+) -> tuple[Vector, Vector]:
+    scale = jnp.ones(channels, dtype) if gamma is None else gamma.astype(dtype)
+    offset = jnp.zeros(channels, dtype) if beta is None else beta.astype(dtype)
+    return scale, offset
 
 
 def _is_spread_inside(x: Tensor, channel: int) -> bool:
@@ -285,15 +316,19 @@ def _count(counts: Tensor, dtype: Any) -> Vector:
 
 
 def _share(rows: Tensor) -> float:
-    return 1.0 / max(rows.size // max(rows.shape[1], 1), 1)
+    return 1.0 / max(rows.size // max(native.channels(rows), 1), 1)
 
 
 def _total(rows: Tensor) -> Vector:
+    if rows.ndim == 4:
+        return rows.sum((0, 2)).reshape(-1)
     # In two steps that XLA does not merge into one: it would add all numbers in sequence.
     return (rows if rows.ndim == 2 else jax.lax.optimization_barrier(rows.sum(2))).sum(0)
 
 
 def _spread(per_channel: Vector, rows: Tensor) -> Tensor:
+    if rows.ndim == 4:
+        return per_channel.reshape(rows.shape[1], 1, rows.shape[3])
     return per_channel if rows.ndim == 2 else per_channel[:, None]
 
 

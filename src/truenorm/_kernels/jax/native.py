@@ -52,8 +52,7 @@ def moments(
     Of the rows that count, if there is a mask (outer,) for rows (outer, channels). ``plain`` gives
     the same of the same arguments, in JAX's operations.
     """
-    mean, variance, low, _ = _found("moments", rows, *mask, dtype=dtype, plain=plain)
-    return mean, low, variance
+    return _found("moments", rows, *mask, dtype=dtype, plain=plain)
 
 
 def products(
@@ -64,25 +63,24 @@ def products(
     From the rows, the gradient of the output, mean, what rounding took from it, and rstd. ``plain``
     gives the same of the same arguments.
     """
-    d_gamma, d_beta = _found("products", *arrays, dtype=dtype, plain=plain)
-    return d_gamma, d_beta
+    return _found("products", *arrays, dtype=dtype, plain=plain)
 
 
-def _found(name: str, *arrays: Tensor, dtype: Any, plain: Any) -> Tensor:
+def _found(name: str, *arrays: Tensor, dtype: Any, plain: Any) -> Any:
     options = {"dtype": jax.numpy.dtype(dtype), "plain": plain}
-    return _sequential(partial(_OPERATIONS[name].bind, name=name, **options))(*arrays)
+    found = _sequential(partial(_OPERATIONS[name].bind, name=name, **options))(*arrays)
+    return tuple(found)
 
 
 _sequential = jax.custom_batching.sequential_vmap
-_OPERATIONS = {name: Primitive(f"truenorm_{name}") for name in ("moments", "products")}
-_NUMBERS = {"moments": 4, "products": 2}
-"""How many numbers per channel: the rows of the result."""
+_RESULTS = {"moments": 3, "products": 2}
+_OPERATIONS = {name: Primitive(f"truenorm_{name}") for name in _RESULTS}
 
 
-def _shape(rows: Any, *_: Any, name: str, dtype: Any, plain: Any) -> Any:
+def _shapes(rows: Any, *_: Any, name: str, dtype: Any, plain: Any) -> Any:
     del plain
-    shape = (_NUMBERS[name], channels(rows))
-    return rows.update(shape=shape, dtype=dtype, weak_type=False)
+    vector = rows.update(shape=(channels(rows),), dtype=dtype, weak_type=False)
+    return [vector] * _RESULTS[name]
 
 
 def channels(rows: Any) -> int:
@@ -90,18 +88,15 @@ def channels(rows: Any) -> int:
     return math.prod(rows.shape[1::2]) if len(rows.shape) == 4 else rows.shape[1]
 
 
-def _elsewhere(*arrays: Tensor, name: str, dtype: Any, plain: Any) -> Tensor:
-    found = plain(*arrays, dtype)
-    if name == "moments":
-        mean, low, variance = found
-        found = mean, variance, low, variance
-    return jax.numpy.stack(found)
+def _elsewhere(*arrays: Tensor, name: str, dtype: Any, plain: Any) -> Any:
+    del name
+    return list(plain(*arrays, dtype))
 
 
-def _here(*arrays: Tensor, name: str, dtype: Any, plain: Any) -> Tensor:
+def _here(*arrays: Tensor, name: str, dtype: Any, plain: Any) -> Any:
     del plain
-    result = jax.ShapeDtypeStruct((_NUMBERS[name], channels(arrays[0])), dtype)
-    return jax.ffi.ffi_call(TARGET + name, result)(*arrays)
+    vector = jax.ShapeDtypeStruct((channels(arrays[0]),), dtype)
+    return jax.ffi.ffi_call(TARGET + name, [vector] * _RESULTS[name])(*arrays)
 
 
 def _lower(context: Any, *arrays: Any, **options: Any) -> Any:
@@ -109,11 +104,12 @@ def _lower(context: Any, *arrays: Any, **options: Any) -> Any:
     module = context.module_context
     leaves = module.lowering_parameters.for_export or len(module.platforms) > 1
     which = _elsewhere if leaves or _is_divided(module.axis_context) else _here
-    return mlir.lower_fun(which, multiple_results=False)(context, *arrays, **options)
+    return mlir.lower_fun(which, multiple_results=True)(context, *arrays, **options)
 
 
 for _operation in _OPERATIONS.values():
-    _operation.def_abstract_eval(_shape)
+    _operation.multiple_results = True
+    _operation.def_abstract_eval(_shapes)
     _operation.def_impl(_here)
 
 
@@ -133,7 +129,7 @@ def _registered() -> bool:
         for name, operation in _OPERATIONS.items():
             call = jax.ffi.pycapsule(getattr(library_, f"tn_xla_{name}"))
             jax.ffi.register_ffi_target(TARGET + name, call, "cpu")
-            mlir.register_lowering(operation, mlir.lower_fun(_elsewhere, multiple_results=False))
+            mlir.register_lowering(operation, mlir.lower_fun(_elsewhere, multiple_results=True))
             mlir.register_lowering(operation, _lower, platform="cpu")
     except (AttributeError, NotImplementedError, RuntimeError, ValueError):  # another version
         return False

@@ -33,7 +33,8 @@ typedef struct {
     const void *x, *dy;
     const void *gamma, *beta; /* NULL: ones, zeros */
     void *mean, *variance;    /* written by tn_forward, read by the others */
-    void *low, *rstd;         /* likewise; the mean before it is rounded is mean + low */
+    void *low, *rstd;         /* likewise; the mean before it is rounded is mean + low; rstd may be
+                                 NULL in tn_forward where y is */
     void *dgamma, *dbeta;     /* written by tn_backward; tn_gradient reads them, as means */
     void *y;                  /* the output, or dx in tn_backward; NULL: not wanted */
     /* The moving statistics, and where tn_forward writes them as they are after one step. Both may

@@ -1,10 +1,10 @@
 /* The moments, and the sums of the backward pass, as typed calls of XLA's foreign function interface:
  *
  *   x (outer, channels[, inner]) and, only without inner, perhaps a mask (outer)
- *   -> a matrix whose four rows are mean, variance, low and rstd
+ *   -> mean, low, variance (channels)
  *
  *   x (outer, channels[, inner]), dy (the same), mean, low, rstd (channels)
- *   -> a matrix whose two rows are dgamma and dbeta
+ *   -> dgamma, dbeta (channels)
  *
  * x may be (outer, groups, run, width) of ghost batches (see batchnorm.h), without a mask; then there
  * are numbers for groups x width channels.
@@ -84,9 +84,10 @@ static int are_buffers(const xla_buffers *given, int64_t least, int64_t most)
 }
 
 /* Whether the arguments can be those of the calls that the head of this file describes. */
-static int is_expected(const xla_call_frame *frame, int64_t least, int64_t most)
+static int is_expected(const xla_call_frame *frame, int64_t least, int64_t most, int64_t results)
 {
-    if (!are_buffers(&frame->args, least, most) || !are_buffers(&frame->rets, 1, 1)) return 0;
+    if (!are_buffers(&frame->args, least, most)) return 0;
+    if (!are_buffers(&frame->rets, results, results)) return 0;
     const int64_t rank = frame->args.args[0]->rank;
     return rank == 2 || ((rank == 3 || rank == 4) && frame->args.size != 2);
 }
@@ -109,36 +110,28 @@ static tn_call call_of(const xla_call_frame *frame)
     };
 }
 
-/* The address of a row of the result. */
-static void *row_of(const xla_call_frame *frame, const tn_call *call, int64_t row)
-{
-    const int64_t size = call->dtype == TN_FLOAT64 ? 8 : 4;
-    return (char *)frame->rets.args[0]->data + row * call->channels * size;
-}
-
 static void *failure(const xla_call_frame *frame, int code, const char *message)
 {
     xla_error error = {.struct_size = XLA_SIZE(xla_error, errc), .message = message, .errc = code};
     return frame->api->XLA_FFI_Error_Create(&error);
 }
 
-/* What is the same for both calls: answers XLA's questions, and carries out `pass` on what `given`
- * makes of the arguments. Returns NULL, or an error that XLA raises in the program that called. */
-static void *answer(xla_call_frame *frame, int64_t least, int64_t most, tn_pass *pass,
-                    void (*given)(const xla_call_frame *, tn_call *))
+/* Answers XLA when it registers a call or prepares it: whether that was all that it asked. */
+static int is_answered(const xla_call_frame *frame)
 {
     if (frame->extension_start && frame->extension_start->type == XLA_METADATA) {
         tell_version(frame);
-        return NULL;
+        return 1;
     }
     if (frame->struct_size < XLA_SIZE(xla_call_frame, rets) || !frame->api || !is_known(frame->api))
         abort(); /* such an XLA was refused above and does not call; no error could reach it */
-    if (frame->stage != XLA_EXECUTE) return NULL;
-    if (!is_expected(frame, least, most))
-        return failure(frame, XLA_INVALID_ARGUMENT, "BatchNormalization: unexpected arguments");
-    tn_call call = call_of(frame);
-    given(frame, &call);
-    switch (pass(&call)) {
+    return frame->stage != XLA_EXECUTE;
+}
+
+/* NULL, or an error that XLA raises in the program that made the call. */
+static void *outcome(const xla_call_frame *frame, int status)
+{
+    switch (status) {
     case TN_DONE: return NULL;
     case TN_NO_MEMORY:
         return failure(frame, XLA_RESOURCE_EXHAUSTED, "BatchNormalization: no memory for its sums");
@@ -146,32 +139,30 @@ static void *answer(xla_call_frame *frame, int64_t least, int64_t most, tn_pass 
     }
 }
 
-static void of_moments(const xla_call_frame *frame, tn_call *call)
+static void *refusal(const xla_call_frame *frame)
 {
-    call->mask = frame->args.size > 1 ? frame->args.args[1]->data : NULL;
-    call->mean = row_of(frame, call, 0);
-    call->variance = row_of(frame, call, 1);
-    call->low = row_of(frame, call, 2);
-    call->rstd = row_of(frame, call, 3);
-}
-
-static void of_products(const xla_call_frame *frame, tn_call *call)
-{
-    xla_buffer **args = frame->args.args;
-    call->dy = args[1]->data;
-    call->mean = args[2]->data;
-    call->low = args[3]->data;
-    call->rstd = args[4]->data;
-    call->dgamma = row_of(frame, call, 0);
-    call->dbeta = row_of(frame, call, 1);
+    return failure(frame, XLA_INVALID_ARGUMENT, "BatchNormalization: unexpected arguments");
 }
 
 TN_EXPORT void *tn_xla_moments(xla_call_frame *frame)
 {
-    return answer(frame, 1, 2, tn_forward, of_moments);
+    if (is_answered(frame)) return NULL;
+    if (!is_expected(frame, 1, 2, 3)) return refusal(frame);
+    xla_buffer **given = frame->args.args, **found = frame->rets.args;
+    tn_call call = call_of(frame);
+    call.mask = frame->args.size > 1 ? given[1]->data : NULL;
+    call.mean = found[0]->data, call.low = found[1]->data, call.variance = found[2]->data;
+    return outcome(frame, tn_forward(&call));
 }
 
 TN_EXPORT void *tn_xla_products(xla_call_frame *frame)
 {
-    return answer(frame, 5, 5, tn_backward, of_products);
+    if (is_answered(frame)) return NULL;
+    if (!is_expected(frame, 5, 5, 2)) return refusal(frame);
+    xla_buffer **given = frame->args.args, **found = frame->rets.args;
+    tn_call call = call_of(frame);
+    call.dy = given[1]->data, call.mean = given[2]->data;
+    call.low = given[3]->data, call.rstd = given[4]->data;
+    call.dgamma = found[0]->data, call.dbeta = found[1]->data;
+    return outcome(frame, tn_backward(&call));
 }

@@ -30,7 +30,8 @@ typedef struct {
     void (*rows)(job *, pass_kind, int64_t chunk, void *scratch);   /* one chunk, channels last */
     void (*slices)(job *, pass_kind, int64_t chunk, void *scratch); /* one chunk, channels first */
     void (*constants)(job *), (*constants_given)(job *), (*gradient_given)(job *);
-    void (*finish_moments)(job *), (*finish_products)(job *);
+    void (*finish_moments)(job *, int64_t channel, int64_t end);
+    void (*finish_products)(job *, int64_t channel, int64_t end);
 } code;
 
 struct job {
@@ -46,7 +47,8 @@ struct job {
     char *scratch;                    /* memory for each thread */
     size_t scratch_size;              /* bytes of it for one thread */
     pass_kind passes[2];              /* the first is NO_PASS if there is only one */
-    void (*before)(job *), (*between)(job *);
+    void (*before)(job *);
+    void (*between)(job *, int64_t channel, int64_t end); /* for these channels */
     atomic_llong first, second; /* the next chunk of each pass */
     atomic_llong done;          /* chunks of the first pass that are done */
     atomic_llong entered;       /* threads that have come */
@@ -58,6 +60,13 @@ struct job {
 typedef struct {
     int64_t channel, channels, sample, samples, at, size;
 } brick;
+
+/* Whether the constants are needed: not by the first half of a step where the channels are last, but
+ * for the signs of a ReLU. */
+static inline int has_constants(const tn_call *call)
+{
+    return call->y || call->relu || call->inner != 1;
+}
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -73,10 +82,17 @@ static inline int64_t place(const job *j, int64_t group, int64_t row)
     return ((row / run * j->groups + group) * run + row % run) * j->width;
 }
 
-/* Channels last: how many of these rows, from this one on, lie one after the other. */
+/* Channels last: from one row of a tile to the next. */
+static inline int64_t step_of(const job *j)
+{
+    return j->call->run == 1 ? j->groups * j->width : j->width;
+}
+
+/* Channels last: how many of these rows, from this one on, are so far from each other. */
 static inline int64_t together(const job *j, int64_t row, int64_t rows)
 {
-    return j->groups == 1 ? rows : least(rows, j->call->run - row % j->call->run);
+    const int64_t run = j->call->run;
+    return j->groups == 1 || run == 1 ? rows : least(rows, run - row % run);
 }
 
 /* How many rows from this one on are masked as it is. */

@@ -2,6 +2,17 @@
  * its own. Included once for each type of values, after passes.h.
  */
 
+/* The first shift, from the rows of a tile or, where a sample is few rows, from one of each. */
+static void NAME(shift_rows)(const job *j, const VALUE *x, const uint8_t *mask, int64_t row,
+                             int64_t end, SUM *shift, SUM *sums)
+{
+    const int64_t few = 8, width = j->width, run = most(1, j->call->run);
+    const int apart = j->groups > 1 && run < few;
+    const int64_t rows = apart ? (end - row + run - 1) / run : together(j, row, end - row);
+    const int64_t step = apart ? j->groups * run * width : width;
+    NAME(first_shift)(x, mask, rows, few, width, step, shift, sums);
+}
+
 /* Sums over the rows of one block that count; how many they are. The first block that has any makes
  * the shift. */
 static int64_t NAME(sum_block)(job *j, pass_kind pass, int64_t group, int64_t row, int64_t end,
@@ -15,9 +26,9 @@ static int64_t NAME(sum_block)(job *j, pass_kind pass, int64_t group, int64_t ro
         if (mask && !mask[row]) continue;
         const int64_t at = place(j, group, row);
         if (pass == MOMENTS && first && size == 0)
-            NAME(first_shift)((const VALUE *)call->x + at, mask ? mask + row : NULL,
-                              together(j, row, end - row), 8, j->width, shift, k->first);
-        NAME(tile)(j, pass, at, rows, j->width, k);
+            NAME(shift_rows)(j, (const VALUE *)call->x + at, mask ? mask + row : NULL, row, end,
+                             shift, k->first);
+        NAME(tile)(j, pass, at, rows, j->width, step_of(j), k);
         size += rows;
     }
     return size;
@@ -55,7 +66,7 @@ static void NAME(write_rows)(job *j, pass_kind pass, int64_t group, int64_t chun
     apart.slope = apart.level = (const SUM *)j->constants + 4 * j->call->channels; /* zeros */
     for (int64_t rows; row < end; row += rows) {
         rows = together(j, row, run_length(mask, row, end));
-        NAME(tile)(j, pass, place(j, group, row), rows, j->width,
+        NAME(tile)(j, pass, place(j, group, row), rows, j->width, step_of(j),
                    mask && !mask[row] ? &apart : &counted);
     }
 }

@@ -280,7 +280,7 @@ def test_an_addend_on_another_device(training: bool) -> None:
 
 
 CONSTANTS = {
-    "jax": ("kernel",),  # Without the library, XLA divides sums among devices: no value is at hand.
+    "jax": ("kernel", "composite", "without the library"),
     "tensorflow": ("kernel", "composite", "without the library", "by XLA"),
     "torch": ("kernel", "composite", "without the library", "of a GPU"),
 }

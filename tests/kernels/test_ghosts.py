@@ -30,9 +30,7 @@ def normalize(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if request.param == "without it":
         monkeypatch.setattr(library, "loaded", lambda: None)
         if keras.config.backend() == "jax":
-            from truenorm._kernels.jax import native
-
-            monkeypatch.setattr(native, "_registered", lambda: False)
+            monkeypatch.setattr("truenorm._kernels.jax.native.takes", lambda _: False)
     return kernels.normalize_ghosts
 
 

@@ -39,7 +39,7 @@ class Rows(NamedTuple):
 
     total: Callable[[Tensor], Vector]
     spread: Callable[[Vector, Tensor], Tensor]
-    first: Callable[[Tensor], Vector] | None = None
+    first: Callable[[Tensor], Scalar | Vector] | None = None
 
 
 class Moments(NamedTuple):

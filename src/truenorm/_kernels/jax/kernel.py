@@ -332,4 +332,11 @@ def _spread(per_channel: Vector, rows: Tensor) -> Tensor:
     return per_channel if rows.ndim == 2 else per_channel[:, None]
 
 
-_ROWS = closed_form.Rows(_total, _spread)
+def _first(rows: Tensor) -> Scalar | Vector:
+    if not composite.is_whole():
+        return 0.0
+    axes = (0, 2)[: rows.ndim - 1]
+    return rows[:1, :, *[slice(1)] * (rows.ndim > 2)].sum(axes).reshape(-1)
+
+
+_ROWS = closed_form.Rows(_total, _spread, _first)

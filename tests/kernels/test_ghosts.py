@@ -126,3 +126,11 @@ def test_second_derivatives(normalize: Any, case: Case, relu: bool) -> None:
 
         expected = (moved(1e-5) - moved(-1e-5)) / 2e-5
         assert float((array(second) * toward).sum()) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 4, 3)], ids=str)
+def test_an_empty_batch(normalize: Any, shape: tuple[int, ...]) -> None:
+    batch = normalize(tensor(np.ones(shape)), None, None, Options(-1, EPSILON), size=SIZE)
+    assert tuple(batch.output.shape) == shape
+    assert float(batch.count) == float(batch.batches) == 0
+    assert not np.concatenate([array(batch.mean), array(batch.variance)]).any()

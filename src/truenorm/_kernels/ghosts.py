@@ -118,17 +118,14 @@ def _at_once(
     scale, offset = (None if w is None else ops.tile(w, groups) for w in (gamma, beta))
     found = grouped(x, scale, offset, options._replace(moving=None), groups=groups)
     count = ops.cast(found.count, found.mean.dtype)
-    share = ops.where(count > 0, 1.0 / groups, 0.0)
 
     def average(statistic: Vector) -> Vector:
         each = ops.reshape(statistic, [groups, -1])
-        first = ops.sum(each, axis=0) * share
-        return first + ops.sum(each - first, axis=0) * share  # what rounding took from it
+        first = ops.sum(each, axis=0) / groups
+        return first + ops.sum(each - first, axis=0) / groups  # what rounding took from it
 
-    filled = ops.where(count > 0, float(groups), 0.0)
-    return Normalized(
-        found.output, average(found.mean), average(found.variance), count * groups, filled
-    )
+    numbers = (count * groups, ops.cast(count > 0, count.dtype) * groups)
+    return Normalized(found.output, average(found.mean), average(found.variance), *numbers)
 
 
 def _one_by_one(

@@ -1,4 +1,7 @@
-r"""JAX: compiled moments, the closed-form backward over two-dimensional rows; XLA does the rest.
+r"""JAX: compiled sums, the closed-form backward over two-dimensional rows; XLA does the rest.
+
+Rows are (outer, channels[, inner]) or, of ghost batches, (outer, groups, run, width) with channels
+of their own for each group.
 
 Only x, the mean (as shift and correction, see ``composite.py``) and rstd are kept, and behind a sum
 which outputs have passed the ReLU. JAX differentiates both rules as ordinary code, so reverse mode,

@@ -1,9 +1,10 @@
-"""JAX on a processor: the moments by the compiled passes, as a custom call of XLA.
+"""JAX on a processor: the sums by the compiled passes, as custom calls of XLA.
 
-Only the moments: XLA joins what is done value by value with what stands before and behind it, which
-in whole models saves more than a compiled pass that is faster by itself (docs/performance.md).
+Only the sums: XLA joins what is done value by value with what stands before and behind it, which
+in whole models saves more than a compiled pass that is faster by itself (docs/performance.md). For
+a sum it writes to memory what it adds up anyway.
 
-They are an operation of JAX's own. What becomes of it is decided where JAX makes a program of it: a
+They are operations of JAX's own. What becomes of one is decided where JAX makes a program of it: a
 custom call where the program is for this processor alone, else JAX's operations, in a program that
 is exported or that is for other devices.
 """

@@ -20,7 +20,7 @@
 
 enum { LEAST_CHUNK = 1 << 15 }; /* values: a smaller chunk is not worth a turn */
 enum { FEW = 1 << 18 };         /* values that are done before another thread has woken up */
-enum { PANEL = 512 };           /* channels of a group that are not worth a turn of their own */
+enum { PANEL = 512 };           /* channels: a group of fewer is not worth a turn */
 enum { LARGE = 1 << 25 };       /* bytes of an output from which on large pages are asked for */
 enum { SPINS = 1 << 12 };       /* turns that a thread waits before it lends its processor */
 
@@ -162,9 +162,7 @@ static void work(void *context)
 
 /* How many values the array has. */
 static int64_t values_of(const tn_call *call)
-{
-    return call->outer * most(1, call->run) * call->channels * call->inner;
-}
+{ return call->outer * most(1, call->run) * call->channels * call->inner; }
 
 /* Asks Linux for large pages where the output is so large that the C library maps new memory for it
  * each time: getting it by pages of 4 KiB takes longer than filling it. Smaller outputs lie in a
@@ -175,8 +173,7 @@ static void ask_for_large_pages(const job *j)
 #ifdef MADV_HUGEPAGE
     const tn_call *call = j->call;
     const uintptr_t page = 4096, start = ((uintptr_t)call->y + page - 1) / page * page;
-    const uintptr_t bytes =
-        (uintptr_t)values_of(call) * j->code->value;
+    const uintptr_t bytes = (uintptr_t)values_of(call) * j->code->value;
     if (call->y && bytes >= LARGE)
         (void)madvise((void *)start, ((uintptr_t)call->y + bytes) / page * page - start,
                       MADV_HUGEPAGE);
@@ -216,7 +213,8 @@ static int allocate(job *j)
     return 1;
 }
 
-/* How many groups there are. Where their runs are single rows, two can be one of twice the channels. */
+/* How many groups the work is divided by. Where their runs are single rows, two of them are as one
+ * of twice the channels. */
 static int64_t groups_of(const tn_call *call)
 {
     int64_t groups = most(1, call->groups);
@@ -248,18 +246,15 @@ static int run(job *j)
 }
 
 static void after_moments(job *j, int64_t channel, int64_t end)
-{
-    j->code->finish_moments(j, channel, end);
-}
+{ j->code->finish_moments(j, channel, end); }
 
 static void with_statistics(job *j)
 {
     if (has_constants(j->call)) j->code->constants(j);
 }
+
 static void after_products(job *j, int64_t channel, int64_t end)
-{
-    j->code->finish_products(j, channel, end);
-}
+{ j->code->finish_products(j, channel, end); }
 static void before_inference(job *j) { j->code->constants_given(j); }
 static void before_gradient(job *j) { j->code->gradient_given(j); }
 

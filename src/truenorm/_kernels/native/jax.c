@@ -1,4 +1,4 @@
-/* The moments, and the sums of the backward pass, as typed calls of XLA's foreign function interface:
+/* The moments and the sums of the backward pass, as typed calls of XLA's foreign function interface:
  *
  *   x (outer, channels[, inner]) and, only without inner, perhaps a mask (outer)
  *   -> mean, low, variance (channels)
@@ -6,8 +6,8 @@
  *   x (outer, channels[, inner]), dy (the same), mean, low, rstd (channels)
  *   -> dgamma, dbeta (channels)
  *
- * x may be (outer, groups, run, width) of ghost batches (see batchnorm.h), without a mask; then there
- * are numbers for groups x width channels.
+ * Of ghost batches x is (outer, groups, run, width), without a mask, and there are groups x width
+ * channels: see batchnorm.h.
  */
 #define _GNU_SOURCE
 #include <sched.h>
@@ -140,9 +140,7 @@ static void *outcome(const xla_call_frame *frame, int status)
 }
 
 static void *refusal(const xla_call_frame *frame)
-{
-    return failure(frame, XLA_INVALID_ARGUMENT, "BatchNormalization: unexpected arguments");
-}
+{ return failure(frame, XLA_INVALID_ARGUMENT, "BatchNormalization: unexpected arguments"); }
 
 TN_EXPORT void *tn_xla_moments(xla_call_frame *frame)
 {

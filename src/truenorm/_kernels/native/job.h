@@ -49,10 +49,10 @@ struct job {
     pass_kind passes[2];              /* the first is NO_PASS if there is only one */
     void (*before)(job *);
     void (*between)(job *, int64_t channel, int64_t end); /* for these channels */
-    atomic_llong first, second; /* the next chunk of each pass */
-    atomic_llong done;          /* chunks of the first pass that are done */
-    atomic_llong entered;       /* threads that have come */
-    atomic_int ready;           /* whether the second pass may begin */
+    atomic_llong first, second;                           /* the next chunk of each pass */
+    atomic_llong done;    /* chunks of the first pass that are done */
+    atomic_llong entered; /* threads that have come */
+    atomic_int ready;     /* whether the second pass may begin */
 };
 
 /* Channels first, what is summed at once: of some channels, in some samples, the same `size`
@@ -61,12 +61,10 @@ typedef struct {
     int64_t channel, channels, sample, samples, at, size;
 } brick;
 
-/* Whether the constants are needed: not by the first half of a step where the channels are last, but
- * for the signs of a ReLU. */
+/* Whether the constants are needed: not by the first half of a pass where the channels are last and
+ * no ReLU asks for signs. */
 static inline int has_constants(const tn_call *call)
-{
-    return call->y || call->relu || call->inner != 1;
-}
+{ return call->y || call->relu || call->inner != 1; }
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -84,9 +82,7 @@ static inline int64_t place(const job *j, int64_t group, int64_t row)
 
 /* Channels last: from one row of a tile to the next. */
 static inline int64_t step_of(const job *j)
-{
-    return j->call->run == 1 ? j->groups * j->width : j->width;
-}
+{ return j->call->run == 1 ? j->groups * j->width : j->width; }
 
 /* Channels last: how many of these rows, from this one on, are so far from each other. */
 static inline int64_t together(const job *j, int64_t row, int64_t rows)

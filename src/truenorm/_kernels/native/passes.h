@@ -70,8 +70,8 @@ static ALWAYS_INLINE void NAME(products)(const VALUE *restrict x, const VALUE *r
  * columns have the constants of the first. */
 static ALWAYS_INLINE void NAME(normalize)(const VALUE *restrict x, const VALUE *restrict add,
                                           VALUE *restrict y, int64_t rows, int64_t width,
-                                          int64_t step, const COLUMNS *k, const int given, const int alike,
-                                          const int relu)
+                                          int64_t step, const COLUMNS *k, const int given,
+                                          const int alike, const int relu)
 {
     const SUM *restrict mean = k->mean, *restrict scale = k->scale, *restrict offset = k->offset;
     for (int64_t r = 0; r < rows; r++, x += step, y += step)
@@ -87,7 +87,8 @@ static ALWAYS_INLINE void NAME(normalize)(const VALUE *restrict x, const VALUE *
 /* dx = h scale + (x - mean) slope + level, with the h of products. */
 static ALWAYS_INLINE void NAME(gradient)(const VALUE *restrict x, const VALUE *restrict dy,
                                          VALUE *restrict dx, int64_t rows, int64_t width,
-                                         int64_t step, const COLUMNS *k, const int alike, const int relu)
+                                         int64_t step, const COLUMNS *k, const int alike,
+                                         const int relu)
 {
     const SUM *restrict mean = k->mean, *restrict scale = k->scale, *restrict offset = k->offset;
     const SUM *restrict slope = k->slope, *restrict level = k->level;

@@ -1,4 +1,4 @@
-"""The moments as a call of XLA's: numbers, errors, and an XLA of another interface refused."""
+"""The passes as calls of XLA's: numbers, errors, and an XLA of another interface refused."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ TYPES: dict[str, Any] = {
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
 }
-NAMES = ("mean", "variance", "low", "rstd")
+NAMES = ("mean", "low", "variance")
 KEPT: list[Any] = []  # functions whose addresses XLA keeps as long as the process lives
 
 
-def function() -> Any:
+def function(name: str = "tn_xla_moments") -> Any:
     """A function pointer of its own: what a test sets on it does not reach other tests."""
-    address = ctypes.cast(library.loaded().tn_xla_moments, ctypes.c_void_p).value
+    address = ctypes.cast(getattr(library.loaded(), name), ctypes.c_void_p).value
     return ctypes.CFUNCTYPE(None)(address)
 
 
 def moments(xla: Xla, x: np.ndarray, *mask: np.ndarray) -> dict[str, np.ndarray]:
     wide = np.float64 if x.dtype == np.float64 else np.float32
-    rows = np.full((4, x.shape[1]), 77, wide)
-    xla.call([xla.buffer(a) for a in (x, *mask)], [xla.buffer(rows)])
+    rows = np.full((3, x.shape[1]), 77, wide)
+    xla.call([xla.buffer(a) for a in (x, *mask)], [xla.buffer(row) for row in rows])
     return dict(zip(NAMES, rows, strict=True))
 
 
@@ -60,6 +60,44 @@ def test_moments_are_the_oracles(shape: tuple[int, ...], dtype: str, masked: boo
     wide = 2.0**-46 if dtype == "float64" else 2.0**-23
     assert error(have["mean"] + np.float64(have["low"]), true.mean) < 2 * wide
     assert error(have["variance"], true.variance) < 4 * wide
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(70, 5), (4, 5, 9), (8003, 37)], ids=str)
+def test_products_are_the_oracles(shape: tuple[int, ...], dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x, dy = (rng.normal(mean, 2, shape).astype(TYPES[dtype]) for mean in (3, 0))
+    found = moments(Xla(function()), x)
+    wide = found["mean"].dtype
+    rstd = (1 / np.sqrt(found["variance"] + EPSILON)).astype(wide)
+    arrays = [x, dy, found["mean"], found["low"], rstd]
+    rows = np.full((2, shape[1]), 77, wide)
+    xla = Xla(function("tn_xla_products"))
+    xla.call([xla.buffer(a) for a in arrays], [xla.buffer(row) for row in rows])
+    want = reference.backward(dy, x, np.ones(shape[1]), axis=1, epsilon=EPSILON)
+    most = np.abs(np.float64(dy)).sum(tuple(a for a in range(len(shape)) if a != 1)).max()
+    eps = 2.0**-46 if dtype == "float64" else 2.0**-21
+    for have, exact in zip(rows, (want.gamma, want.beta), strict=True):
+        assert np.abs(have - exact).max() < eps * most
+
+
+def test_ghost_batches_have_moments_and_products_of_their_own() -> None:
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(3, 2, (2, 8, 3, 10, 5)).astype(np.float32)  # (outer, groups, run, width)
+    mean, low, variance, d_gamma, d_beta = rows = np.full((5, 15), 77, np.float32)
+    one, other = Xla(function()), Xla(function("tn_xla_products"))
+    one.call([one.buffer(x)], [one.buffer(row) for row in rows[:3]])
+    rstd = 1 / np.sqrt(variance + np.float32(EPSILON))
+    given = [other.buffer(a) for a in (x, dy, mean, low, rstd)]
+    other.call(given, [other.buffer(row) for row in (d_gamma, d_beta)])
+    for g in range(3):
+        mine = slice(5 * g, 5 * g + 5)
+        true = reference.forward(x[:, g], axis=-1)
+        want = reference.backward(dy[:, g], x[:, g], np.ones(5), axis=-1, epsilon=EPSILON)
+        assert error(mean[mine] + np.float64(low[mine]), true.mean) < 2.0**-22
+        assert error(variance[mine], true.variance) < 2.0**-21
+        assert error(d_gamma[mine], want.gamma) < 1e-5
+        assert error(d_beta[mine], want.beta) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -97,8 +135,8 @@ def test_a_smaller_struct_is_refused() -> None:
 
 def test_what_it_cannot_do_is_an_error_of_xla() -> None:
     xla = Xla(function())
-    x, rows = np.ones((6, 2), np.float32), np.zeros((4, 2), np.float32)
-    result = [xla.buffer(rows)]
+    x, rows = np.ones((6, 2), np.float32), np.zeros((3, 2), np.float32)
+    result = [xla.buffer(row) for row in rows]
     small = xla.buffer(x)
     small.struct_size -= 1
     unexpected = r"\(3, 'BatchNormalization: unexpected arguments'\)"
@@ -107,13 +145,16 @@ def test_what_it_cannot_do_is_an_error_of_xla() -> None:
         [xla.buffer(x)] * 3,
         [small],
         [xla.buffer(x[0])],
-        [xla.buffer(x[..., None, None])],
+        [xla.buffer(x[..., None, None, None])],
         [xla.buffer(x[..., None]), xla.buffer(np.ones(6, bool))],
     ):
         with pytest.raises(XlaError, match=unexpected):
             xla.call(arguments, result)
     with pytest.raises(XlaError, match=unexpected):
         xla.call([xla.buffer(x)], [])
+    products = Xla(function("tn_xla_products"))
+    with pytest.raises(XlaError, match=unexpected):
+        products.call([products.buffer(x)] * 4, result[:2])
     with pytest.raises(XlaError, match=r"\(3, 'BatchNormalization: unexpected dtype'\)"):
         xla.call([xla.buffer(x.astype(np.int32))], result)
     with pytest.raises(XlaError, match=r"\(8, 'BatchNormalization: no memory for its sums'\)"):
@@ -123,9 +164,10 @@ def test_what_it_cannot_do_is_an_error_of_xla() -> None:
 
 def test_it_does_nothing_before_xla_executes() -> None:
     xla = Xla(function())
-    rows = np.zeros((4, 2), np.float32)
+    rows = np.zeros((3, 2), np.float32)
+    result = [xla.buffer(row) for row in rows]
     for stage in range(3):
-        xla.call([xla.buffer(np.ones((6, 2), np.float32))], [xla.buffer(rows)], stage=stage)
+        xla.call([xla.buffer(np.ones((6, 2), np.float32))], result, stage=stage)
     assert not rows.any()
 
 
@@ -178,7 +220,8 @@ def _is_version_one(frame: xla_frames.Frame) -> None:
 def test_with_another_xla_jax_does_without_it(change: Any) -> None:
     from truenorm._kernels.jax import native
 
-    fake = mock.Mock(tn_xla_moments=disguised(change))
+    disguise = disguised(change)
+    fake = mock.Mock(tn_xla_moments=disguise, tn_xla_products=disguise)
     x = np.random.default_rng(0).normal(5, 2, (40, 3))
     registered = functools.cache(native._registered.__wrapped__)
     with (

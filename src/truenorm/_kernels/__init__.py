@@ -61,10 +61,11 @@ def _without_replicas(*batch: Any, over: object = None) -> Normalized:
 
 
 if keras.config.backend() == "jax":
-    from truenorm._kernels.jax.kernel import normalize, normalize_synchronized
-
-    # XLA does better with all of them at once than with one after the other.
-    normalize_ghosts = partial(ghosts.normalize_ghosts, each=normalize, most_calls=1)
+    from truenorm._kernels.jax.kernel import (
+        normalize,
+        normalize_ghosts,
+        normalize_synchronized,
+    )
 elif keras.config.backend() == "tensorflow":
     from truenorm._kernels.tensorflow.kernel import (
         normalize,

@@ -18,6 +18,7 @@ that its own derivatives are those of the layer to any order.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import keras
@@ -38,7 +39,7 @@ class Rows(NamedTuple):
 
     total: Callable[[Tensor], Vector]
     spread: Callable[[Vector, Tensor], Tensor]
-    first: Callable[[Tensor], Vector] | None = None
+    first: Callable[[Tensor], Scalar | Vector] | None = None
 
 
 class Moments(NamedTuple):
@@ -100,6 +101,7 @@ def backward(
     counts: Tensor | None = None,
     relu: bool = False,
     everyones: Callable[[Vector, Vector], Any] | None = None,
+    sums: Callable[..., tuple[Vector, Vector]] | None = None,
 ) -> tuple[Tensor, Vector, Vector]:
     """The gradients of x, gamma and beta from that of the output.
 
@@ -116,12 +118,14 @@ def backward(
         relu: Whether a ReLU follows, whose derivative is found from the output, made once more.
         everyones: From the gradients of gamma and beta to their sums over all parts of a batch of
             which the values are one; None: they are all of it.
+        sums: What :func:`products` gives for the same values behind the layout, found otherwise.
     """
     if relu:
         gradient = rectified(rows, gradient, deviations, delta, rstd, gamma, beta)
-    d_gamma, d_beta = products(rows, gradient, deviations, delta, rstd)
-    sums = (d_gamma, d_beta) if everyones is None else everyones(d_gamma, d_beta)
-    means = (sums[0] * share, sums[1] * share)
+    sums = partial(products, rows) if sums is None else sums
+    d_gamma, d_beta = sums(gradient, deviations, delta, rstd)
+    whole = (d_gamma, d_beta) if everyones is None else everyones(d_gamma, d_beta)
+    means = (whole[0] * share, whole[1] * share)
     d_x = gradient_of_values(rows, gradient, deviations, delta, rstd, gamma, *means, counts)
     return d_x, d_gamma, d_beta
 

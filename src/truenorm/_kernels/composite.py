@@ -153,14 +153,18 @@ def normalize_apart(
 def _first(values: Tensor, reduced: list[int]) -> Tensor | float:
     """The first values, for where the sum of all is no number: of a constant they are the mean.
 
-    0 where there are none, or where they are no numbers; and on JAX, where a batch that is divided
-    among devices has no first row at hand.
+    0 where there are none, or where they are no numbers; and where :func:`is_whole` does not hold.
     """
-    if keras.config.backend() == "jax":
+    if not is_whole():
         return 0.0
     first = tuple(slice(1) if a in reduced else slice(None) for a in range(len(values.shape)))
     value = ops.sum(ops.stop_gradient(values)[first], axis=reduced, keepdims=True)
     return ops.where(ops.isfinite(value), value, 0.0)
+
+
+def is_whole() -> bool:
+    """Whether a batch has a first row at hand; on JAX it may be divided among several devices."""
+    return keras.config.backend() != "jax" or len(keras.distribution.list_devices()) == 1
 
 
 def _counted(

@@ -8,13 +8,15 @@ size asked for only if the whole batch is; and the average is weighted by count.
 
 Where ghost batches are of equal size, a fast kernel takes them, if there is one: where the samples
 are rows of channels, all at once, as one batch that has the channels of each ghost batch side by
-side; else one after the other, if they are not many. What is left the composite takes at once, each
-as one index of an axis that is kept.
+side (on JAX also where the channels are last, without a copy); else one after the other, if they
+are not many. What is left the composite takes at once, each as one index of an axis that is kept.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
 
 import keras
 
@@ -26,6 +28,12 @@ ops: Any = keras.ops
 
 MOST_CALLS = 32
 
+Grouped: TypeAlias = Callable[..., Normalized]
+"""A kernel for several ghost batches without a mask, which takes their number as ``groups``.
+
+gamma and beta are those of each ghost batch in turn, and so are the statistics.
+"""
+
 
 def normalize_ghosts(
     x: Tensor,
@@ -35,11 +43,13 @@ def normalize_ghosts(
     *,
     size: int,
     each: Kernel | None = None,
+    grouped: Grouped | None = None,
     most_calls: int = MOST_CALLS,
 ) -> Normalized:
     """See :mod:`truenorm._kernels`; ``size`` is the number of samples in a ghost batch.
 
-    ``each`` is a kernel for one of them, which is called so often at most.
+    ``each`` is a kernel for one of them, which is called so often at most; ``grouped`` is one for
+    all, where the channels are last.
     """
     mask, moving = options.mask, options.moving
     channel = options.axis % len(x.shape)
@@ -47,13 +57,16 @@ def normalize_ghosts(
     samples, *inner = ops.shape(x)
     static = isinstance(samples, int)
     groups = max(1, samples // size) if static else ops.maximum(1, samples // size)
-    rows_of_channels = channel == 1 and mask is None
     equal = static and samples % groups == 0
-    if each is not None and equal and (rows_of_channels or groups <= most_calls):
+    if equal and mask is None:
+        if grouped is None or channel != len(inner):
+            grouped = None if each is None or channel != 1 else partial(_side_by_side, each)
+        if grouped is not None:
+            return _at_once(grouped, groups, x, gamma, beta, options._replace(axis=channel))
+    if each is not None and equal and groups <= most_calls:
         fallback = None if moving is None else Moving(moving.mean, moving.variance)
         options = options._replace(axis=channel, moving=fallback)
-        run = _side_by_side if rows_of_channels else _one_by_one
-        output, ghosts = run(each, groups, x, gamma, beta, options)
+        output, ghosts = _one_by_one(each, groups, x, gamma, beta, options)
         return Normalized(output, *_pooled(ghosts, groups, several))
     rows = -(-samples // groups)
     padding = rows * groups - samples
@@ -79,20 +92,40 @@ def normalize_ghosts(
 
 def _side_by_side(
     each: Kernel,
+    x: Tensor,
+    gamma: Vector | None,
+    beta: Vector | None,
+    options: Options,
+    *,
+    groups: int,
+) -> Normalized:
+    """A :data:`Grouped` where the samples are rows of channels: the groups become channels."""
+    samples, channels, *inner = ops.shape(x)
+    rows = ops.reshape(x, [samples // groups, groups * channels, *inner])
+    found = each(rows, gamma, beta, options)
+    return found._replace(output=ops.reshape(found.output, ops.shape(x)))
+
+
+def _at_once(
+    grouped: Grouped,
     groups: int,
     x: Tensor,
     gamma: Vector | None,
     beta: Vector | None,
     options: Options,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """As :func:`_one_by_one` in one call, with the groups as channels."""
-    samples, channels, *inner = ops.shape(x)
-    rows = ops.reshape(x, [samples // groups, groups * channels, *inner])
+) -> Normalized:
+    """All by one call, and their statistics together: the averages, since all are of equal size."""
     scale, offset = (None if w is None else ops.tile(w, groups) for w in (gamma, beta))
-    found = each(rows, scale, offset, options._replace(moving=None))
-    mean, variance = (ops.reshape(v, [1, groups, -1]) for v in (found.mean, found.variance))
-    count = ops.reshape(ops.cast(found.count, mean.dtype), [1, 1, 1])
-    return ops.reshape(found.output, ops.shape(x)), (mean, variance, count)
+    found = grouped(x, scale, offset, options._replace(moving=None), groups=groups)
+    count = ops.cast(found.count, found.mean.dtype)
+
+    def average(statistic: Vector) -> Vector:
+        each = ops.reshape(statistic, [groups, -1])
+        first = ops.sum(each, axis=0) / groups
+        return first + ops.sum(each - first, axis=0) / groups  # what rounding took from it
+
+    numbers = (count * groups, ops.cast(count > 0, count.dtype) * groups)
+    return Normalized(found.output, average(found.mean), average(found.variance), *numbers)
 
 
 def _one_by_one(

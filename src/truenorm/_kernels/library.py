@@ -32,7 +32,7 @@ FUNCTIONS = ("tn_forward", "tn_backward", "tn_infer", "tn_normalize", "tn_gradie
 class Call(NamedTuple):
     """The fields of ``tn_call`` in ``native/batchnorm.h``, where their meaning stands.
 
-    From ``parallel`` on they are addresses, 0 where there is nothing.
+    From ``parallel`` to ``dadd`` they are addresses, 0 where there is nothing.
     """
 
     outer: int
@@ -64,9 +64,11 @@ class Call(NamedTuple):
     add: int = 0
     out: int = 0
     dadd: int = 0
+    groups: int = 0
+    run: int = 0
 
 
-CALL = struct.Struct("@3q4i2d20P")
+CALL = struct.Struct("@3q4i2d20P2q")
 """A :class:`Call` as C lays it out."""
 
 

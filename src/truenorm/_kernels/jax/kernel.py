@@ -1,4 +1,7 @@
-r"""JAX: compiled moments, the closed-form backward over two-dimensional rows; XLA does the rest.
+r"""JAX: compiled sums, the closed-form backward over two-dimensional rows; XLA does the rest.
+
+Rows are (outer, channels[, inner]) or, of ghost batches, (outer, groups, run, width) with channels
+of their own for each group.
 
 Only x, the mean (as shift and correction, see ``composite.py``) and rstd are kept, and behind a sum
 which outputs have passed the ReLU. JAX differentiates both rules as ordinary code, so reverse mode,
@@ -18,7 +21,7 @@ from typing import Any, NamedTuple, cast
 import jax
 from jax import numpy as jnp
 
-from truenorm._kernels import closed_form, composite
+from truenorm._kernels import closed_form, composite, ghosts
 from truenorm._kernels.contract import (
     Moving,
     Normalized,
@@ -62,8 +65,7 @@ def normalize(
     channels = x.shape[channel]
     before, after = math.prod(x.shape[:channel]), math.prod(x.shape[channel + 1 :])
     dtype = statistics_dtype(x.dtype)
-    scale = jnp.ones(channels, dtype) if gamma is None else gamma.astype(dtype)
-    offset = jnp.zeros(channels, dtype) if beta is None else beta.astype(dtype)
+    scale, offset = _weights(gamma, beta, channels, dtype)
     rows = x.reshape((before, channels, after) if after != 1 else (before, channels))
     add = None if add is None else add.reshape(rows.shape)
     if mask is None:
@@ -84,6 +86,38 @@ def normalize(
         jax.lax.stop_gradient(variance),
         count,
     )
+
+
+def normalize_ghosts(
+    x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options, *, size: int
+) -> Normalized:
+    """See :mod:`truenorm._kernels`."""
+    grouped = None if _is_spread_inside(x, x.ndim - 1) else _normalize_grouped
+    # What is left, XLA does better at once than one after the other.
+    kernels: dict[str, Any] = {"each": normalize, "grouped": grouped, "most_calls": 1}
+    return ghosts.normalize_ghosts(x, gamma, beta, options, size=size, **kernels)
+
+
+def _normalize_grouped(
+    x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options, *, groups: int
+) -> Normalized:
+    """Ghost batches without a mask, channels last: see ``ghosts.Grouped``."""
+    samples, *inner, width = x.shape
+    rows = x.reshape((samples // groups, groups, math.prod(inner), width))
+    weights = _weights(gamma, beta, groups * width, statistics_dtype(x.dtype))
+    given = synchronized.alike(rows, *weights, None)
+    output, *statistics = cast(Any, _normalize(Plan(options.epsilon, options.relu, ()), *given))
+    mean, variance = map(jax.lax.stop_gradient, statistics)
+    count = jnp.asarray(rows.shape[0] * rows.shape[2], mean.dtype)
+    return Normalized(output.reshape(x.shape), mean, variance, count)
+
+
+def _weights(
+    gamma: Vector | None, beta: Vector | None, channels: int, dtype: Any
+) -> tuple[Vector, Vector]:
+    scale = jnp.ones(channels, dtype) if gamma is None else gamma.astype(dtype)
+    offset = jnp.zeros(channels, dtype) if beta is None else beta.astype(dtype)
+    return scale, offset
 
 
 def _is_spread_inside(x: Tensor, channel: int) -> bool:
@@ -149,6 +183,7 @@ def _backward(plan: Plan, kept: Any, cotangents: Any) -> Any:
         *(delta, rstd, gamma, beta, _share(rows) / synchronized.parts(axes)),
         relu=plan.relu and passed is None,
         everyones=partial(synchronized.total, axes) if axes else None,
+        sums=partial(_compiled_products, rows, shift) if native.takes(rows) else None,
     )
     return d_rows.astype(rows.dtype), d_gamma, d_beta, None if passed is None else gradient
 
@@ -230,6 +265,43 @@ def _moving_values(at: Any, tangents: Any) -> Any:
     return moments, _moments_move(values, tangents[0], moments, _share(rows), True)
 
 
+def _compiled_products(
+    rows: Tensor, shift: Vector, gradient: Tensor, deviations: Tensor, delta: Vector, rstd: Vector
+) -> tuple[Vector, Vector]:
+    given = (rows, gradient.astype(rows.dtype), shift)
+    fixed = (jax.lax.stop_gradient(array) for array in given)
+    return _products_of(gradient, deviations, delta, rstd, *fixed)
+
+
+@jax.custom_jvp
+def _products_of(
+    gradient: Tensor,
+    deviations: Tensor,
+    delta: Vector,
+    rstd: Vector,
+    rows: Tensor,
+    narrow: Tensor,
+    shift: Vector,
+) -> Any:
+    """``closed_form.products``; the last three give gradient and deviations, too."""
+    del deviations
+    arrays = (rows, narrow, shift, delta, rstd)
+    return native.products(*arrays, dtype=gradient.dtype, plain=_products_of_rows)
+
+
+def _products_of_rows(
+    rows: Tensor, gradient: Tensor, shift: Vector, delta: Vector, rstd: Vector, dtype: Any
+) -> Any:
+    deviations = rows.astype(dtype) - _spread(shift, rows)
+    return closed_form.products(_ROWS, gradient.astype(dtype), deviations, delta, rstd)
+
+
+@_products_of.defjvp
+def _moving_products(at: Any, tangents: Any) -> Any:
+    plain = partial(closed_form.products, _ROWS)
+    return _products_of(*at), jax.jvp(plain, at[:4], tangents[:4])[1]
+
+
 def _moments_move(
     values: Tensor, change: Tensor, moments: Any, share: Scalar, counts: Tensor
 ) -> tuple[Vector, Vector, Vector]:
@@ -247,16 +319,27 @@ def _count(counts: Tensor, dtype: Any) -> Vector:
 
 
 def _share(rows: Tensor) -> float:
-    return 1.0 / max(rows.size // max(rows.shape[1], 1), 1)
+    return 1.0 / max(rows.size // max(native.channels(rows), 1), 1)
 
 
 def _total(rows: Tensor) -> Vector:
+    if rows.ndim == 4:
+        return rows.sum((0, 2)).reshape(-1)
     # In two steps that XLA does not merge into one: it would add all numbers in sequence.
     return (rows if rows.ndim == 2 else jax.lax.optimization_barrier(rows.sum(2))).sum(0)
 
 
 def _spread(per_channel: Vector, rows: Tensor) -> Tensor:
+    if rows.ndim == 4:
+        return per_channel.reshape(rows.shape[1], 1, rows.shape[3])
     return per_channel if rows.ndim == 2 else per_channel[:, None]
 
 
-_ROWS = closed_form.Rows(_total, _spread)
+def _first(rows: Tensor) -> Scalar | Vector:
+    if not composite.is_whole():
+        return 0.0
+    axes = (0, 2)[: rows.ndim - 1]
+    return rows[:1, :, *[slice(1)] * (rows.ndim > 2)].sum(axes).reshape(-1)
+
+
+_ROWS = closed_form.Rows(_total, _spread, _first)

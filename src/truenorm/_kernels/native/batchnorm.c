@@ -20,6 +20,7 @@
 
 enum { LEAST_CHUNK = 1 << 15 }; /* values: a smaller chunk is not worth a turn */
 enum { FEW = 1 << 18 };         /* values that are done before another thread has woken up */
+enum { PANEL = 512 };           /* channels: a group of fewer is not worth a turn */
 enum { LARGE = 1 << 25 };       /* bytes of an output from which on large pages are asked for */
 enum { SPINS = 1 << 12 };       /* turns that a thread waits before it lends its processor */
 
@@ -148,13 +149,17 @@ static ALWAYS_INLINE void pause_briefly(void)
 static void take(job *j, pass_kind pass, atomic_llong *next, char *scratch)
 {
     const int second = pass == NORMALIZE || pass == GRADIENT, rows = j->call->inner == 1;
-    for (int64_t i; (i = atomic_fetch_add(next, 1)) < j->chunks;) {
-        const int64_t chunk = second ? j->chunks - 1 - i : i;
+    const int64_t all = j->groups * j->chunks;
+    const int alone = j->groups > 1 && j->chunks == 1;
+    for (int64_t i; (i = atomic_fetch_add(next, 1)) < all;) {
+        const int64_t chunk = second ? all - 1 - i : i;
         (rows ? j->code->rows : j->code->slices)(j, pass, chunk, scratch);
-        if (!second && atomic_fetch_add(&j->done, 1) == j->chunks - 1) {
-            j->between(j);
-            atomic_store(&j->ready, 1);
-        }
+        if (second) continue;
+        /* A group that is one chunk is done by itself. */
+        if (alone) j->between(j, chunk * j->width, (chunk + 1) * j->width);
+        if (atomic_fetch_add(&j->done, 1) < all - 1) continue;
+        if (!alone) j->between(j, 0, j->call->channels);
+        atomic_store(&j->ready, 1);
     }
 }
 
@@ -176,6 +181,10 @@ static void work(void *context)
     if (j->call->y) take(j, j->passes[1], &j->second, scratch);
 }
 
+/* How many values the array has. */
+static int64_t values_of(const tn_call *call)
+{ return call->outer * most(1, call->run) * call->channels * call->inner; }
+
 /* Asks Linux for large pages where the output is so large that the C library maps new memory for it
  * each time: getting it by pages of 4 KiB takes longer than filling it. Smaller outputs lie in a
  * heap that grows and shrinks, where large pages would be broken up again. A refusal changes
@@ -185,8 +194,7 @@ static void ask_for_large_pages(const job *j)
 #ifdef MADV_HUGEPAGE
     const tn_call *call = j->call;
     const uintptr_t page = 4096, start = ((uintptr_t)call->y + page - 1) / page * page;
-    const uintptr_t bytes =
-        (uintptr_t)(call->outer * call->channels * call->inner) * j->code->value;
+    const uintptr_t bytes = (uintptr_t)values_of(call) * j->code->value;
     if (call->y && bytes >= LARGE)
         (void)madvise((void *)start, ((uintptr_t)call->y + bytes) / page * page - start,
                       MADV_HUGEPAGE);
@@ -200,8 +208,8 @@ static void count(job *j)
 {
     const tn_call *call = j->call;
     for (int64_t i = 0; i < j->chunks; i++) {
-        int64_t row = share(call->outer, i, j->chunks);
-        const int64_t end = share(call->outer, i + 1, j->chunks);
+        int64_t row = share(j->rows, i, j->chunks);
+        const int64_t end = share(j->rows, i + 1, j->chunks);
         j->counted[i + 1] = j->counted[i] + (call->mask ? 0 : end - row);
         for (; call->mask && row < end; row++) j->counted[i + 1] += call->mask[row] != 0;
     }
@@ -214,29 +222,41 @@ static int allocate(job *j)
     const size_t channels = (size_t)j->call->channels, wide = j->code->sum;
     const size_t sets = j->call->inner == 1 ? (size_t)j->chunks : 1;
     const size_t sums = 2 * channels * sets * sizeof *j->sums;
-    const size_t constants = CONSTANT_ARRAYS * channels * wide;
+    const size_t constants = has_constants(j->call) ? CONSTANT_ARRAYS * channels * wide : 0;
     /* Three numbers per channel, or a shift for each and the lanes of a group; and a gap, so that
      * no two threads write to one line of the cache. */
-    j->scratch_size = (3 * channels + GROUP * LANE_ARRAYS * LANES) * wide + 128;
+    j->scratch_size = (3 * (size_t)j->width + GROUP * LANE_ARRAYS * LANES) * wide + 128;
     j->sums = malloc(sums + constants + j->scratch_size * (size_t)j->threads);
     if (!j->sums) return 0;
     j->constants = (char *)j->sums + sums;
     j->scratch = (char *)j->constants + constants;
-    memset(j->scratch - channels * wide, 0, channels * wide); /* the last array: zeros */
+    if (constants) memset(j->scratch - channels * wide, 0, channels * wide); /* the last: zeros */
     return 1;
+}
+
+/* How many groups the work is divided by. Where their runs are single rows, two of them are as one
+ * of twice the channels. */
+static int64_t groups_of(const tn_call *call)
+{
+    int64_t groups = most(1, call->groups);
+    while (call->run == 1 && groups % 2 == 0 && call->channels / groups < PANEL) groups /= 2;
+    return groups;
 }
 
 static int run(job *j)
 {
     const tn_call *call = j->call;
-    const int64_t values = call->outer * call->channels * call->inner;
-    const int64_t most_chunks = call->inner == 1 ? call->outer / BLOCK : call->channels;
+    const int64_t values = values_of(call);
+    const int64_t groups = groups_of(call), rows = call->outer * most(1, call->run);
+    const int64_t most_chunks = call->inner == 1 ? rows / BLOCK : call->channels;
     if (call->dtype < 0 || call->dtype >= (int32_t)(sizeof codes / sizeof *codes))
         return TN_UNKNOWN_DTYPE;
     j->code = &codes[call->dtype];
     if (!j->code->rows) return TN_UNKNOWN_DTYPE;
-    j->chunks = most(1, least(least(MOST_CHUNKS, values / LEAST_CHUNK), most_chunks));
-    j->threads = values < FEW || !call->parallel ? 1 : most(1, least(call->threads, j->chunks));
+    j->groups = groups, j->width = call->channels / groups, j->rows = rows;
+    j->chunks = most(1, least(least(MOST_CHUNKS, values / groups / LEAST_CHUNK), most_chunks));
+    const int64_t turns = least(call->threads, groups * j->chunks);
+    j->threads = values < FEW || !call->parallel ? 1 : most(1, turns);
     if (!allocate(j)) return TN_NO_MEMORY;
     ask_for_large_pages(j);
     count(j);
@@ -247,14 +267,16 @@ static int run(job *j)
     return TN_DONE;
 }
 
-static void after_moments(job *j)
+static void after_moments(job *j, int64_t channel, int64_t end)
+{ j->code->finish_moments(j, channel, end); }
+
+static void with_statistics(job *j)
 {
-    j->code->finish_moments(j);
-    j->code->constants(j);
+    if (has_constants(j->call)) j->code->constants(j);
 }
 
-static void with_statistics(job *j) { j->code->constants(j); }
-static void after_products(job *j) { j->code->finish_products(j); }
+static void after_products(job *j, int64_t channel, int64_t end)
+{ j->code->finish_products(j, channel, end); }
 static void before_inference(job *j) { j->code->constants_given(j); }
 static void before_gradient(job *j) { j->code->gradient_given(j); }
 

@@ -3,6 +3,9 @@
  * An array is (outer, channels, inner), contiguous; inner is 1 where the channels are last. Numbers
  * per channel (mean, gamma and so on) are float, or double where the array is of doubles or of a
  * dtype named WIDE: its values are those of the narrow type, and all is computed in double.
+ *
+ * An array of ghost batches, of which each has statistics of its own, is (outer, groups, run,
+ * width): a sample of each group in turn, which is `run` rows. Its channels are groups x width.
  */
 #ifndef TRUENORM_BATCHNORM_H
 #define TRUENORM_BATCHNORM_H
@@ -37,7 +40,8 @@ typedef struct {
     const void *x, *dy;
     const void *gamma, *beta; /* NULL: ones, zeros */
     void *mean, *variance;    /* written by tn_forward, read by the others */
-    void *low, *rstd;         /* likewise; the mean before it is rounded is mean + low */
+    void *low, *rstd;         /* likewise; the mean before it is rounded is mean + low; rstd may be
+                                 NULL in tn_forward where y is */
     void *dgamma, *dbeta;     /* written by tn_backward; tn_gradient reads them, as means */
     void *y;                  /* the output, or dx in tn_backward; NULL: not wanted */
     /* The moving statistics, and where tn_forward writes them as they are after one step. Both may
@@ -55,6 +59,7 @@ typedef struct {
      * `dadd` the gradient that goes through the ReLU, which is that of `add`. */
     const void *add, *out;
     void *dadd;
+    int64_t groups, run; /* of ghost batches, with inner 1 and no mask; 0: it is one batch */
 } tn_call;
 
 /* tn_forward and tn_backward are a training step; tn_infer normalises with the mean and variance

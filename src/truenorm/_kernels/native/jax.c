@@ -1,8 +1,13 @@
-/* The moments as a typed call of XLA's foreign function interface:
+/* The moments and the sums of the backward pass, as typed calls of XLA's foreign function interface:
  *
  *   x (outer, channels[, inner]) and, only without inner, perhaps a mask (outer)
- *   -> a matrix whose four rows are mean, variance, low and rstd; of doubles, if all is to be
- *      computed in double
+ *   -> mean, low, variance (channels); of doubles, if all is to be computed in double
+ *
+ *   x (outer, channels[, inner]), dy (the same), mean, low, rstd (channels)
+ *   -> dgamma, dbeta (channels)
+ *
+ * Of ghost batches x is (outer, groups, run, width), without a mask, and there are groups x width
+ * channels: see batchnorm.h.
  */
 #define _GNU_SOURCE
 #include <sched.h>
@@ -78,34 +83,31 @@ static int are_buffers(const xla_buffers *given, int64_t least, int64_t most)
     return 1;
 }
 
-/* Whether the arguments can be those of the call that the head of this file describes. */
-static int is_expected(const xla_call_frame *frame)
+/* Whether the arguments can be those of the calls that the head of this file describes. */
+static int is_expected(const xla_call_frame *frame, int64_t least, int64_t most, int64_t results)
 {
-    if (!are_buffers(&frame->args, 1, 2) || !are_buffers(&frame->rets, 1, 1)) return 0;
+    if (!are_buffers(&frame->args, least, most)) return 0;
+    if (!are_buffers(&frame->rets, results, results)) return 0;
     const int64_t rank = frame->args.args[0]->rank;
-    return rank == 2 || (rank == 3 && frame->args.size == 1);
+    return rank == 2 || ((rank == 3 || rank == 4) && frame->args.size != 2);
 }
 
+/* The call for x, its first argument, without results. */
 static tn_call call_of(const xla_call_frame *frame)
 {
     const xla_buffer *x = frame->args.args[0];
-    const int doubles = frame->rets.args[0]->dtype == XLA_F64;
-    const int wide = doubles && x->dtype != XLA_F64 ? TN_WIDE : 0;
-    const int64_t channels = x->dims[1], row = channels * (doubles ? 8 : 4);
-    char *rows = frame->rets.args[0]->data;
+    const int grouped = x->rank == 4;
+    const int wide = frame->rets.args[0]->dtype == XLA_F64 && x->dtype != XLA_F64 ? TN_WIDE : 0;
     return (tn_call){
         .outer = x->dims[0],
-        .channels = channels,
+        .channels = grouped ? x->dims[1] * x->dims[3] : x->dims[1],
         .inner = x->rank == 3 ? x->dims[2] : 1,
+        .groups = grouped ? x->dims[1] : 0,
+        .run = grouped ? x->dims[2] : 0,
         .dtype = dtype_of(x->dtype) + wide,
         .threads = processors(),
         .parallel = tn_own_threads,
         .x = x->data,
-        .mean = rows,
-        .variance = rows + row,
-        .low = rows + 2 * row,
-        .rstd = rows + 3 * row,
-        .mask = frame->args.size > 1 ? frame->args.args[1]->data : NULL,
     };
 }
 
@@ -115,23 +117,51 @@ static void *failure(const xla_call_frame *frame, int code, const char *message)
     return frame->api->XLA_FFI_Error_Create(&error);
 }
 
-/* Returns NULL, or an error that XLA raises in the program that called it. */
-TN_EXPORT void *tn_xla_moments(xla_call_frame *frame)
+/* Answers XLA when it registers a call or prepares it: whether that was all that it asked. */
+static int is_answered(const xla_call_frame *frame)
 {
     if (frame->extension_start && frame->extension_start->type == XLA_METADATA) {
         tell_version(frame);
-        return NULL;
+        return 1;
     }
     if (frame->struct_size < XLA_SIZE(xla_call_frame, rets) || !frame->api || !is_known(frame->api))
         abort(); /* such an XLA was refused above and does not call; no error could reach it */
-    if (frame->stage != XLA_EXECUTE) return NULL;
-    if (!is_expected(frame))
-        return failure(frame, XLA_INVALID_ARGUMENT, "BatchNormalization: unexpected arguments");
-    const tn_call call = call_of(frame);
-    switch (tn_forward(&call)) {
+    return frame->stage != XLA_EXECUTE;
+}
+
+/* NULL, or an error that XLA raises in the program that made the call. */
+static void *outcome(const xla_call_frame *frame, int status)
+{
+    switch (status) {
     case TN_DONE: return NULL;
     case TN_NO_MEMORY:
         return failure(frame, XLA_RESOURCE_EXHAUSTED, "BatchNormalization: no memory for its sums");
     default: return failure(frame, XLA_INVALID_ARGUMENT, "BatchNormalization: unexpected dtype");
     }
+}
+
+static void *refusal(const xla_call_frame *frame)
+{ return failure(frame, XLA_INVALID_ARGUMENT, "BatchNormalization: unexpected arguments"); }
+
+TN_EXPORT void *tn_xla_moments(xla_call_frame *frame)
+{
+    if (is_answered(frame)) return NULL;
+    if (!is_expected(frame, 1, 2, 3)) return refusal(frame);
+    xla_buffer **given = frame->args.args, **found = frame->rets.args;
+    tn_call call = call_of(frame);
+    call.mask = frame->args.size > 1 ? given[1]->data : NULL;
+    call.mean = found[0]->data, call.low = found[1]->data, call.variance = found[2]->data;
+    return outcome(frame, tn_forward(&call));
+}
+
+TN_EXPORT void *tn_xla_products(xla_call_frame *frame)
+{
+    if (is_answered(frame)) return NULL;
+    if (!is_expected(frame, 5, 5, 2)) return refusal(frame);
+    xla_buffer **given = frame->args.args, **found = frame->rets.args;
+    tn_call call = call_of(frame);
+    call.dy = given[1]->data, call.mean = given[2]->data;
+    call.low = given[3]->data, call.rstd = given[4]->data;
+    call.dgamma = found[0]->data, call.dbeta = found[1]->data;
+    return outcome(frame, tn_backward(&call));
 }

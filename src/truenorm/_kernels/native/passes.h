@@ -5,25 +5,27 @@
  * finds the same signs again as the forward pass.
  */
 
-/* A pass works on tiles: rows x width values, one row after the other in memory. Where the channels
+/* A pass works on tiles: rows x width values, of which a row begins `step` values after the one
+ * before it. Where the channels
  * are last, a tile is some rows of the array, and a column is a channel. Where they are first, all
  * of a tile is of one channel and one sample: its values are dealt out in rows to columns whose
  * constants are equal, so that the same loops serve both. */
 
 /* first += x - mean, second += (x - mean)^2. */
-static void NAME(moments)(const VALUE *restrict x, int64_t rows, int64_t width, const COLUMNS *k)
+static void NAME(moments)(const VALUE *restrict x, int64_t rows, int64_t width, int64_t step,
+                          const COLUMNS *k)
 {
     const SUM *restrict mean = k->mean;
     SUM *restrict first = k->first, *restrict second = k->second;
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4, x += 4 * width)
+    for (; r + 4 <= rows; r += 4, x += 4 * step)
         for (int64_t c = 0; c < width; c++) {
             SUM d[4];
-            for (int i = 0; i < 4; i++) d[i] = LOAD(x[i * width + c]) - mean[c];
+            for (int i = 0; i < 4; i++) d[i] = LOAD(x[i * step + c]) - mean[c];
             first[c] += (d[0] + d[1]) + (d[2] + d[3]);
             second[c] += FMA(d[0], d[0], d[1] * d[1]) + FMA(d[2], d[2], d[3] * d[3]);
         }
-    for (; r < rows; r++, x += width)
+    for (; r < rows; r++, x += step)
         for (int64_t c = 0; c < width; c++) {
             SUM d = LOAD(x[c]) - mean[c];
             first[c] += d;
@@ -36,29 +38,29 @@ static void NAME(moments)(const VALUE *restrict x, int64_t rows, int64_t width, 
  * signs, and h is written down: the next pass reads it in the place of dy. */
 static ALWAYS_INLINE void NAME(products)(const VALUE *restrict x, const VALUE *restrict dy,
                                          const VALUE *restrict out, VALUE *restrict dadd,
-                                         int64_t rows, int64_t width, const COLUMNS *k,
-                                         const int relu, const int given)
+                                         int64_t rows, int64_t width, int64_t step,
+                                         const COLUMNS *k, const int relu, const int given)
 {
     const SUM *restrict mean = k->mean, *restrict scale = k->scale, *restrict offset = k->offset;
     SUM *restrict first = k->first, *restrict second = k->second;
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4, x += 4 * width, dy += 4 * width)
+    for (; r + 4 <= rows; r += 4, x += 4 * step, dy += 4 * step)
         for (int64_t c = 0; c < width; c++) {
             SUM d[4], h[4];
             for (int i = 0; i < 4; i++) {
-                const int64_t at = r * width + i * width + c;
-                d[i] = LOAD(x[i * width + c]) - mean[c], h[i] = LOAD(dy[i * width + c]);
+                const int64_t at = (r + i) * step + c;
+                d[i] = LOAD(x[i * step + c]) - mean[c], h[i] = LOAD(dy[i * step + c]);
                 if (relu) h[i] = FMA(d[i], scale[c], offset[c]) > 0 ? h[i] : 0;
                 if (given) h[i] = LOAD(out[at]) > 0 ? h[i] : 0, dadd[at] = STORE(h[i]);
             }
             first[c] += (h[0] + h[1]) + (h[2] + h[3]);
             second[c] += FMA(h[0], d[0], h[1] * d[1]) + FMA(h[2], d[2], h[3] * d[3]);
         }
-    for (; r < rows; r++, x += width, dy += width)
+    for (; r < rows; r++, x += step, dy += step)
         for (int64_t c = 0; c < width; c++) {
             SUM d = LOAD(x[c]) - mean[c], h = LOAD(dy[c]);
             if (relu) h = FMA(d, scale[c], offset[c]) > 0 ? h : 0;
-            if (given) h = LOAD(out[r * width + c]) > 0 ? h : 0, dadd[r * width + c] = STORE(h);
+            if (given) h = LOAD(out[r * step + c]) > 0 ? h : 0, dadd[r * step + c] = STORE(h);
             first[c] += h;
             second[c] = FMA(h, d, second[c]);
         }
@@ -68,15 +70,15 @@ static ALWAYS_INLINE void NAME(products)(const VALUE *restrict x, const VALUE *r
  * columns have the constants of the first. */
 static ALWAYS_INLINE void NAME(normalize)(const VALUE *restrict x, const VALUE *restrict add,
                                           VALUE *restrict y, int64_t rows, int64_t width,
-                                          const COLUMNS *k, const int given, const int alike,
-                                          const int relu)
+                                          int64_t step, const COLUMNS *k, const int given,
+                                          const int alike, const int relu)
 {
     const SUM *restrict mean = k->mean, *restrict scale = k->scale, *restrict offset = k->offset;
-    for (int64_t r = 0; r < rows; r++, x += width, y += width)
+    for (int64_t r = 0; r < rows; r++, x += step, y += step)
         for (int64_t c = 0; c < width; c++) {
             const int64_t a = alike ? 0 : c;
             SUM v = FMA(LOAD(x[c]) - mean[a], scale[a], offset[a]);
-            if (given) v += LOAD(add[r * width + c]);
+            if (given) v += LOAD(add[r * step + c]);
             if (relu) v = v < 0 ? 0 : v; /* NaN stays NaN */
             y[c] = STORE(v);
         }
@@ -85,11 +87,12 @@ static ALWAYS_INLINE void NAME(normalize)(const VALUE *restrict x, const VALUE *
 /* dx = h scale + (x - mean) slope + level, with the h of products. */
 static ALWAYS_INLINE void NAME(gradient)(const VALUE *restrict x, const VALUE *restrict dy,
                                          VALUE *restrict dx, int64_t rows, int64_t width,
-                                         const COLUMNS *k, const int alike, const int relu)
+                                         int64_t step, const COLUMNS *k, const int alike,
+                                         const int relu)
 {
     const SUM *restrict mean = k->mean, *restrict scale = k->scale, *restrict offset = k->offset;
     const SUM *restrict slope = k->slope, *restrict level = k->level;
-    for (int64_t r = 0; r < rows; r++, x += width, dy += width, dx += width)
+    for (int64_t r = 0; r < rows; r++, x += step, dy += step, dx += step)
         for (int64_t c = 0; c < width; c++) {
             const int64_t a = alike ? 0 : c;
             SUM d = LOAD(x[c]) - mean[a], h = LOAD(dy[c]);
@@ -99,13 +102,14 @@ static ALWAYS_INLINE void NAME(gradient)(const VALUE *restrict x, const VALUE *r
 }
 
 /* A shift for the first block, which has no mean so far: the mean of the first `few` rows that
- * count, itself computed relative to the first of them. Leaves the sums at zero. */
+ * count, itself computed relative to the first of them. A row begins `step` values after the one
+ * before it. Leaves the sums at zero. */
 static void NAME(first_shift)(const VALUE *x, const uint8_t *mask, int64_t rows, int64_t few,
-                              int64_t width, SUM *shift, SUM *sums)
+                              int64_t width, int64_t step, SUM *shift, SUM *sums)
 {
     int64_t taken = 0;
     for (int64_t r = 0; r < rows && taken < few; r++) {
-        const VALUE *row = x + r * width;
+        const VALUE *row = x + r * step;
         if (mask && !mask[r]) continue;
         if (taken++ == 0)
             for (int64_t c = 0; c < width; c++) shift[c] = LOAD(row[c]), sums[c] = 0;
@@ -118,7 +122,7 @@ static void NAME(first_shift)(const VALUE *x, const uint8_t *mask, int64_t rows,
  * sum, and for columns alike or not, the pass is compiled separately: no loop asks for what stays
  * the same. */
 static void NAME(tile)(const job *j, pass_kind pass, int64_t at, int64_t rows, int64_t width,
-                       const COLUMNS *k)
+                       int64_t step, const COLUMNS *k)
 {
     const tn_call *call = j->call;
     const VALUE *x = (const VALUE *)call->x + at;
@@ -132,17 +136,17 @@ static void NAME(tile)(const job *j, pass_kind pass, int64_t at, int64_t rows, i
 #define FOR_RELU(f, ...) (relu ? f(__VA_ARGS__, 1) : f(__VA_ARGS__, 0))
 #define FOR_BOTH(f, ...) (alike ? FOR_RELU(f, __VA_ARGS__, 1) : FOR_RELU(f, __VA_ARGS__, 0))
     switch (pass) {
-    case MOMENTS: NAME(moments)(x, rows, width, k); break;
+    case MOMENTS: NAME(moments)(x, rows, width, step, k); break;
     case PRODUCTS:
-        if (out) NAME(products)(x, dy, out, dadd, rows, width, k, 0, 1);
-        else if (relu) NAME(products)(x, dy, NULL, NULL, rows, width, k, 1, 0);
-        else NAME(products)(x, dy, NULL, NULL, rows, width, k, 0, 0);
+        if (out) NAME(products)(x, dy, out, dadd, rows, width, step, k, 0, 1);
+        else if (relu) NAME(products)(x, dy, NULL, NULL, rows, width, step, k, 1, 0);
+        else NAME(products)(x, dy, NULL, NULL, rows, width, step, k, 0, 0);
         break;
     case NORMALIZE:
-        if (add) FOR_BOTH(NAME(normalize), x, add, y, rows, width, k, 1);
-        else FOR_BOTH(NAME(normalize), x, NULL, y, rows, width, k, 0);
+        if (add) FOR_BOTH(NAME(normalize), x, add, y, rows, width, step, k, 1);
+        else FOR_BOTH(NAME(normalize), x, NULL, y, rows, width, step, k, 0);
         break;
-    case GRADIENT: FOR_BOTH(NAME(gradient), x, dy, y, rows, width, k); break;
+    case GRADIENT: FOR_BOTH(NAME(gradient), x, dy, y, rows, width, step, k); break;
     case NO_PASS: break;
     }
 #undef FOR_RELU

@@ -42,8 +42,8 @@ static void NAME(sum_brick)(job *j, pass_kind pass, const brick *b, SUM *shifts,
     for (int64_t n = b->sample; n < b->sample + b->samples; n++)
         for (int64_t i = 0; i < b->channels; i++) {
             const int64_t at = (n * channels + b->channel + i) * inner + b->at;
-            NAME(tile)(j, pass, at, b->size / LANES, LANES, &of[i]);
-            if (rest) NAME(tile)(j, pass, at + b->size - rest, 1, rest, &of[i]);
+            NAME(tile)(j, pass, at, b->size / LANES, LANES, LANES, &of[i]);
+            if (rest) NAME(tile)(j, pass, at + b->size - rest, 1, rest, rest, &of[i]);
         }
     for (int64_t i = 0; i < b->channels; i++)
         NAME(gather)(j, pass, b, b->channel + i, &of[i], shifts + b->channel + i);
@@ -62,8 +62,8 @@ static void NAME(sum_slices)(job *j, pass_kind pass, int64_t start, int64_t end,
     for (int64_t c = start; c < end; c++) {
         j->sums[c] = j->sums[channels + c] = 0;
         if (pass == MOMENTS && outer * inner > 0)
-            NAME(first_shift)((const VALUE *)call->x + c * inner, NULL, inner, LANES, 1, shifts + c,
-                              lanes);
+            NAME(first_shift)((const VALUE *)call->x + c * inner, NULL, inner, LANES, 1, 1,
+                              shifts + c, lanes);
     }
     for (int64_t group = start; group < end; group += GROUP)
         for (int64_t n = 0, some = 1; n < outer; n += some, some = least(2 * some, most_samples))
@@ -84,7 +84,7 @@ static void NAME(write_slices)(job *j, pass_kind pass, int64_t start, int64_t en
     for (int64_t n = 0; n < j->call->outer; n++)
         for (int64_t c = start; c < end; c++) {
             const COLUMNS one = OF_SUM(columns_from)(j, c);
-            NAME(tile)(j, pass, (n * channels + c) * inner, 1, inner, &one);
+            NAME(tile)(j, pass, (n * channels + c) * inner, 1, inner, inner, &one);
         }
 }
 

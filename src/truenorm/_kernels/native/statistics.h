@@ -49,14 +49,15 @@ static void OF_SUM(join_moments)(int64_t width, double before, double size, cons
 }
 
 /* One step of the moving statistics toward the batch's. */
-static void OF_SUM(move)(const job *j, const double *means, const double *m2)
+static void OF_SUM(move)(const job *j, int64_t channel, int64_t end, const double *means,
+                         const double *m2)
 {
     const tn_call *call = j->call;
     const SUM *mean = call->mean, *variance = call->variance;
     const SUM *old_mean = call->moving_mean, *old_variance = call->moving_variance;
     SUM *new_mean = call->moved_mean, *new_variance = call->moved_variance;
     const double m = call->momentum, count = (double)j->count;
-    for (int64_t c = 0; c < call->channels; c++) {
+    for (int64_t c = channel; c < end; c++) {
         const int finite = isfinite(mean[c]) && isfinite(variance[c]);
         const double next = m2[c] / (call->unbiased ? count - 1 : count);
         new_mean[c] =
@@ -66,36 +67,38 @@ static void OF_SUM(move)(const job *j, const double *means, const double *m2)
     }
 }
 
-/* From the moments of all chunks to the statistics of the batch. */
-static void OF_SUM(finish_moments)(job *j)
-{
-    const tn_call *call = j->call;
-    const int64_t channels = call->channels;
-    SUM *mean = call->mean, *variance = call->variance, *low = call->low, *rstd = call->rstd;
-    const SUM *moving_mean = call->moving_mean, *moving_variance = call->moving_variance;
-    const int given = j->count == 0 && moving_mean; /* the moving statistics normalise */
-    const double *means = j->sums, *m2 = means + channels, count = (double)most(1, j->count);
-    if (call->inner == 1) merge_moments(j);
-    for (int64_t c = 0; c < channels; c++) {
-        const double v = given ? moving_variance[c] : m2[c] / count;
-        mean[c] = given ? moving_mean[c] : (SUM)means[c];
-        low[c] = given ? 0 : (SUM)(means[c] - mean[c]);
-        variance[c] = (SUM)v;
-        rstd[c] = (SUM)(1 / sqrt(v + call->epsilon));
-    }
-    if (call->moved_mean) OF_SUM(move)(j, means, m2);
-}
-
 /* The constants of the output: scale = gamma rstd, offset = beta - low scale. */
-static void OF_SUM(constants)(job *j)
+static void OF_SUM(constants_of)(job *j, int64_t channel, int64_t end)
 {
     const tn_call *call = j->call;
     const SUM *gamma = call->gamma, *beta = call->beta, *low = call->low, *rstd = call->rstd;
     SUM *scale = j->constants, *offset = scale + call->channels;
-    for (int64_t c = 0; c < call->channels; c++) {
+    for (int64_t c = channel; c < end; c++) {
         scale[c] = (gamma ? gamma[c] : 1) * rstd[c];
         offset[c] = (SUM)((beta ? beta[c] : 0) - (double)low[c] * scale[c]);
     }
+}
+
+static void OF_SUM(constants)(job *j) { OF_SUM(constants_of)(j, 0, j->call->channels); }
+
+/* From the moments of all chunks to the statistics of the batch, and the constants of its output. */
+static void OF_SUM(finish_moments)(job *j, int64_t channel, int64_t end)
+{
+    const tn_call *call = j->call;
+    SUM *mean = call->mean, *variance = call->variance, *low = call->low, *rstd = call->rstd;
+    const SUM *moving_mean = call->moving_mean, *moving_variance = call->moving_variance;
+    const int given = j->count == 0 && moving_mean; /* the moving statistics normalise */
+    const double *means = j->sums, *m2 = means + call->channels, count = (double)most(1, j->count);
+    if (call->inner == 1) merge_moments(j);
+    for (int64_t c = channel; c < end; c++) {
+        const double v = given ? moving_variance[c] : m2[c] / count;
+        mean[c] = given ? moving_mean[c] : (SUM)means[c];
+        low[c] = given ? 0 : (SUM)(means[c] - mean[c]);
+        variance[c] = (SUM)v;
+        if (rstd) rstd[c] = (SUM)(1 / sqrt(v + call->epsilon));
+    }
+    if (call->moved_mean) OF_SUM(move)(j, channel, end, means, m2);
+    if (call->y) OF_SUM(constants_of)(j, channel, end);
 }
 
 /* The same from a mean and variance that are given. */
@@ -137,7 +140,7 @@ static void OF_SUM(gradient_given)(job *j)
  *   dbeta = sum h,  dgamma = sum h x^,  dx = gamma rstd (h - dbeta / n - x^ dgamma / n)
  *
  * and the latter is h scale + (x - mean) slope + level. */
-static void OF_SUM(finish_products)(job *j)
+static void OF_SUM(finish_products)(job *j, int64_t channel, int64_t end)
 {
     const tn_call *call = j->call;
     const int64_t channels = call->channels;
@@ -148,10 +151,11 @@ static void OF_SUM(finish_products)(job *j)
     const double count = (double)most(1, j->count);
     const int one = count == 1 && !call->mask; /* one value: y is beta, whatever x is */
     if (call->inner == 1) merge_products(j);
-    for (int64_t c = 0; c < channels; c++) {
+    for (int64_t c = channel; c < end; c++) {
         const double normalized = (second[c] - low[c] * first[c]) * rstd[c];
         dbeta[c] = (SUM)first[c];
         dgamma[c] = (SUM)normalized;
+        if (!has_constants(call)) continue;
         OF_SUM(line)(j, c, normalized / count, first[c] / count);
         if (one) scale[c] = slope[c] = level[c] = 0;
     }

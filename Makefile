@@ -18,15 +18,19 @@ demo: $(VENV)/demo.stamp
 test: $(addprefix test-,$(BACKENDS))
 
 # One process per backend: Keras fixes its backend at import. One thread each for PyTorch's
-# operations: the workers fill the cores. What does not depend on how a backend computes runs on
-# PyTorch here, and on the others in `make long`. Files of many tests come first, so that no worker is
+# operations: the workers fill the cores. What does not depend on how a backend computes
+# (any_backend), or takes JAX and TensorFlow long (costly), runs on PyTorch here, and on the others
+# in `make long`. Files of many tests come first, so that no worker is
 # left with a long one at the end; but on JAX in their order, since folders compile in two ways.
 .PHONY: $(addprefix test-,$(BACKENDS))
 $(addprefix test-,$(BACKENDS)): test-%: $(VENV)/test.stamp
 	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
 		$(if $(filter jax,$*),--no-loadscope-reorder) \
-		$(if $(filter torch,$*),,-m "not long and not any_backend") \
+		$(if $(filter torch,$*),,-m "not long and not any_backend and not costly") \
 		$(if $(filter $*,$(COVERAGE)),--cov --cov-report=term:skip-covered)
+
+# Tests start many processes: each would compile the package anew, and each worker all tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Programs as users have them; in `make test` JAX compiles in less time (tests/conftest.py).
 random long: export JAX_DISABLE_MOST_OPTIMIZATIONS := 0
@@ -54,7 +58,7 @@ nightly: $(VENV)/test.stamp
 long: $(VENV)/test.stamp
 	for backend in $(BACKENDS); do \
 		KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) \
-			--dist loadgroup -m "$$( [ $$backend = torch ] && echo long || echo long or any_backend)" \
+			--dist loadgroup -m "$$( [ $$backend = torch ] && echo long || echo long or any_backend or costly)" \
 			--ignore=tests/fuzz \
 			|| exit 1; \
 	done

@@ -1,6 +1,7 @@
 """One process per backend: Keras fixes its backend at import, so the environment names it."""
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -16,6 +17,15 @@ if shutil.which("nvidia-smi") is None:
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # see _quick_compilation
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
 
+# Then JAX compiles a program once for all tests, workers, processes that they start, and runs: many
+# use the same small models. The folder grows; make clean empties it.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"])
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache/jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import keras
 import pytest
 from hypothesis import settings
@@ -25,15 +35,8 @@ ARITHMETIC = {"kernels", "layer", "statistics"}
 """Folders whose tests are of the numbers themselves."""
 
 if QUICK and keras.config.backend() == "jax":
-    import jax
     from jax._src import compiler
 
-    # A program is compiled once for all tests, workers and runs: many use the same small models.
-    # The folder grows; make clean empties it.
-    PROGRAMS = Path(__file__).parents[1] / ".pytest_cache/jax"
-    jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     compiler_options = getattr(compiler, "get_compile_options", None)  # private: may be gone
 
     def quick_options(*given: Any, **named: Any) -> Any:
@@ -46,6 +49,9 @@ if QUICK and keras.config.backend() == "jax":
 
     if compiler_options:
         compiler.get_compile_options = quick_options
+
+# JAX and TensorFlow make so many objects that collecting at each 700 takes a tenth of the time.
+gc.set_threshold(10_000)
 
 # A shell ignores Ctrl-C for what it starts in the background; some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

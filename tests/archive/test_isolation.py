@@ -96,6 +96,7 @@ def test_how_a_copy_of_a_process_ends_is_told() -> None:
     assert ended("nothing_open")[:2] == [0, 0]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="it is the backend itself")
 def test_what_runs_there_leaves_tensorflow_unloaded(tmp_path: Path) -> None:
     layers = [keras.Input((4,)), keras.layers.Dense(2), keras.layers.BatchNormalization()]
@@ -204,6 +205,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long
 def test_memory_that_running_takes_is_one_line_of_the_command(tmp_path: Path) -> None:
     layers = [
         keras.Input((4, 4, 3)),
@@ -220,6 +222,7 @@ def test_memory_that_running_takes_is_one_line_of_the_command(tmp_path: Path) ->
     assert "Expected: 2 GiB of memory at most" in lines[0]
 
 
+@pytest.mark.long
 def test_a_command_puts_its_file_in_place_and_leaves_nothing_else(
     file: Path, tmp_path: Path
 ) -> None:

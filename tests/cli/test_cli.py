@@ -166,6 +166,7 @@ def test_a_file_is_read_without_keras_or_a_framework(evil: Path) -> None:
     assert "\x1b" not in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", [b for b in Backend if b != "tensorflow"])
 def test_a_command_leaves_tensorflow_unloaded_beside_another_backend(
     backend: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -192,6 +193,7 @@ def test_a_model_is_inspected_in_each_mode(command: Command, file: Path) -> None
     assert (observed["fit"], observed["predict"]) == ("batch", "moving")
 
 
+@pytest.mark.long
 @pytest.mark.other_packages
 def test_a_file_saved_on_one_backend_is_used_on_another(file: Path, tmp_path: Path) -> None:
     other = {"jax": "torch", "tensorflow": "torch", "torch": "tensorflow"}[keras.backend.backend()]

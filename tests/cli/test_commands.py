@@ -323,6 +323,7 @@ def test_the_remedy_that_is_printed_can_be_pasted(command: Command) -> None:
 # --- progress ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_progress_of_the_separate_process_is_shown_by_this_one(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 from layer_cases import EPSILON, EVERY_KIND, Case, array, error, gradients, precision, tensor
-from test_kernels import BACKEND, EPS, KERNELS, arguments, oracle
+from test_kernels import BACKEND, EPS, KERNELS, arguments, marked, oracle
 
 from truenorm._kernels import composite, reference
 from truenorm._kernels.contract import Moving, Options
@@ -24,6 +24,7 @@ CASES = (
     Case((4, 5, 6, 3), 1, "bfloat16"),
 )
 WHOLE, PLAIN, MASKED, KERAS_MASK = CASES[0], CASES[2], CASES[6], CASES[7]
+FEW = (PLAIN, MASKED, KERAS_MASK, *CASES[8:10], CASES[12])
 CLIPPING = {"rmin": 0.9, "rmax": 1.6, "dmax": 0.5}
 HOW = ("eager", "graph", "XLA") if BACKEND == "tensorflow" else ("eager",)
 USUAL = "graph" if BACKEND == "tensorflow" else "eager"
@@ -102,7 +103,7 @@ def apart_from_zero(case: Case, drawn: Any) -> np.ndarray:
     return array(tensor(np.where(np.abs(total) < 0.1, values + 0.3, values), case.dtype))
 
 
-@pytest.mark.parametrize(("name", "case", "how", "behind"), STEPS, ids=str)
+@pytest.mark.parametrize(("name", "case", "how", "behind"), marked(STEPS, FEW))
 def test_forward_and_backward(name: str, case: Case, how: str, behind: str) -> None:
     with precision(case.dtype):
         drawn, tensors, options = arguments(case)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,7 @@ import keras
 import numpy as np
 import pytest
 from fresh_process import output_of
-from layer_cases import CASES, EPSILON, Case, array, error, gradients, precision, tensor
+from layer_cases import CASES, EPSILON, EVERY_KIND, Case, array, error, gradients, precision, tensor
 
 from truenorm import BatchNormalization
 from truenorm import _kernels as kernels
@@ -58,6 +59,18 @@ EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16"
 EASY = [c for c in CASES if c.mean == 0.5]
 
 
+def marked(steps: Iterable[tuple[Any, ...]], few: Iterable[Case]) -> list[Any]:
+    """Steps of a kernel with a case: of kernels that users do not get, most cases are costly."""
+    return [
+        pytest.param(
+            *(name, case, *how),
+            marks=[] if name == "selected" or case in few else [pytest.mark.costly],
+            id="-".join(map(str, (name, case, *how))),
+        )
+        for name, case, *how in steps
+    ]
+
+
 @pytest.fixture(params=KERNELS)
 def normalize(request: pytest.FixtureRequest) -> Callable[..., Any]:
     return KERNELS[request.param]
@@ -90,11 +103,14 @@ def bound(normalize: Callable[..., Any], case: Case, options: Options) -> Callab
     return call
 
 
-@pytest.mark.parametrize("case", EASY, ids=str)
-def test_forward_and_backward(normalize: Callable[..., Any], case: Case) -> None:
+@pytest.mark.parametrize(
+    ("name", "case"),
+    marked(product(KERNELS, EASY), [c for c in EASY if c in EVERY_KIND or c.dtype != "float32"]),
+)
+def test_forward_and_backward(name: str, case: Case) -> None:
     with precision(case.dtype):
         drawn, tensors, options = arguments(case)
-        call = bound(normalize, case, options)
+        call = bound(KERNELS[name], case, options)
         result = call(*tensors)
         output, found = gradients(
             lambda *a: call(*a).output, tensors, tensor(drawn.gradient, case.dtype)
@@ -323,6 +339,7 @@ def test_backward_keeps_the_input_and_little_else() -> None:
     assert sum(kept.values()) < 1.01 * x.nbytes
 
 
+@pytest.mark.costly
 def test_only_the_framework_in_use_is_imported() -> None:
     program = (
         "import sys, keras; before = set(sys.modules); import truenorm._kernels; "

@@ -105,6 +105,7 @@ def test_a_saved_model_trains_where_truenorm_is_not(name: str, saved: Any) -> No
         assert error(value, here[name][key]) <= bound, key
 
 
+@pytest.mark.long  # as the test before: they share what takes seconds
 @on_tensorflow
 def test_what_it_gives_is_right(saved: Any) -> None:
     true = reference.forward(X, axis=1)

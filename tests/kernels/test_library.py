@@ -384,6 +384,7 @@ def test_the_code_for_any_processor_gives_the_oracles_numbers() -> None:
     assert (plain != here) == uses_more
 
 
+@pytest.mark.long
 def test_avx_512_gives_the_bits_of_avx2() -> None:
     program = (
         "import hashlib; bits = hashlib.sha256()\n"

@@ -1,6 +1,6 @@
 """JAX: arrays that lie over devices by their type, and programs that are mapped over several axes.
 
-What needs several devices is a program of its own, with four of them.
+What needs several devices runs in a process of its own, with four of them: one for all tests.
 """
 
 from __future__ import annotations
@@ -42,12 +42,6 @@ def step_of(layer, shape, mask=None):
 """
 
 
-@pytest.fixture(autouse=True)
-def _four_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    monkeypatch.setenv("XLA_FLAGS", flags)
-
-
 EXPLICIT = """
 mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
 shape, found = (4, 4, 2, 4), {}
@@ -76,8 +70,18 @@ print(json.dumps(found))
 """
 
 
-def test_a_mesh_of_explicit_axes_is_one_batch() -> None:
-    found = json.loads(output_of(START + EXPLICIT))
+@pytest.fixture(scope="module")
+def printed() -> list[Any]:
+    """What each program prints."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    with mock.patch.dict(os.environ, XLA_FLAGS=flags):
+        return [
+            json.loads(line) for line in output_of(START + EXPLICIT + DIVIDED + AXES).split("\n")
+        ]
+
+
+def test_a_mesh_of_explicit_axes_is_one_batch(printed: list[Any]) -> None:
+    found = printed[0]
     assert len(found) == 21
     for name, given in found.items():
         axis, _, masked = name.split()
@@ -103,12 +107,12 @@ layer = tn.BatchNormalization()
 step, weights = step_of(layer, (8, 6))
 x, gradient = jax.device_put(tuple(data((8, 6))), NamedSharding(mesh, P("a")))
 program = jax.jit(step).lower(x, weights, gradient).compile().as_text()
-print(sorted(set(re.findall(r"(all-\\w+)\\(|(tn_xla\\w+)", program))))
+print(json.dumps(sorted(set(re.findall(r"(all-\\w+)\\(|(tn_xla\\w+)", program)))))
 """
 
 
-def test_compiled_passes_do_not_gather_what_lies_over_devices() -> None:
-    assert output_of(START + DIVIDED) == "[('all-reduce', '')]"
+def test_compiled_passes_do_not_gather_what_lies_over_devices(printed: list[Any]) -> None:
+    assert printed[1] == [["all-reduce", ""]]
 
 
 AXES = """
@@ -139,8 +143,8 @@ print(json.dumps({
 """
 
 
-def test_of_several_axes_the_user_chooses() -> None:
-    found = json.loads(output_of(START + AXES))
+def test_of_several_axes_the_user_chooses(printed: list[Any]) -> None:
+    found = printed[2]
     x = np.random.default_rng(0).normal(3, 2, (2, 4, 3, 2)).astype("float32")[0].astype(float)
     alone = x.mean(1)  # each device has one sample
     assert error(np.array(found["alone"]), alone) < 1e-6

@@ -132,6 +132,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     return dict(zip(CASES, wrote, strict=True))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", CASES)
 def test_two_replicas_are_as_one(name: str, found: dict[str, list[dict[str, Any]]]) -> None:
     given, parts = CASES[name], found[name]
@@ -188,6 +189,7 @@ def test_two_replicas_are_as_one(name: str, found: dict[str, list[dict[str, Any]
             assert error(part["fitted"], variance) < 1e-6
 
 
+@pytest.mark.costly
 @pytest.mark.skipif(BACKEND == "jax", reason="there XLA sums: see the next test")
 @pytest.mark.parametrize("name", CASES)
 def test_one_collective_each_way(name: str, found: dict[str, list[dict[str, Any]]]) -> None:
@@ -211,6 +213,7 @@ def test_one_collective_each_way(name: str, found: dict[str, list[dict[str, Any]
             assert part["collectives"] == replicas * len(forward + backward)
 
 
+@pytest.mark.costly
 @pytest.mark.skipif(BACKEND != "jax", reason="what XLA makes of a batch that is spread")
 @pytest.mark.parametrize("name", ["plain", "channels first", "masked", "relu"])
 def test_devices_exchange_five_numbers_per_channel(
@@ -224,6 +227,7 @@ def test_devices_exchange_five_numbers_per_channel(
     assert sum(numbers(what) for what, _ in given) <= 5 * len(CASES[name]["gamma"]) + 1
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", [name for name in CASES if "mapped" in CASES[name]])
 def test_mapped_devices_gather_once_and_sum_once(
     name: str, found: dict[str, list[dict[str, Any]]]
@@ -253,6 +257,7 @@ def numbers(what: str) -> int:
     return sum(math.prod(map(int, (size or "1").split(","))) for size in sizes)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("second")])
 def test_a_derivative_can_be_differentiated(
     name: str, found: dict[str, list[dict[str, Any]]]

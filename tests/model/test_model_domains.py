@@ -139,6 +139,7 @@ def test_modes_are_observed_and_a_copy_has_all_domains() -> None:
         np.testing.assert_allclose(array(moved(tensor(DATA))), before, rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 @pytest.mark.other_packages
 def test_the_example_shows_what_domains_are_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,6 +106,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 def test_output_goes_into_a_pipe_of_windows(folder: Path) -> None:
     code, said, _ = command(folder, "cp1252", "inspect", "plain.keras", "--no-isolate")
     assert code == 0
@@ -121,6 +122,7 @@ def test_json_is_unicode_in_any_pipe(folder: Path) -> None:
     assert "größe→" in str(json.loads(said.decode("utf-8")))
 
 
+@pytest.mark.long
 def test_what_the_separate_process_says_keeps_its_letters(folder: Path) -> None:
     code, _, said = command(folder, "cp1252", "inspect", "größer.keras")
     assert code == 2

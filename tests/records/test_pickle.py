@@ -140,6 +140,7 @@ def test_an_undo_stays_with_the_record_of_the_tool(
     records[kind].undo()
 
 
+@pytest.mark.long
 def test_a_rewrites_model_goes_along_to_a_fresh_process(
     records: dict[type[Record], Any], tmp_path: Path
 ) -> None:

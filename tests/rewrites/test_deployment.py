@@ -84,6 +84,7 @@ numpy.save(sys.argv[3], model.predict(numpy.load(sys.argv[2]), verbose=0))
 """
 
 
+@pytest.mark.costly
 def test_a_saved_one_loads_where_truenorm_is_not_installed(
     folded: Any, expected: np.ndarray, tmp_path: pathlib.Path
 ) -> None:

@@ -394,6 +394,7 @@ def test_files(pair: tuple[Any, Any], load: Any, tmp_path: Path) -> None:
     assert [layer.name for layer in loaded.layers] == [layer.name for layer in pair[1].layers]
 
 
+@pytest.mark.long
 @pytest.mark.any_backend
 def test_resnet50() -> None:
     model = model_of("ResNet50")

@@ -12,6 +12,8 @@ import two_processes
 
 import truenorm as tn
 
+pytestmark = pytest.mark.costly
+
 WORKER = Path(__file__).parents[1] / "collecting_process.py"
 
 

@@ -39,6 +39,7 @@ def merged(before: Found, layer: str, weights: tuple[float, float]) -> tuple[np.
     return mean, (shares * (variances + (means - mean) ** 2)).sum(0)
 
 
+@pytest.mark.costly
 def test_both_get_the_mean_and_variance_of_all(folder: Path) -> None:
     before, after = read(folder, "before"), read(folder, "after")
     for layer in ("bn", "renorm"):
@@ -55,12 +56,14 @@ def test_both_get_the_mean_and_variance_of_all(folder: Path) -> None:
         assert not np.array_equal(before[0][path], before[1][path])
 
 
+@pytest.mark.costly
 def test_each_can_have_its_own_back(folder: Path) -> None:
     for before, undone in zip(read(folder, "before"), read(folder, "undone"), strict=True):
         for path, value in before.items():
             np.testing.assert_array_equal(undone[path], value)
 
 
+@pytest.mark.costly
 def test_what_is_no_number_in_one_process_does_not_count(folder: Path) -> None:
     for found in read(folder, "poisoned"):
         np.testing.assert_array_equal(found["bn/moving_mean"], np.full(6, 2.0))
@@ -68,6 +71,7 @@ def test_what_is_no_number_in_one_process_does_not_count(folder: Path) -> None:
         np.testing.assert_allclose(found["bn/moving_variance"], own, rtol=1e-6)
 
 
+@pytest.mark.costly
 def test_the_record_says_what_counted_and_how_far_each_was(folder: Path) -> None:
     for rank in range(2):
         said = (folder / f"record {rank}.txt").read_text("utf-8")
@@ -75,6 +79,7 @@ def test_the_record_says_what_counted_and_how_far_each_was(folder: Path) -> None
         assert "They counted for 3, 9." in said
 
 
+@pytest.mark.costly
 @pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="the strategy keeps them equal")
 def test_the_callback_counts_the_steps_of_fit(folder: Path) -> None:
     first, second = read(folder, "fitted")
@@ -83,6 +88,7 @@ def test_the_callback_counts_the_steps_of_fit(folder: Path) -> None:
     assert "They counted for 1, 2." in (folder / "callback 0.txt").read_text("utf-8")
 
 
+@pytest.mark.costly
 def test_a_process_that_fails_does_not_leave_the_other_waiting(folder: Path) -> None:
     said = [(folder / f"failure {rank}.txt").read_text("utf-8") for rank in range(2)]
     assert said[0].startswith(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
@@ -17,6 +18,7 @@ import truenorm as tn
 from truenorm._demo.tasks import digits
 from truenorm._diagnosis.table import RULES
 from truenorm._records.diagnosis import Diagnosis, Finding
+from truenorm._statistics.runner import Runner
 
 pytestmark = pytest.mark.any_backend
 
@@ -334,3 +336,19 @@ def test_the_example_of_a_page_has_what_the_page_is_about(code: str) -> None:
     if code == "TN102":  # after 20 steps
         share = names["diagnosis"].findings[0].evidence["initial_share"]
         assert share == pytest.approx(0.99**20, abs=0.005)
+
+
+@pytest.mark.parametrize(("recalibrated", "runs"), [(True, 2), (False, 3)])
+def test_how_often_it_runs_the_model_on_a_batch(runs: int, *, recalibrated: bool) -> None:
+    """As training, and as inference; as recalibrated only if there is something to mend."""
+    model = keras.Sequential([keras.Input((6,)), L.BatchNormalization(name="bn"), L.Dense(1)])
+    model.compile(loss="mse")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(3, 2, (320, 6)).astype("float32"), rng.normal(size=(320, 1))
+    if recalibrated:
+        tn.recalibrate(model, x)
+    run = mock.Mock(side_effect=Runner._checked)
+    with mock.patch.object(Runner, "_checked", lambda *arguments: run(*arguments)):
+        found = tn.diagnose(model, x, y, select=["TN101", "TN103", "TN109", "TN110"])
+    assert found.clean == recalibrated
+    assert run.call_count == runs * 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -125,6 +126,27 @@ def test_a_program_is_not_compiled_twice() -> None:
     finally:
         jax.monitoring.unregister_event_duration_listener(hear)
     assert again.to_dict() == first.to_dict()
+
+
+def test_equal_layers_are_equal_code() -> None:
+    """XLA compiles it once then: fifty such layers took 3 s, and 0.5 s where they are equal."""
+    if BACKEND != "jax":
+        pytest.skip("only JAX takes long over it")
+    from truenorm._kernels.jax import sums
+
+    def kinds(layers: int) -> set[str]:
+        model = keras.Sequential([keras.Input((6, 6, 4))])
+        for _ in range(layers):
+            model.add(L.Conv2D(4, 3, padding="same"))
+            model.add(L.BatchNormalization())
+            model.add(L.ReLU())
+        tn.collect(model, drawn(4, 6, 6, 4))
+        text = next(reversed(sums._kept.values())).as_text()  # pyright: ignore
+        for names in (r", metadata=\{[^}]*\}", r"%[\w.-]+", r"parameter\(\d+\)", r".*param_0.*"):
+            text = re.sub(names, "", text)
+        return {"".join(sorted(part.splitlines())) for part in text.split("\n\n")[1:-1]}
+
+    assert len(kinds(9)) <= len(kinds(4))
 
 
 # --- shapes --------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
-WIDE = 4
+WIDE = 8
 """What is added to the number of a dtype of less for sums in double: ``TN_WIDE``."""
 PATH = Path(__file__).parent / "native" / "libtruenorm.so"
 INTERFACE = 5

@@ -19,12 +19,12 @@
 
 #define TN_EXPORT __attribute__((visibility("default")))
 
-enum { /* tn_call.dtype */
-    TN_FLOAT32, TN_FLOAT64, TN_FLOAT16, TN_BFLOAT16,
-    TN_WIDE, /* what is added to a dtype, other than that of doubles, for sums in double */
+enum { TN_FLOAT32, TN_FLOAT64, TN_FLOAT16, TN_BFLOAT16 };       /* tn_call.dtype */
+enum {
+    TN_WIDE = 8, /* what is added to a dtype, other than that of doubles, for sums in double */
     TN_FLOAT32_WIDE = TN_FLOAT32 + TN_WIDE,
     TN_FLOAT16_WIDE = TN_FLOAT16 + TN_WIDE,
-    TN_BFLOAT16_WIDE = TN_BFLOAT16 + TN_WIDE,
+    TN_BFLOAT16_WIDE = TN_BFLOAT16 + TN_WIDE
 };
 enum { TN_DONE = 0, TN_NO_MEMORY = -1, TN_UNKNOWN_DTYPE = -2 }; /* what a call returns */
 

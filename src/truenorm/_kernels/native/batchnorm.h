@@ -19,7 +19,7 @@
 
 #define TN_EXPORT __attribute__((visibility("default")))
 
-enum { TN_FLOAT32, TN_FLOAT64, TN_FLOAT16, TN_BFLOAT16 };       /* tn_call.dtype */
+enum { TN_FLOAT32, TN_FLOAT64, TN_FLOAT16, TN_BFLOAT16 }; /* tn_call.dtype */
 enum {
     TN_WIDE = 8, /* what is added to a dtype, other than that of doubles, for sums in double */
     TN_FLOAT32_WIDE = TN_FLOAT32 + TN_WIDE,

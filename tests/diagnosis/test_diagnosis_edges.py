@@ -33,6 +33,20 @@ def test_endless_data_is_refused_before_it_is_read() -> None:
         tn.diagnose(shake(dense()), Endless(), select="TN103")
 
 
+def test_batches_may_hold_sequences_of_different_lengths() -> None:
+    inputs = keras.Input((None, 4))
+    hidden = L.Dense(3)(L.BatchNormalization(name="bn")(inputs))
+    model = keras.Model(inputs, L.BatchNormalization(name="after")(hidden))
+    random = np.random.default_rng(0)
+    data = [random.normal(5.0, 2.0, (8, 3 + n % 3, 4)).astype("float32") for n in range(9)]
+    (finding,) = tn.diagnose(model, data, select="TN101").findings[:1]
+    rows = np.concatenate([batch.reshape(-1, 4) for batch in data])
+    right = np.abs(rows.mean(0)) / np.sqrt(rows.var(0) + 1e-3)
+    assert finding.site == "bn"
+    assert finding.evidence["mean_off_by_std"] == pytest.approx(right.max(), rel=1e-4)
+    assert tn.diagnose(model, data).findings
+
+
 def test_integers_are_normalised_as_numbers() -> None:
     model = keras.Sequential(
         [keras.Input((4,), dtype="int32"), L.BatchNormalization(name="bn"), L.Dense(1)]

@@ -60,6 +60,10 @@ for axis in (-1, 1):
             found[f"{axis} {name} {masked}"] = [
                 np.asarray(a).tolist() for a in (y, d_x, *d_weights, *moved)
             ]
+        layer = tn.BatchNormalization(axis=axis, momentum=0.0, virtual_batch_size=2)
+        step, weights = step_of(layer, shape)
+        y, d_x, *_ = jax.jit(step)(x, weights, gradient)
+        found[f"{axis} {name} ghosts"] = [np.asarray(a).tolist() for a in (y, d_x)]
 with jax.set_mesh(mesh):  # one operation after the other
     layer = tn.BatchNormalization(momentum=0.0)
     step, weights = step_of(layer, shape)
@@ -80,14 +84,27 @@ def printed() -> list[Any]:
         ]
 
 
-def test_a_mesh_of_explicit_axes_is_one_batch(printed: list[Any]) -> None:
+def test_a_mesh_of_explicit_axes_is_one_batch_or_its_ghosts(printed: list[Any]) -> None:
     found = printed[0]
-    assert len(found) == 21
+    assert len(found) == 31
     for name, given in found.items():
         axis, _, masked = name.split()
-        expected = one_device((4, 4, 2, 4), int(axis), masked=masked == "True")
+        whole = one_device if masked != "ghosts" else two_ghosts
+        expected = whole((4, 4, 2, 4), int(axis), masked=masked == "True")
         for value, wanted in zip(given, expected, strict=True):
             assert error(np.array(value), wanted) < 1e-6, name
+
+
+def two_ghosts(shape: tuple[int, ...], axis: int, *, masked: bool) -> list[Any]:
+    """Output and gradient of x, where every second sample is of one ghost batch."""
+    x, gradient = np.random.default_rng(0).normal(3, 2, (2, *shape)).astype("float32").astype(float)
+    assert not masked
+    found = np.empty((2, *shape))
+    for own in (slice(None, None, 2), slice(1, None, 2)):
+        how: dict[str, Any] = {"axis": axis, "epsilon": EPSILON}
+        found[0, own] = reference.forward(x[own], **how).output
+        found[1, own] = reference.backward(gradient[own], x[own], np.ones(shape[axis]), **how).x
+    return list(found)
 
 
 def one_device(shape: tuple[int, ...], axis: int, *, masked: bool) -> list[Any]:

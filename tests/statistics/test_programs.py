@@ -12,6 +12,7 @@ import pytest
 from small_models import snapshot
 
 import truenorm as tn
+from truenorm._kernels import reference
 
 L = keras.layers
 BACKEND = keras.config.backend()
@@ -188,6 +189,61 @@ def test_sequences_of_any_length_are_seen_step_by_step() -> None:
     each = [np.stack([normalised(x[:, t]) for t in range(x.shape[1])], 1) for x in data]
     check(population, "after", np.concatenate([x.reshape(-1, 2) for x in each]))
     assert population.sites["each/bn"].count[0] == 128
+
+
+class Force(L.Layer):
+    """The gradient of an energy with a BatchNormalization in it, as of a potential."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.bn = L.BatchNormalization(name="bn")
+
+    def build(self, shape: Any) -> None:
+        self.bn.build(shape)
+        self.built = True
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        return shape
+
+    def energy(self, x: Any, training: Any) -> Any:
+        return keras.ops.sum(self.bn(x, training=training) ** 3) / 3
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        if BACKEND == "jax":
+            import jax
+
+            return jax.grad(self.energy)(x, training)
+        if BACKEND == "tensorflow":
+            import tensorflow as tf
+
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                energy = self.energy(x, training)
+            return tape.gradient(energy, x)
+        import torch
+
+        with torch.enable_grad():
+            at = x.detach().requires_grad_()
+            return torch.autograd.grad(self.energy(at, training), at)[0]
+
+
+class Potential(keras.Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.force, self.after = Force(name="force"), L.BatchNormalization(name="after")
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        return self.after(self.force(x, training=training), training=training)
+
+
+def test_a_model_that_differentiates_in_its_call_does_so_through_the_statistics() -> None:
+    data = [drawn(16, 3), drawn(12, 3)]
+    model = Potential()
+    model(data[0])
+    population = tn.collect(model, data)
+    check(population, "force/bn", np.concatenate(data))
+    forces = [reference.backward(normalised(np.float64(x)) ** 2, x).x for x in data]
+    check(population, "after", np.concatenate(forces))
 
 
 # --- inside of what is compiled ------------------------------------------------------------------

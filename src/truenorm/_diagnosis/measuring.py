@@ -4,7 +4,8 @@ Every BatchNormalization normalises with what it has in training (the batch's st
 moving ones where it is frozen), with its moving statistics as in inference, or with the
 population's, as after :func:`truenorm.recalibrate`. Everything else in the model runs in inference
 mode, so that what differs is BatchNormalization's doing alone. The data is read twice: for the
-population, of which every batch is a part, and for what the model does with some of the batches.
+population, of which every batch is a part, and for what the model does with some of the batches;
+and these are read once more where only then a rule asks what recalibration would change.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Answers:
         scores: As in :class:`Seen`.
         sizes: Samples per batch.
         batches: Which batches of the data these are of.
-        inputs: What each site sees in inference, as it is and once it is recalibrated.
+        inputs: What each site sees in inference, as it is and, if asked for, once recalibrated.
     """
 
     change: float

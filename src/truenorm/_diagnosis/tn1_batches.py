@@ -111,12 +111,10 @@ def _batches_of(samples: int) -> str:
 
 def otherwise_in_inference(facts: Facts) -> Iterator[Fault]:
     """TN110."""
-    if facts.scored and len(facts.inference.sizes) > 1:
-        bad = _is_worse(facts, "in_inference", "in_training")
-    else:
-        bad = facts.answers.change > noticeable(facts)
-    if bad:
-        change = facts.answers.change
+    if not _differs(facts):
+        return
+    change = facts.answers.change
+    if _differs(facts):  # of these answers, too: data may be others at each reading
         scores = {
             f"{name}_{when}": facts.score(when, name)
             for name in (facts.seen.scores if facts.scored else ())
@@ -124,6 +122,13 @@ def otherwise_in_inference(facts: Facts) -> Iterator[Fault]:
         }
         evidence = {**scores, "outputs_differ_by": change}
         yield Fault(facts.model.name, evidence, _against_the_difference(facts))
+
+
+def _differs(facts: Facts) -> bool:
+    """Whether inference is worse than training; without a loss, whether it is another."""
+    if facts.scored and len(facts.inference.sizes) > 1:
+        return _is_worse(facts, "in_inference", "in_training")
+    return facts.answers.change > noticeable(facts)
 
 
 _WHEN: tuple[When, ...] = ("in_training", "in_inference", "recalibrated")

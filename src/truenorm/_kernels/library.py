@@ -22,7 +22,7 @@ DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
 WIDE = 8
 """What is added to the number of a dtype of less for sums in double: ``TN_WIDE``."""
 PATH = Path(__file__).parent / "native" / "libtruenorm.so"
-INTERFACE = 5
+INTERFACE = 6
 """``TN_INTERFACE`` of ``native/batchnorm.h``; to be raised there and here together."""
 
 

@@ -5,17 +5,19 @@ About any shift :math:`s` near the mean, the deviations :math:`d_i = x_i - s` gi
 .. math:: S = \sum_i d_i, \quad Q = \sum_i d_i^2, \qquad
           \bar x = s + \frac Sn, \quad M_2 = Q - \frac{S^2}{n} .
 
-The shift is the mean of every 16th value. By Cauchy and Schwarz no mean of a share :math:`f` of the
-values is further from that of all than :math:`\sigma / \sqrt f`, so :math:`Q \le 17 M_2` whatever
-the data, and :math:`Q \approx M_2` of nearly all: no digits cancel, however large the mean. One
-pass over the data, and a sixteenth of another.
+Where the compiled passes are, they find the moments of a batch without a mask in one read, in
+float64 (``compiled_sums``). Else the shift is the mean of every 16th value. By Cauchy and Schwarz
+no mean of a share :math:`f` of the values is further from that of all than
+:math:`\sigma / \sqrt f`, so :math:`Q \le 17 M_2` whatever the data, and :math:`Q \approx M_2` of
+nearly all: no digits cancel, however large the mean. One pass over the data, and a sixteenth of
+another.
 
-The sums are float64 on JAX. On TensorFlow and PyTorch, where that would take as long as the model,
-so are those of up to 2048 values per channel; of more, a few deviations at a time are added in
-float32 (32 of them, or a block of PyTorch's compiled pass) and the rest in float64: the mean is
-within 3e-8 standard deviations, the variance within 2e-7 of itself.
+These sums are float64 on JAX. On TensorFlow and PyTorch, where that would take as long as the
+model, so are those of up to 2048 values per channel; of more, 32 deviations at a time are added in
+float32 and the rest in float64: the mean is within 3e-8 standard deviations, the variance within
+2e-7 of itself.
 
-What each framework has besides ``centred_sums``:
+What each framework has besides ``centred_sums`` and ``compiled_sums``:
 
 * ``compiled(function, jit)``: the function as one program, traced anew for every shape of its
   arguments, because what a model calls may depend on it.
@@ -26,8 +28,8 @@ What each framework has besides ``centred_sums``:
 * ``tell(function, value)``: from there the numbers go to a Python function while the program runs,
   each time that it comes by; ``told()`` waits for that.
 * ``is_mapped(x)``: whether this is inside a vectorised map whose repetitions ``tell`` cannot see.
-* ``joined(parts)``: counts and sums of all calls side by side, so that one array goes to the host:
-  rows of count, shift, S and Q in float64.
+* ``joined(parts, counts)``: counts and sums of all calls side by side, so that one array goes to
+  the host: rows of count, shift, S and Q in float64. The row of counts may be known beforehand.
 * ``processes()``, ``gather(vector)``: several processes that run the same code.
 
 Only the files named after a framework import one, and only that of the backend in use is loaded.

@@ -75,10 +75,8 @@ class Sample:
 
     def _put(self, place: int, row: list[Any]) -> None:
         shapes = [value.shape for value in row]
-        if place == len(self._rows):
-            self._rows.append(row)
-        elif place < len(self._rows) and shapes == [v.shape for v in self._rows[0]]:
-            self._rows[place] = row
+        if not self._rows or shapes == [value.shape for value in self._rows[0]]:
+            self._rows[place : place + 1] = [row]
 
     def batches(self) -> list[Any]:
         """The samples, mixed, in the structure of the model's inputs; none of no data."""

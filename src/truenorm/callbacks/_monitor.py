@@ -57,7 +57,8 @@ class Monitor(keras.callbacks.Callback):
         every: Look at two steps in every so many; None: at the last two of each epoch (the first
             two of the first, where nobody knows how long it is).
         validation: Data on which the rules that need some are checked as well, at the end of each
-            epoch: what ``fit`` takes as ``(x, y)`` or batches of it. It is read twice per epoch.
+            epoch: what ``fit`` takes as ``(x, y)`` or batches of it. It is read two or three times
+            per epoch.
         batch_size: Of ``validation``, if that is arrays.
 
     Attributes:

@@ -92,9 +92,10 @@ def normalize_ghosts(
     x: Tensor, gamma: Vector | None, beta: Vector | None, options: Options, *, size: int
 ) -> Normalized:
     """See :mod:`truenorm._kernels`."""
-    grouped = None if _is_spread_inside(x, x.ndim - 1) else _normalize_grouped
-    # What is left, XLA does better at once than one after the other.
-    kernels: dict[str, Any] = {"each": normalize, "grouped": grouped, "most_calls": 1}
+    kernels: dict[str, Any] = {}
+    if not any(jax.typeof(x).sharding.spec):  # JAX would refuse to join axes that are divided.
+        # What is left, XLA does better at once than one after the other.
+        kernels = {"each": normalize, "grouped": _normalize_grouped, "most_calls": 1}
     return ghosts.normalize_ghosts(x, gamma, beta, options, size=size, **kernels)
 
 

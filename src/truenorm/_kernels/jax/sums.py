@@ -46,8 +46,24 @@ def compiled_sums(rows: Tensor) -> Tensor | None:
     if not native.takes(rows):
         return None
     with float64():
-        mean, low, variance = native.moments(rows, dtype="float64", plain=_moments)
-        return jnp.stack([mean + low, jnp.zeros_like(mean), variance * len(rows)])
+        return _sums_of(rows)
+
+
+@jax.custom_jvp
+def _sums_of(rows: Tensor) -> Tensor:
+    mean, low, variance = native.moments(rows, dtype="float64", plain=_moments)
+    return jnp.stack([mean + low, jnp.zeros_like(mean), variance * len(rows)])
+
+
+@_sums_of.defjvp
+def _moving_sums(at: Any, tangents: Any) -> Any:
+    """A model may differentiate inside of itself, through the statistics too."""
+    (rows,), (change,) = at, tangents
+    with float64():
+        sums, change = _sums_of(rows), change.astype("float64")
+        deviations = rows - sums[0]
+        moved = [change.mean(0), jnp.zeros_like(sums[0]), 2.0 * (deviations * change).sum(0)]
+        return sums, jnp.stack(moved)
 
 
 def _moments(rows: Tensor, dtype: Any) -> tuple[Vector, Vector, Vector]:

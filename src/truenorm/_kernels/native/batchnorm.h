@@ -15,7 +15,7 @@
 /* The version of the interface between this library and the Python code that calls it. Raise it
  * here and in library.py when a function or a field of tn_call is added, moved or means something
  * else: library.py does not use a library of another version. */
-#define TN_INTERFACE 5
+#define TN_INTERFACE 6
 
 #define TN_EXPORT __attribute__((visibility("default")))
 

@@ -6,10 +6,9 @@
  */
 
 /* A pass works on tiles: rows x width values, of which a row begins `step` values after the one
- * before it. Where the channels
- * are last, a tile is some rows of the array, and a column is a channel. Where they are first, all
- * of a tile is of one channel and one sample: its values are dealt out in rows to columns whose
- * constants are equal, so that the same loops serve both. */
+ * before it. Where the channels are last, a tile is some rows of the array, and a column is a
+ * channel. Where they are first, all of a tile is of one channel and one sample: its values are
+ * dealt out in rows to columns whose constants are equal, so that the same loops serve both. */
 
 /* first += x - mean, second += (x - mean)^2. */
 static void NAME(moments)(const VALUE *restrict x, int64_t rows, int64_t width, int64_t step,

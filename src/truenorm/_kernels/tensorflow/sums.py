@@ -17,7 +17,7 @@ GROUP = 32
 
 
 FEW = 2048
-"""Up to so many rows all is float64; of more, the rounding of float32 averages out."""
+"""Up to so many rows ``centred_sums`` is float64; of more, float32's rounding averages out."""
 
 MOST = 16
 """Graphs that are kept: sequences may have any length."""
@@ -27,13 +27,25 @@ def compiled_sums(rows: Tensor) -> Tensor | None:
     """The same of all rows about their mean, by the compiled pass; None where it is not there."""
     if not native.takes(rows):
         return None
+    return _sums_of(rows)
+
+
+@tf.custom_gradient
+def _sums_of(rows: Tensor) -> Any:
     nothing = tf.zeros(0, "float64")
     plan = plain.Plan(0.0, relu=False, step=None, masked=False)
     (kept,) = native.moments(plan, rows, nothing, nothing)
     kept.set_shape((4, rows.shape[1]))
     mean, variance, low, _ = tf.unstack(kept)
-    count = rows.shape[0] or tf.cast(tf.shape(rows)[0], "float64")
-    return tf.stack([mean + low, tf.zeros_like(mean), variance * count])
+    count = tf.cast(tf.shape(rows)[0], "float64")
+    mean += low
+
+    def gradient(of_sums: Tensor) -> Tensor:
+        """A model may differentiate inside of itself, through the statistics too."""
+        deviations = tf.cast(rows, "float64") - mean
+        return tf.cast(of_sums[0] / count + 2.0 * deviations * of_sums[2], rows.dtype)
+
+    return tf.stack([mean, tf.zeros_like(mean), variance * count]), gradient
 
 
 @tf.function(jit_compile=True, reduce_retracing=True, autograph=False)

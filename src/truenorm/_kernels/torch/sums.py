@@ -17,13 +17,16 @@ GROUP = 32
 BLOCK = 2**18
 """Values per step on a CPU: the deviations stay in the cache, which is half the time."""
 FEW = 2048
-"""Up to so many rows all is float64; of more, the rounding of float32 averages out."""
+"""Up to so many rows ``centred_sums`` is float64; of more, float32's rounding averages out."""
 
 
 def compiled_sums(rows: Tensor) -> Tensor | None:
     """The same of all rows about their mean, by the compiled pass; None where it is not there."""
     if rows.device.type != "cpu" or not passes.takes(rows):
         return None
+    if rows.requires_grad and torch.is_grad_enabled():  # a model that differentiates in its call
+        mean = rows.mean(0, dtype=torch.float64)
+        return torch.stack([mean, torch.zeros_like(mean), (rows - mean).square().sum(0)])
     count, channels = rows.shape
     plan = passes.Plan((count, channels, 1), channel=1, epsilon=0.0, relu=False)
     found = torch.zeros(3, channels, dtype=torch.float64)

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from layer_cases import error
+from test_library import EPS, TYPES, address
 
 from truenorm._kernels import library, reference
 
 pytestmark = pytest.mark.any_backend
 
-TYPES: dict[str, Any] = {
-    "float32": np.float32,
-    "float64": np.float64,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-}
-EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 # (outer, groups, run, width): rows that end inside a block, groups of several chunks, and panels
 SHAPES = [
     *((1, 3, 1, 2), (8, 5, 1, 33), (8, 16, 1, 40), (9, 2, 1, 600), (7, 3, 3, 5), (9, 3, 65, 4)),
     *((70, 2, 1, 3), (300, 3, 2, 80), (8, 4, 784, 40)),
 ]
-
-
-def address(array: Any) -> int:
-    return array.ctypes.data
 
 
 def step(x: Any, dy: Any, weights: Any, *, relu: bool = False, threads: int = 2) -> dict[str, Any]:

@@ -148,7 +148,7 @@ sanitize-address: OPTION := address,undefined
 sanitize-address: RUNTIME := libasan.so
 sanitize-address: LEVELS := v1 v3 v4
 sanitize-address: TESTS := -k "not any_processor" \
-	tests/kernels/test_library.py tests/kernels/test_library_xla.py
+	tests/kernels/test_library.py tests/kernels/test_library_ghosts.py tests/kernels/test_library_xla.py
 sanitize-thread: OPTION := thread
 sanitize-thread: RUNTIME := libtsan.so
 sanitize-thread: LEVELS := v3
